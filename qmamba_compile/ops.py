@@ -1,0 +1,315 @@
+"""The ``qmamba::*`` operators: schema, shape function, and implementation (a device kernel, or the plain reference).
+
+Shapes: batch b, nheads h, headdim p, ngroups g, dstate n, seqlen l. ``x`` [b, h, p], ``dt`` [b, h] before bias and
+softplus, ``A`` [h] (negative decay rates), ``B`` and ``C`` [b, g, n], ``D`` and ``dt_bias`` [h].
+
+A state scale comes in one of two arguments, so that each schema tells the truth about what it writes:
+``state_scale`` [h, n] is calibrated and only read, ``state_scale_out`` [b, h, n] is dynamic, read and rewritten.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import quant
+
+_library = torch.library.Library("qmamba", "DEF")
+
+_SCAN_CHUNK = 64
+"""Tokens that `chunk_scan` handles by one set of matrix products. The quadratic part grows with it, the number of
+small products shrinks; 32 to 128 are within 10 % of each other on 2 CPU cores."""
+
+
+def _define(schema: str) -> None:
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+
+_define("quantize_state(Tensor state, Tensor? state_scale, int bits, bool stochastic, int seed) -> Tensor[]")
+_define(
+    "quantize_state_(Tensor(a!) packed, Tensor(b!) channel_scale, Tensor(c!)? state_scale_out, Tensor(d!) rng, "
+    "Tensor state, Tensor? state_scale, int bits, bool stochastic) -> ()"
+)
+_define("dequantize_state(Tensor packed, Tensor channel_scale, Tensor state_scale, int bits) -> Tensor")
+_define(
+    "ssm_update(Tensor(a!) packed, Tensor(b!) channel_scale, Tensor(c!)? state_scale_out, Tensor(d!) rng, Tensor x, "
+    "Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? state_scale, bool dt_softplus, "
+    "int bits, bool stochastic) -> Tensor"
+)
+_define(
+    "chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+    "Tensor? initial_state, bool dt_softplus, float dt_min, float dt_max) -> (Tensor, Tensor)"
+)
+_define(
+    "w8a8_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale) "
+    "-> Tensor"
+)
+
+
+def _implement(name: str):  # type: ignore[no-untyped-def]
+    return torch.library.impl(_library, name, "CompositeExplicitAutograd")
+
+
+def _fake(name: str):  # type: ignore[no-untyped-def]
+    return torch.library.register_fake(f"qmamba::{name}", lib=_library)
+
+
+# --- state ---------------------------------------------------------------------------------------------------------
+
+
+@_implement("quantize_state")
+def quantize_state(
+    state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, seed: int
+) -> list[Tensor]:
+    """Pack a fresh state [b, h, p, n]: packed, channel_scale, rng, and state_scale when dynamic."""
+    rng = quant.new_rng(state.shape[0], seed, state.device)
+    packed, channel_scale, found_scale = quant.quantize_state(
+        state, bits, state_scale=state_scale, rng=rng if stochastic else None
+    )
+    rng[:, 1] += 1
+    return [packed, channel_scale, rng] + ([found_scale] if state_scale is None else [])
+
+
+@_fake("quantize_state")
+def _(state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, seed: int) -> list[Tensor]:
+    batch, nheads, headdim, dstate = state.shape
+    width = quant.packed_width(dstate, bits)
+    outputs = [
+        state.new_empty((batch, nheads, headdim, width), dtype=torch.int8 if bits == 8 else torch.uint8),
+        state.new_empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE),
+        state.new_empty((batch, 2), dtype=torch.int64),
+    ]
+    if state_scale is None:
+        outputs.append(state.new_empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE))
+    return outputs
+
+
+@_implement("quantize_state_")
+def quantize_state_(
+    packed: Tensor,
+    channel_scale: Tensor,
+    state_scale_out: Tensor | None,
+    rng: Tensor,
+    state: Tensor,
+    state_scale: Tensor | None,
+    bits: int,
+    stochastic: bool,
+) -> None:
+    """Requantize ``state`` [b, h, p, n] into the tensors of an existing packed state."""
+    new_packed, new_channel_scale, new_state_scale = quant.quantize_state(
+        state, bits, state_scale=state_scale, rng=rng if stochastic else None
+    )
+    packed.copy_(new_packed)
+    channel_scale.copy_(new_channel_scale)
+    if state_scale_out is not None:
+        state_scale_out.copy_(new_state_scale)
+    rng[:, 1] += 1
+
+
+@_fake("quantize_state_")
+def _(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic) -> None:  # type: ignore[no-untyped-def]
+    return None
+
+
+@_implement("dequantize_state")
+def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int) -> Tensor:
+    """float32 snapshot [b, h, p, n]."""
+    return quant.dequantize_state(packed, channel_scale, state_scale, bits)
+
+
+@_fake("dequantize_state")
+def _(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int) -> Tensor:
+    dstate = quant.unpacked_width(packed.shape[-1], bits)
+    return packed.new_empty((*packed.shape[:-1], dstate), dtype=torch.float32)
+
+
+# --- one decode step -----------------------------------------------------------------------------------------------
+
+
+def ssm_update_reference(
+    packed: Tensor,
+    channel_scale: Tensor,
+    state_scale_out: Tensor | None,
+    rng: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    bits: int,
+    stochastic: bool,
+) -> Tensor:
+    """One step of the recurrence on a packed state, in plain torch: y [b, h, p].
+
+    ``h = exp(dt*A) * h + (dt*B) x``, ``y = C.h + D x``; y is taken from h before h is requantized (Q-Mamba, Eq. 5-7).
+    """
+    scale = state_scale if state_scale_out is None else state_scale_out
+    assert scale is not None
+    h = quant.dequantize_state(packed, channel_scale, scale, bits)
+    h, y = ssm_step_reference(h, x, dt, A, B, C, D, dt_bias, dt_softplus)
+    quantize_state_(packed, channel_scale, state_scale_out, rng, h, state_scale, bits, stochastic)
+    return y
+
+
+def ssm_step_reference(
+    h: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """The float step: new state [b, h, p, n] and y [b, h, p]."""
+    repeats = x.shape[1] // B.shape[1]
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    if dt_softplus:
+        dt = F.softplus(dt)
+    dA = torch.exp(dt * A.float())  # [b, h]
+    dB = dt[..., None] * B.float().repeat_interleave(repeats, dim=1)  # [b, h, n]
+    h = h * dA[..., None, None] + dB[:, :, None, :] * x.float()[..., None]
+    y = torch.einsum("bhpn,bhn->bhp", h, C.float().repeat_interleave(repeats, dim=1))
+    if D is not None:
+        y = y + x.float() * D.float()[:, None]
+    return h, y.to(x.dtype)
+
+
+@_implement("ssm_update")
+def ssm_update(
+    packed: Tensor,
+    channel_scale: Tensor,
+    state_scale_out: Tensor | None,
+    rng: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    bits: int,
+    stochastic: bool,
+) -> Tensor:
+    """`ssm_update_reference` by the fastest kernel that this device has."""
+    return ssm_update_reference(
+        packed, channel_scale, state_scale_out, rng, x, dt, A, B, C, D, dt_bias, state_scale, dt_softplus, bits, stochastic
+    )
+
+
+@_fake("ssm_update")
+def _(packed, channel_scale, state_scale_out, rng, x, *args) -> Tensor:  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+# --- prefill -------------------------------------------------------------------------------------------------------
+
+
+@_implement("chunk_scan")
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over a sequence (Mamba2's SSD): y [b, l, h, p] float32 and the final state [b, h, p, n].
+
+    Group-wise, one chunk at a time: memory does not grow with seqlen beyond inputs and output. Any length.
+
+    Args:
+        x: [b, l, h, p]; dt: [b, l, h]; B, C: [b, l, g, n]; initial_state: [b, h, p, n].
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    repeats = nheads // ngroups
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    if dt_softplus:
+        dt = F.softplus(dt)
+    dt = dt.clamp(dt_min, dt_max)
+    dA = (dt * A.float()).view(batch, seqlen, ngroups, repeats)
+    x_heads = x.float().reshape(batch, seqlen, ngroups, repeats, headdim)
+    dtx = x_heads * dt.view(batch, seqlen, ngroups, repeats, 1)
+    B, C = B.float(), C.float()
+    y = x.new_empty((batch, seqlen, ngroups, repeats, headdim), dtype=torch.float32)
+    if initial_state is None:
+        state = x.new_zeros((batch, ngroups, repeats, headdim, dstate), dtype=torch.float32)
+    else:
+        state = initial_state.float().reshape(batch, ngroups, repeats, headdim, dstate)
+    for start in range(0, seqlen, _SCAN_CHUNK):
+        chunk = slice(start, min(start + _SCAN_CHUNK, seqlen))
+        length = chunk.stop - chunk.start
+        decay = dA[:, chunk].cumsum(dim=1).permute(0, 2, 3, 1)  # [b, g, r, l]
+        Bc, Cc = B[:, chunk].transpose(1, 2), C[:, chunk].transpose(1, 2)  # [b, g, l, n]
+        xc = dtx[:, chunk].permute(0, 2, 3, 1, 4)  # [b, g, r, l, p]
+        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        between = (decay[..., :, None] - decay[..., None, :]).masked_fill(~causal, -torch.inf)
+        scores = (Cc @ Bc.transpose(-1, -2))[:, :, None] * between.exp()  # [b, g, r, l, s]
+        inside = scores @ xc
+        carried = (Cc[:, :, None] @ state.transpose(-1, -2)) * decay.exp()[..., None]
+        y[:, chunk] = (inside + carried).permute(0, 3, 1, 2, 4)
+        to_end = (decay[..., -1:] - decay).exp()[..., None]
+        state = state * decay[..., -1, None, None].exp() + (xc * to_end).transpose(-1, -2) @ Bc[:, :, None]
+    if D is not None:
+        y = y + x_heads * D.float().view(ngroups, repeats, 1)
+    return y.view(batch, seqlen, nheads, headdim), state.reshape(batch, nheads, headdim, dstate).contiguous()
+
+
+@_fake("chunk_scan")
+def _(x, dt, A, B, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    batch, _, nheads, headdim = x.shape
+    y = x.new_empty(x.shape, dtype=torch.float32)
+    return y, x.new_empty((batch, nheads, headdim, B.shape[-1]), dtype=torch.float32)
+
+
+# --- linears -------------------------------------------------------------------------------------------------------
+
+
+@_implement("w8a8_linear")
+def w8a8_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor:
+    """int8 x int8 linear [..., k] -> [..., o] with int32 accumulation.
+
+    Args:
+        qdata: int8 [o, k]; scale: float32 [o, 1], as a torchao ``Int8Tensor`` holds them.
+        act_pre_scale: SmoothQuant factors [k] that multiply x, or ``None``.
+        act_scale: static activation scale (one number); ``None`` quantizes each token by its own largest magnitude.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if act_pre_scale is not None:
+        rows = rows * act_pre_scale
+    if act_scale is None:
+        codes, row_scale = quant.quantize_rows(rows)
+    else:
+        row_scale = act_scale.reshape(1, 1).float()
+        codes = (rows.float() * row_scale.reciprocal()).round().clamp(-127, 127).to(torch.int8)
+    product = torch._int_mm(codes, qdata.t())
+    y = product.float() * row_scale * scale.view(1, -1)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], qdata.shape[0])
+
+
+@_fake("w8a8_linear")
+def _(x: Tensor, qdata: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))

@@ -1,0 +1,336 @@
+"""`DSQState`: the packed SSM state, a tensor subclass that looks like the float state it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from . import quant
+from .errors import StateError
+
+aten = torch.ops.aten
+
+
+class DSQState(torch.Tensor):
+    """SSM state [batch, nheads, headdim, dstate], float32 to look at, packed codes and two scale vectors inside.
+
+    The model's own cache holds it like any tensor. Reads dequantize to a plain snapshot, ``copy_`` of a float state
+    requantizes, ``copy_`` of a `DSQState` copies codes. Batch indexing (``index_select``, ``s[idx]``, ``cat``,
+    ``chunk``), ``clone``, ``to``, ``zero_``, deep copies and pickling keep it packed. Every other write raises
+    `StateError`, since a write to a dequantized snapshot would be lost.
+
+    Attributes:
+        packed: codes [b, h, p, n*bits/8] (uint8; int8 at 8 bits), see `quant.pack`.
+        channel_scale: bfloat16 [b, h, p].
+        state_scale: bfloat16 [b, h, n] when dynamic, [h, n] when calibrated (shared by the batch, never written).
+        rng: int64 [b, 2], the key and the number of stores so far of each sequence.
+        bits: bits of a code.
+        stochastic: rounding of the next store.
+    """
+
+    packed: Tensor
+    channel_scale: Tensor
+    state_scale: Tensor
+    rng: Tensor
+    bits: int
+    stochastic: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: Tensor,
+        channel_scale: Tensor,
+        state_scale: Tensor,
+        rng: Tensor,
+        bits: int,
+        stochastic: bool = False,
+        outer_size: Sequence[int] | None = None,
+        outer_stride: Sequence[int] | None = None,
+    ) -> DSQState:
+        if outer_size is None:
+            dstate = quant.unpacked_width(packed.shape[-1], bits)
+            outer_size = (*packed.shape[:-1], dstate)
+            outer_stride = _contiguous_strides(outer_size)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, outer_size, strides=outer_stride, dtype=torch.float32, device=packed.device, requires_grad=False
+        )
+        self.packed, self.channel_scale, self.state_scale, self.rng = packed, channel_scale, state_scale, rng
+        self.bits, self.stochastic = bits, stochastic
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def from_float(
+        cls,
+        h: Tensor,
+        bits: int = 4,
+        *,
+        state_scale: Tensor | None = None,
+        stochastic: bool = False,
+        seed: int = 0,
+    ) -> DSQState:
+        """Quantize ``h`` [b, h, p, n]; ``state_scale`` [h, n] selects calibrated scales.
+
+        Raises:
+            StateError: dstate does not pack into whole bytes.
+        """
+        require_packable(h.shape[-1], bits, "DSQState")
+        rng = quant.new_rng(h.shape[0], seed, h.device)
+        if state_scale is not None:
+            state_scale = quant.store_scale(state_scale)
+        noise_rng = rng if stochastic else None
+        packed, channel_scale, state_scale = quant.quantize_state(h, bits, state_scale=state_scale, rng=noise_rng)
+        rng[:, 1] += 1
+        return cls(packed, channel_scale, state_scale, rng, bits, stochastic)
+
+    @property
+    def dynamic(self) -> bool:
+        """True when state_scale is taken from the state at each store."""
+        return self.state_scale.dim() == 3
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes really held, shared calibrated scales included (``nbytes`` shows the float facade)."""
+        return sum(tensor.nbytes for tensor in (self.packed, self.channel_scale, self.state_scale, self.rng))
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits per state element, everything that grows with the batch included."""
+        per_sequence = [self.packed, self.channel_scale, self.rng] + ([self.state_scale] if self.dynamic else [])
+        return 8 * sum(tensor.nbytes for tensor in per_sequence) / self.numel()
+
+    def dequantize(self) -> Tensor:
+        """Plain float32 snapshot [b, h, p, n]."""
+        return quant.dequantize_state(self.packed, self.channel_scale, self.state_scale, self.bits)
+
+    # --- torch plumbing --------------------------------------------------------------------------------------------
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool]]:
+        return ["packed", "channel_scale", "state_scale", "rng"], (self.bits, self.stochastic)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], meta: tuple[int, bool], outer_size: Sequence[int], outer_stride: Sequence[int]
+    ) -> DSQState:
+        return DSQState(
+            inner["packed"],
+            inner["channel_scale"],
+            inner["state_scale"],
+            inner["rng"],
+            *meta,
+            outer_size=outer_size,
+            outer_stride=outer_stride,
+        )
+
+    def _stable_hash_for_caching(self) -> str:
+        return f"DSQState-{self.bits}-{self.stochastic}-{self.dynamic}-{tuple(self.shape)}"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        _refuse_writes(func, args, kwargs)
+        args, kwargs = tree_map_only(DSQState, DSQState.dequantize, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise StateError(
+            f"DSQState{list(self.shape)}: item assignment would be lost; use copy_ of a whole state, "
+            "or dequantize(), change it, and DSQState.from_float()"
+        )
+
+    def __repr__(self, **_: Any) -> str:
+        scales = "dynamic" if self.dynamic else "calibrated"
+        rounding = "stochastic" if self.stochastic else "nearest"
+        return f"DSQState(shape={list(self.shape)}, bits={self.bits}, scales={scales}, rounding={rounding})"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        inner = (self.packed, self.channel_scale, self.state_scale, self.rng)
+        return DSQState, (*inner, self.bits, self.stochastic)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DSQState:
+        copied = _map(self, Tensor.clone, Tensor.clone)
+        memo[id(self)] = copied
+        return copied
+
+
+torch.serialization.add_safe_globals([DSQState])
+
+
+def require_packable(dstate: int, bits: int, layer: str) -> None:
+    """Raise `StateError` unless ``dstate`` codes of ``bits`` bits fill whole bytes."""
+    if not quant.packable(dstate, bits):
+        raise StateError(
+            f"{layer}: dstate={dstate} cannot be packed {8 // bits} per byte; "
+            f"use a dstate divisible by {8 // bits} or state_bits=8"
+        )
+
+
+def _contiguous_strides(size: Sequence[int]) -> tuple[int, ...]:
+    strides: list[int] = [1]
+    for extent in reversed(size[1:]):
+        strides.insert(0, strides[0] * extent)
+    return tuple(strides)
+
+
+def _map(
+    state: DSQState, on_batch: Callable[[Tensor], Tensor], on_shared: Callable[[Tensor], Tensor] = lambda t: t
+) -> DSQState:
+    """Apply ``on_batch`` to what has a batch dimension and ``on_shared`` to a calibrated state_scale."""
+    state_scale = on_batch(state.state_scale) if state.dynamic else on_shared(state.state_scale)
+    return DSQState(
+        on_batch(state.packed),
+        on_batch(state.channel_scale),
+        state_scale,
+        on_batch(state.rng),
+        state.bits,
+        state.stochastic,
+    )
+
+
+def _same_layout(a: DSQState, b: DSQState) -> bool:
+    return (a.bits, a.stochastic, a.dynamic, a.shape[1:]) == (b.bits, b.stochastic, b.dynamic, b.shape[1:])
+
+
+def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, DSQState):
+                raise StateError(
+                    f"{func} writes to a packed state and the write would be lost; allowed: copy_ and zero_. "
+                    "Work on dequantize() and copy_ the result back"
+                )
+
+
+# --- operations that keep the state packed -------------------------------------------------------------------------
+
+
+def _alias(state: DSQState, **_: Any) -> DSQState:
+    return _map(state, lambda t: t)
+
+
+def _clone(state: DSQState, **_: Any) -> DSQState:
+    return _map(state, Tensor.clone, Tensor.clone)
+
+
+def _to_copy(state: DSQState, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Any:
+    if dtype not in (None, torch.float32):
+        return NotImplemented
+
+    def move(inner: Tensor) -> Tensor:
+        return inner.to(device=device, copy=True)
+
+    return _map(state, move, move)
+
+
+def _index_select(state: DSQState, dim: int, index: Tensor) -> Any:
+    if dim not in (0, -4) or not isinstance(state, DSQState):
+        return NotImplemented
+    return _map(state, lambda t: t.index_select(0, index))
+
+
+def _index(state: DSQState, indices: list[Tensor | None]) -> Any:
+    if len(indices) != 1 or not isinstance(state, DSQState) or indices[0] is None or indices[0].dim() != 1:
+        return NotImplemented
+    return _map(state, lambda t: t[indices[0]])
+
+
+def _slice(state: DSQState, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    if dim not in (0, -4):
+        return NotImplemented
+    return _map(state, lambda t: aten.slice.Tensor(t, 0, start, end, step))
+
+
+def _split(state: DSQState, sizes: Any, dim: int = 0) -> Any:
+    if dim not in (0, -4):
+        return NotImplemented
+    lengths = [piece.shape[0] for piece in state.rng.split(sizes)]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [_slice(state, 0, start, start + length) for start, length in zip(starts, lengths, strict=True)]
+
+
+def _cat(states: Sequence[Tensor], dim: int = 0) -> Any:
+    first = states[0]
+    if dim not in (0, -4) or not all(isinstance(s, DSQState) and _same_layout(s, first) for s in states):  # type: ignore[arg-type]
+        return NotImplemented
+    assert isinstance(first, DSQState)
+    if not first.dynamic and not all(torch.equal(s.state_scale, first.state_scale) for s in states):  # type: ignore[attr-defined]
+        return NotImplemented
+    state_scale = torch.cat([s.state_scale for s in states]) if first.dynamic else first.state_scale  # type: ignore[attr-defined]
+    return DSQState(
+        torch.cat([s.packed for s in states]),  # type: ignore[attr-defined]
+        torch.cat([s.channel_scale for s in states]),  # type: ignore[attr-defined]
+        state_scale,
+        torch.cat([s.rng for s in states]),  # type: ignore[attr-defined]
+        first.bits,
+        first.stochastic,
+    )
+
+
+def _zero_(state: DSQState) -> DSQState:
+    state.packed.fill_(quant.zero_byte(state.bits))
+    state.channel_scale.fill_(quant.TINY_SCALE)
+    if state.dynamic:
+        state.state_scale.fill_(quant.TINY_SCALE)
+    state.rng[:, 1] = 0
+    return state
+
+
+def _zeros_like(state: DSQState, **_: Any) -> DSQState:
+    return _zero_(_clone(state))
+
+
+def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
+    if not isinstance(target, DSQState):
+        return NotImplemented
+    if isinstance(source, DSQState):
+        if not _same_layout(target, source):
+            raise StateError(f"copy_ of {source!r} to {target!r}: the layouts differ; use copy_(source.dequantize())")
+        for name in ("packed", "channel_scale", "rng") + (("state_scale",) if target.dynamic else ()):
+            getattr(target, name).copy_(getattr(source, name))
+        return target
+    state_scale = None if target.dynamic else target.state_scale
+    packed, channel_scale, new_state_scale = quant.quantize_state(
+        source.expand(target.shape), target.bits, state_scale=state_scale, rng=target.rng if target.stochastic else None
+    )
+    target.packed.copy_(packed)
+    target.channel_scale.copy_(channel_scale)
+    if target.dynamic:
+        target.state_scale.copy_(new_state_scale)
+    target.rng[:, 1] += 1
+    return target
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.lift_fresh.default: _alias,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.cat.default: _cat,
+    aten.zero_.default: _zero_,
+    aten.zeros_like.default: _zeros_like,
+    aten.copy_.default: _copy_,
+}
