@@ -1,0 +1,42 @@
+"""The pipeline. State passes come first: what can be refused is refused before any weight is touched.
+
+    fuse_chunk_scan   (fusion)    prefill's scan becomes one operator
+    quantize_state    (semantic)  prefill hands the state over packed, decode keeps it packed
+    fuse_ssm_update   (fusion)    a decode step runs on the packed state
+    quantize_linear   (semantic)  linears become int8 W8A8
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..fx_utils import iter_calls, op_name, parameter_path, placeholders, shape_of
+from ..report import Report
+from .base import GraphPass, PassContext, StateOutput
+from .fuse_chunk_scan import FuseChunkScan
+from .fuse_ssm_update import FuseSsmUpdate
+from .match_mamba2 import is_step, scan_anchors
+from .quantize_linear import QuantizeLinear
+from .quantize_state import QuantizeState
+
+__all__ = ["PIPELINE", "GraphPass", "PassContext", "StateOutput", "phase_of", "run_pipeline"]
+
+PIPELINE: tuple[type[GraphPass], ...] = (FuseChunkScan, QuantizeState, FuseSsmUpdate, QuantizeLinear)
+
+
+def phase_of(graph: fx.Graph) -> str:
+    """``"prefill"`` with a Mamba2 scan, ``"decode"`` with a Mamba2 step, ``"other"`` with neither."""
+    if scan_anchors(graph):
+        return "prefill"
+    stores = (copy for copy in iter_calls(graph, "copy_") if op_name(copy.args[0]) == "placeholder")
+    return "decode" if any(is_step(copy.args[1], copy.args[0]) for copy in stores) else "other"
+
+
+def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> None:
+    """Run every enabled pass on ``gm``, a copy made by `fx_utils.copy_graph`."""
+    if context.artifact is not None:
+        shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
+        context.artifact.check_model(shapes)
+    for rewrite in PIPELINE:
+        if rewrite.enabled(context.config):
+            rewrite(context)(gm, report)

@@ -1,0 +1,185 @@
+"""The torch.compile backend ``qmamba``: rewrites a copy of Dynamo's graph and hands it to Inductor."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import ops as _ops  # noqa: F401  (registers qmamba::*)
+from . import report as report_module
+from .artifact import Artifact, read_artifact
+from .config import QMambaConfig
+from .errors import NonFiniteStateError
+from .fx_utils import InputSource, copy_graph, placeholders, value_of
+from .passes import PassContext, StateOutput, phase_of, run_pipeline
+from .report import Report
+from .state import DSQState
+
+logger = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def qmamba(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Compile one graph. Called by torch.compile; ``options`` are those of `QMambaConfig`.
+
+    Raises:
+        ConfigError: an option is unknown or its value is not allowed.
+        ArtifactError: the calibration artifact is damaged or belongs to another model.
+        StateError: the state of a layer cannot be packed as asked.
+    """
+    config = QMambaConfig.from_options(options)
+    inner = _inner_compiler(config, mode)
+    _warn_before_recompile_limit()
+    report = Report(strict=config.strict)
+    report.phase = phase_of(gm.graph)
+    report_module.recent.append(report)
+    if _needs_gradients(gm):
+        logger.warning(
+            "qmamba: gradients are required, so this graph is left to plain Inductor; call the model under "
+            "torch.no_grad() or torch.inference_mode(), or use model.eval().requires_grad_(False)"
+        )
+        return inner(gm, example_inputs)
+    if report.phase == "other":
+        logger.warning("qmamba: no Mamba2 layer in this graph, so it is left to plain Inductor")
+        return inner(gm, example_inputs)
+    artifact = _load_artifact(config)
+    rewritten = copy_graph(gm)
+    context = PassContext(config, artifact, list(example_inputs), _scope())
+    run_pipeline(rewritten, context, report)
+    sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
+    inputs = [_example(source, context) for source in sources]
+    return _Runner(inner(rewritten, inputs), sources, context)
+
+
+class _Runner:
+    """Calls the compiled graph with what it takes instead of Dynamo's arguments, and wraps what it returns.
+
+    AOTAutograd therefore sees plain tensors only: packed states and int8 weights are taken apart here.
+    """
+
+    def __init__(self, compiled: Compiled, sources: Sequence[InputSource], context: PassContext) -> None:
+        self._compiled = compiled
+        self._sources = [(source.index, source.getter, source.constant) for source in sources]
+        self._outputs = sorted(context.state_outputs, key=lambda output: output.position)
+        self._state_inputs = context.state_inputs if context.config.check_finite else {}
+        self._check_finite = context.config.check_finite
+
+    def __call__(self, *args: Any) -> Any:
+        inputs = []
+        for index, getter, constant in self._sources:
+            value = constant if index is None else args[index]
+            inputs.append(value if getter is None else getter(value))
+        results = self._compiled(*inputs)
+        if self._outputs:
+            results = self._wrap(list(results))
+        for index, layer in self._state_inputs.items():
+            _require_finite(args[index], layer)
+        return results
+
+    def _wrap(self, flat: list[Any]) -> tuple[Any, ...]:
+        # From the front: each state found puts the later ones at the position Dynamo knows.
+        for output in self._outputs:
+            parts = flat[output.position : output.position + output.width]
+            state = _make_state(output, parts)
+            if self._check_finite:
+                _require_finite(state, output.layer)
+            flat[output.position : output.position + output.width] = [state]
+        return tuple(flat)
+
+
+def _make_state(output: StateOutput, parts: list[Tensor]) -> DSQState:
+    packed, channel_scale, rng = parts[:3]
+    state_scale = parts[3] if output.state_scale is None else output.state_scale
+    return DSQState(packed, channel_scale, state_scale, rng, output.bits, output.stochastic)
+
+
+def _require_finite(state: DSQState, layer: str) -> None:
+    bad = ~state.channel_scale.isfinite()
+    if bool(bad.any()):
+        batch, head = (int(i) for i in bad.nonzero()[0][:2])
+        raise NonFiniteStateError(
+            f"{layer}: the SSM state of sequence {batch}, head {head} is NaN or infinite; "
+            "the inputs or weights of this layer overflowed (check_finite=False lets NaN run through to the logits)"
+        )
+
+
+def _example(source: InputSource, context: PassContext) -> Any:
+    """What AOTAutograd traces an input with: Dynamo's own example, or a fake of the tensor taken out of it."""
+    if source.index is not None and source.getter is None:
+        return context.example_inputs[source.index]
+    tracing = torch._guards.TracingContext.get()
+    mode, value = tracing.fake_mode, source.constant
+    assert mode is not None
+    if source.index is not None:
+        whole = context.example_inputs[source.index]
+        if is_traceable_wrapper_subclass(whole) and whole in tracing.tensor_to_context:
+            # Inner sizes of a state must get the symbols that Dynamo has given them.
+            symbolic = tracing.tensor_to_context[whole]
+            whole = mode.from_tensor(whole, symbolic_context=symbolic, source=symbolic.tensor_source)
+        assert source.getter is not None
+        value = source.getter(whole)
+    assert value is not None
+    return value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True)
+
+
+def _inner_compiler(config: QMambaConfig, mode: str | None) -> Compiled:
+    if config.inner_backend != "inductor":
+        return torch._dynamo.lookup_backend(config.inner_backend)
+    from torch._inductor.compile_fx import compile_fx
+
+    if mode in (None, "default"):
+        return compile_fx
+    return functools.partial(compile_fx, config_patches=torch._inductor.list_mode_options(mode))
+
+
+def _needs_gradients(gm: fx.GraphModule) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    values = (value_of(node) for node in placeholders(gm.graph))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def _scope() -> dict[str, Any]:
+    """Where Dynamo's source expressions evaluate: locals and globals of the frame being compiled."""
+    tx = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    return {"L": tx.output.local_scope, "G": tx.output.global_scope}
+
+
+def _load_artifact(config: QMambaConfig) -> Artifact | None:
+    if config.calibration is None:
+        return None
+    status = os.stat(config.calibration) if os.path.exists(config.calibration) else None
+    return _read_artifact_once(config.calibration, (status.st_mtime_ns, status.st_size) if status else None)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_artifact_once(path: str, _changed: tuple[int, int] | None) -> Artifact:
+    return read_artifact(path)
+
+
+def _warn_before_recompile_limit() -> None:
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    limit = torch._dynamo.config.recompile_limit
+    count = getattr(compile_id, "frame_compile_id", None)
+    if count is not None and count + 1 == limit:
+        logger.warning(
+            "qmamba: this is compilation %d of the same function and the last that Dynamo allows; beyond it PyTorch "
+            "silently runs eager. Set torch._dynamo.config.recompile_limit higher, or use fewer kinds of inputs "
+            "(batch 1 or more, with or without attention mask, prompts of one or several chunks)",
+            count + 1,
+        )

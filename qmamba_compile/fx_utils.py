@@ -1,0 +1,231 @@
+"""Everything the passes need to know about Dynamo's graphs: metadata, layer paths, values, inputs, replacement."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+Getter = Callable[[Any], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSource:
+    """Where the value of a placeholder comes from when Dynamo calls the compiled graph with its own arguments.
+
+    Attributes:
+        index: position in Dynamo's argument list; None for a tensor that belongs to the compiled graph.
+        getter: applied to that argument, such as "the packed codes of this state".
+        constant: the tensor when index is None.
+    """
+
+    index: int | None
+    getter: Getter | None = None
+    constant: Tensor | None = None
+
+    def fetch(self, args: tuple[Any, ...]) -> Any:
+        value = self.constant if self.index is None else args[self.index]
+        return value if self.getter is None else self.getter(value)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def value_of(node: Any) -> Any:
+    """The fake value that Dynamo recorded for a node; anything else is returned as it is."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """Shape from metadata, () when the node is no tensor."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def hint(size: Any) -> int:
+    """The size that a possibly symbolic extent had when the graph was traced."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def nbytes_of(node: Any) -> int:
+    """Bytes of a node's tensor at the traced sizes."""
+    count = 1
+    for size in shape_of(node):
+        count *= hint(size)
+    return count * value_of(node).element_size()
+
+
+def op_name(node: Any) -> str:
+    """``"mul"`` for ``operator.mul``, ``torch.mul`` and ``Tensor.mul`` alike; the qualified name for our own ops."""
+    if not isinstance(node, fx.Node):
+        return ""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            return node.target._schema.name.replace("::", ".")
+        return getattr(node.target, "__name__", str(node.target))
+    return node.op
+
+
+def layer_of(node: fx.Node) -> str:
+    """Module path that a node was traced in, such as ``backbone.layers.3.mixer``; "" at the top."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    return re.sub(r"^[LG](\['[^']*'\]|\[\d+\])*\.?", "", path)
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Dynamo's expression for a placeholder's value, "" when it has none."""
+    argument = placeholder.meta.get("grapharg")
+    name = getattr(getattr(argument, "source", None), "name", "")
+    # A method up to torch 2.11, an attribute since.
+    return name() if callable(name) else name
+
+
+def parameter_path(placeholder: fx.Node) -> str:
+    """Path of the parameter that a placeholder stands for, "" when it is none."""
+    name = source_name(placeholder)
+    if "._parameters[" not in name and "._buffers[" not in name:
+        return ""
+    return ".".join(re.findall(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]", name))
+
+
+def strip(node: Any, *names: str) -> Any:
+    """Walk back along first arguments while the operation is one of ``names``."""
+    while op_name(node) in names:
+        node = node.args[0]
+    return node
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by keyword."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def users(node: fx.Node, *names: str) -> list[fx.Node]:
+    """Users of a node, those of the given operations only."""
+    return [user for user in node.users if not names or op_name(user) in names]
+
+
+def ancestors(roots: list[fx.Node], stop: set[fx.Node]) -> list[fx.Node]:
+    """All nodes that ``roots`` are computed from, not walking past ``stop``."""
+    seen: dict[fx.Node, None] = {}
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node in seen or node in stop:
+            continue
+        seen[node] = None
+        pending.extend(node.all_input_nodes)
+    return list(seen)
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy to rewrite; Dynamo still needs its own graph untouched after the backend returns.
+
+    Each placeholder of the copy carries an `InputSource` under ``meta["qmamba_input"]``.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    returned = graph.graph_copy(gm.graph, mapping)
+    graph.output(returned)
+    output = output_node(graph)
+    output.meta = dict(output_node(gm.graph).meta)
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+    for index, original in enumerate(placeholders(gm.graph)):
+        node = mapping[original]
+        node._dynamo_source = getattr(original, "_dynamo_source", None)  # type: ignore[attr-defined]
+        node.meta["qmamba_input"] = InputSource(index)
+    return copied
+
+
+def add_input(graph: fx.Graph, after: fx.Node | None, name: str, source: InputSource, fake: Tensor) -> fx.Node:
+    """A new placeholder behind ``after`` (or behind the last one)."""
+    last = after if after is not None else placeholders(graph)[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta.update(example_value=fake, qmamba_input=source)
+    if source.index is None:
+        # Keeps AOTAutograd from guarding on, or cloning, a tensor that no one else sees.
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    return node
+
+
+def insert_call(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Insert ``target(*args)`` with its fake value, in the layer of ``before``."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in before.meta:
+            node.meta[key] = before.meta[key]
+    fake_args = fx.map_arg(args, value_of)
+    with _fake_mode(fake_args), torch.no_grad():
+        node.meta["example_value"] = target(*fake_args)
+    return node
+
+
+def replace_node(old: fx.Node, new: fx.Node) -> None:
+    """Give every use of ``old`` to ``new`` and erase ``old``; what fed it dies with the pass if no one else reads it."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    old.graph.erase_node(old)
+
+
+def _fake_mode(values: Any) -> FakeTensorMode:
+    """The mode of the first fake tensor among ``values``.
+
+    Not `detect_fake_mode`, which prefers the mode that AOTAutograd is going to use to the one of the graph's values.
+    """
+    for value in torch.utils._pytree.tree_leaves(values):
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise AssertionError("the graph carries no fake values")
+
+
+def fake_like(graph: fx.Graph, tensor: Tensor) -> Tensor:
+    """A fake of ``tensor`` in the mode of the graph's values, with static shape."""
+    return _fake_mode([value_of(node) for node in placeholders(graph)]).from_tensor(tensor, static_shapes=True)
+
+
+def removable(node: fx.Node) -> bool:
+    """False for what acts by itself: placeholders, the output, in-place methods and mutating operators.
+
+    `fx.Graph.eliminate_dead_code` is not used: it deletes a ``copy_`` whose result no one reads.
+    """
+    if node.op in ("placeholder", "output"):
+        return False
+    name = op_name(node)
+    if node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        return False
+    return not node.is_impure() and not name.startswith(("setitem", "iadd", "imul", "isub", "itruediv"))
+
+
+def iter_calls(graph: fx.Graph, *names: str) -> Iterator[fx.Node]:
+    """Calls of the given operations, in order; safe against erasure while iterating."""
+    yield from [node for node in graph.nodes if op_name(node) in names]

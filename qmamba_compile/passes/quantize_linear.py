@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from torchao.quantization import Int8Tensor
+from torchao.quantization.granularity import PerRow
+from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
+
+from .. import quant
+from ..errors import SkipReason
+from ..fx_utils import (
+    InputSource,
+    add_input,
+    argument,
+    fake_like,
+    insert_call,
+    iter_calls,
+    layer_of,
+    nbytes_of,
+    op_name,
+    parameter_path,
+    replace_node,
+    source_name,
+    users,
+    value_of,
+)
+from ..report import Report
+from .base import GraphPass
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_ROUTING_DISTANCE = 6
+"""Operations between a router's linear and its ``topk``: casts, bias, softmax or sigmoid, masking, grouping."""
+
+_INNER = ("qdata", "scale", "act_pre_scale")
+
+
+class QuantizeLinear(GraphPass):
+    """Make every linear int8 W8A8: torchao weights, activations quantized per token.
+
+    The float parameter of the module is replaced by a torchao ``Int8Tensor`` while the graph is compiled, before
+    Dynamo builds its guards: the float weight is freed, later graphs find the int8 one, and the model keeps working
+    without the backend, by torchao's own int8 linear. A parameter that is also used otherwise (an embedding tied to
+    ``lm_head``) stays as it is and is quantized beside it.
+
+    Before:
+        y = linear(x, weight, bias)
+    After:
+        y = qmamba.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+
+    Refuses: layers named in ``skip_layers``, weights that are no parameters, routers of a mixture of experts.
+    """
+
+    def rewrite(self, graph: fx.Graph, report: Report) -> None:
+        if self.config.weights is None:
+            return
+        unpacked: dict[fx.Node, tuple[fx.Node | None, ...]] = {}
+        for node in iter_calls(graph, "linear"):
+            layer, weight = layer_of(node), argument(node, 1, "weight")
+            refusal = self._refusal(node, weight, layer)
+            if refusal is not None:
+                report.skipped(layer, *refusal)
+                continue
+            bytes_before = bytes_after = 0
+            if weight not in unpacked:
+                bytes_before = nbytes_of(weight)
+                unpacked[weight] = self._unpack(graph, weight, layer)
+                bytes_after = sum(nbytes_of(part) for part in unpacked[weight] if part is not None)
+            qdata, scale, act_pre_scale = unpacked[weight]
+            y = insert_call(
+                node,
+                torch.ops.qmamba.w8a8_linear.default,
+                argument(node, 0, "input"),
+                qdata,
+                scale,
+                argument(node, 2, "bias"),
+                act_pre_scale,
+                self._act_scale(graph, layer),
+            )
+            replace_node(node, y)
+            report.rewrote(layer, "int8", bytes_before=bytes_before, bytes_after=bytes_after)
+        for weight in unpacked:
+            if not weight.users:
+                graph.erase_node(weight)
+
+    def _refusal(self, node: fx.Node, weight: Any, layer: str) -> tuple[SkipReason, str] | None:
+        if self.config.excludes(layer):
+            return SkipReason.EXCLUDED, "named by skip_layers"
+        if op_name(weight) != "placeholder" or not parameter_path(weight):
+            return SkipReason.NOT_A_PARAMETER, f"the weight is {op_name(weight) or weight!r} ({weight})"
+        value = self.context.example_inputs[weight.meta["qmamba_input"].index]
+        plain = type(value) in (Tensor, nn.Parameter) and value.dtype in _FLOATS
+        if not plain and not _is_our_int8(value):
+            return SkipReason.DTYPE, f"the weight is a {type(value).__name__} of {value.dtype}; allowed: {_FLOATS}"
+        if _routes(node):
+            return SkipReason.ROUTER, f"its output reaches topk within {_ROUTING_DISTANCE} operations"
+        return None
+
+    def _unpack(self, graph: fx.Graph, weight: fx.Node, layer: str) -> tuple[fx.Node | None, ...]:
+        """Inputs for the int8 form of ``weight``: qdata, scale, act_pre_scale (None where absent)."""
+        index = weight.meta["qmamba_input"].index
+        value = self.context.example_inputs[index]
+        find: Callable[[Any], Int8Tensor] | None = None
+        if not isinstance(value, Int8Tensor):
+            slots = self._module_slots(weight)
+            if slots:
+                with torch.inference_mode(False), torch.no_grad():
+                    value = nn.Parameter(self._quantize(value, layer), requires_grad=False)
+                for module, name in slots:
+                    module._parameters[name] = value
+                self.context.example_inputs[index] = value
+            else:
+                find = self._beside(value, layer)
+                value = find(value)
+        inputs: list[fx.Node | None] = []
+        last = weight
+        for name in _INNER:
+            tensor = getattr(value, name)
+            if tensor is None:
+                inputs.append(None)
+                continue
+            source = InputSource(index, _getter(name, find))
+            last = add_input(graph, last, f"{weight.name}_{name}", source, fake_like(graph, tensor))
+            last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            inputs.append(last)
+        return tuple(inputs)
+
+    def _quantize(self, weight: Tensor, layer: str) -> Int8Tensor:
+        artifact = self.context.artifact
+        if artifact is None:
+            return quantize_weight(weight)
+        return quantize_weight(weight, smooth=artifact.smooth(layer), tuned=artifact.tuned(layer))
+
+    def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:
+        """The layer's static activation scale, an input of its own: torchao's eager linear stays dynamic."""
+        scale = None if self.context.artifact is None else self.context.artifact.act_scale(layer)
+        if scale is None:
+            return None
+        name = f"{layer.replace('.', '_')}_act_scale"
+        return add_input(graph, None, name, InputSource(None, constant=scale), fake_like(graph, scale))
+
+    def _module_slots(self, weight: fx.Node) -> list[tuple[nn.Module, str]]:
+        """Every (module, name) that holds the parameter; empty when it must stay in floating point.
+
+        Dynamo gives one placeholder to a parameter that several modules share, so all users are asked for their layer.
+        """
+        if any(op_name(user) != "linear" for user in weight.users):
+            return []
+        root_name, _, _ = re.split(r"(\._modules|\._parameters)", source_name(weight), maxsplit=1)
+        try:
+            root = eval(root_name, dict(self.context.scope))
+        except (NameError, KeyError, AttributeError):
+            return []
+        value = self.context.example_inputs[weight.meta["qmamba_input"].index]
+        paths = {layer_of(user) for user in weight.users} | {parameter_path(weight).rpartition(".")[0]}
+        slots = []
+        for path in paths:
+            module = root.get_submodule(path)
+            names = [name for name, parameter in module._parameters.items() if parameter is value]
+            slots.extend((module, name) for name in names)
+        return slots
+
+    def _beside(self, weight: Tensor, layer: str) -> _WeightBeside:
+        """The int8 form of a parameter that stays, shared by all graphs compiled with this calibration."""
+        artifact = self.context.artifact
+        key = (layer, None if artifact is None else artifact.digest)
+        return _beside.setdefault(weight, {}).setdefault(key, _WeightBeside(lambda w: self._quantize(w, layer)))
+
+
+class _WeightBeside:
+    """int8 form of a float parameter that stays in use; made again when the parameter was written to."""
+
+    def __init__(self, quantize: Callable[[Tensor], Int8Tensor]) -> None:
+        self._quantize = quantize
+        self._made_from: tuple[int, int] | None = None
+        self._int8: Int8Tensor | None = None
+
+    def __call__(self, weight: Tensor) -> Int8Tensor:
+        now = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._int8 is None or self._made_from != now:
+            with torch.inference_mode(False), torch.no_grad():
+                self._int8 = self._quantize(weight.detach())
+            self._made_from = now
+        return self._int8
+
+
+_beside: Any = WeakIdKeyDictionary()
+
+
+def _getter(name: str, find: Callable[[Any], Int8Tensor] | None) -> Callable[[Any], Tensor]:
+    attribute = operator.attrgetter(name)
+    return attribute if find is None else lambda weight: attribute(find(weight))
+
+
+def quantize_weight(weight: Tensor, *, smooth: Tensor | None = None, tuned: Tensor | None = None) -> Int8Tensor:
+    """torchao ``Int8Tensor`` of a weight [o, k]: symmetric, one scale per output channel.
+
+    Args:
+        smooth: SmoothQuant factors [k]; the weight is multiplied, activations are divided by them.
+        tuned: rows [r, k] that replace the last r of the weight (B, C and dt of a Mamba2 ``in_proj``, by ESR).
+    """
+    if tuned is not None:
+        weight = torch.cat([weight[: -tuned.shape[0]], tuned.to(weight)])
+    if smooth is not None:
+        weight = weight * smooth.to(weight)
+    codes, scale = quant.quantize_rows(weight)
+    return Int8Tensor(
+        codes,
+        scale,
+        [1, weight.shape[1]],
+        weight.dtype,
+        zero_point=torch.zeros_like(scale, dtype=torch.int8),
+        act_pre_scale=None if smooth is None else smooth.to(weight).reciprocal(),
+        act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()),
+    )
+
+
+def _is_our_int8(value: Any) -> bool:
+    """True for a torchao int8 weight with one symmetric scale a row and dynamically quantized activations."""
+    return (
+        isinstance(value, Int8Tensor)
+        and value.act_quant_kwargs is not None
+        and value.act_quant_scale is None
+        and value.scale.numel() == value.shape[0]
+        and (value.zero_point is None or not bool(value.zero_point.any()))
+    )
+
+
+def _routes(node: fx.Node) -> bool:
+    """True when the result of a linear is what a ``topk`` chooses by."""
+    frontier = [node]
+    for _ in range(_ROUTING_DISTANCE):
+        frontier = [user for item in frontier for user in users(item) if op_name(user) not in ("linear", "einsum")]
+        if any(op_name(user) == "topk" for user in frontier):
+            return True
+    return False

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import hashlib
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .. import quant
+from ..errors import ArtifactError, SkipReason
+from ..fx_utils import (
+    InputSource,
+    add_input,
+    fake_like,
+    hint,
+    insert_call,
+    iter_calls,
+    layer_of,
+    nbytes_of,
+    op_name,
+    output_node,
+    placeholders,
+    replace_node,
+    shape_of,
+    strip,
+    value_of,
+)
+from ..report import Report
+from ..state import DSQState, require_packable
+from .base import GraphPass, StateOutput
+from .match_mamba2 import final_state_of, is_step, scan_anchors
+
+_INNER = ("packed", "channel_scale", "state_scale", "rng")
+
+
+class QuantizeState(GraphPass):
+    """Hand the SSM state over packed, and keep it packed where it is updated.
+
+    The state leaves a prefill as a fresh float tensor that the model's cache stores, and enters a decode step as
+    whatever the cache holds. So it is enough to return a `DSQState` once: the cache carries it from then on.
+
+    Before (prefill):                        After:
+        state = zeros_like(final_state)          packed, ... = qmamba.quantize_state(final_state, ...)
+        state.copy_(final_state)                 return packed, ...      (the call wrapper makes a DSQState of them)
+        return state
+
+    Before (decode, ``state`` a DSQState):   After:
+        new = state * dA + dBx                   h = qmamba.dequantize_state(packed, channel_scale, state_scale)
+        state.copy_(new)                         new = h * dA + dBx
+                                                 qmamba.quantize_state_(packed, channel_scale, ..., new)
+
+    Refuses: a float state that the caller put into the cache, a prefill state that is read again in the same graph.
+    Raises: `StateError` when dstate does not pack, `ArtifactError` when a layer has no calibrated scale.
+    """
+
+    def rewrite(self, graph: fx.Graph, report: Report) -> None:
+        for node in placeholders(graph):
+            if isinstance(value_of(node), DSQState):
+                self._unpack_input(graph, node, report)
+        if self.config.state_bits is None:
+            return
+        self._report_float_states(graph, report)
+        finals = {node for node in map(final_state_of, scan_anchors(graph)) if node is not None}
+        finals |= {n for n in iter_calls(graph, "getitem") if op_name(n.args[0]) == "qmamba.chunk_scan" and n.args[1] == 1}
+        for copy in iter_calls(graph, "copy_"):
+            if op_name(copy.args[0]) == "zeros_like" and strip(copy.args[1], "to") in finals:
+                self._quantize_output(graph, copy, report)
+
+    # --- decode ----------------------------------------------------------------------------------------------------
+
+    def _unpack_input(self, graph: fx.Graph, node: fx.Node, report: Report) -> None:
+        """Replace a `DSQState` argument by its inner tensors."""
+        state, source = value_of(node), node.meta["qmamba_input"]
+        inner: dict[str, fx.Node] = {}
+        last = node
+        for name in _INNER:
+            getter = operator.attrgetter(name)
+            inner[name] = last = add_input(
+                graph, last, f"{node.name}_{name}", InputSource(source.index, getter), getattr(state, name)
+            )
+        layer = next((layer_of(user) for user in node.users if user.op != "output"), node.name)
+        self.context.state_inputs[source.index] = layer
+        stores = 0
+        for user in sorted(node.users):
+            if user.op == "output":
+                raise NotImplementedError(f"{layer}: the graph returns its own state argument {node.name}")
+            if op_name(user) == "copy_" and user.args[0] is node:
+                self._store(user, node, inner, state)
+                stores += 1
+            else:
+                user.replace_input_with(node, _read(user, inner, state.bits))
+        graph.erase_node(node)
+        report.rewrote(
+            layer,
+            f"{state.bits}-bit state, {stores} store(s)",
+            bytes_before=nbytes_of_shape(shape_of(last), state),
+            bytes_after=sum(nbytes_of(inner[name]) for name in _INNER if name != "state_scale" or state.dynamic),
+        )
+
+    def _store(self, copy: fx.Node, node: fx.Node, inner: dict[str, fx.Node], state: DSQState) -> None:
+        for reader in list(copy.users):
+            # ``copy_`` returns its target, so a reader of its result reads the new state.
+            reader.replace_input_with(copy, _read(reader, inner, state.bits))
+        scale = inner["state_scale"]
+        insert_call(
+            copy,
+            torch.ops.qmamba.quantize_state_.default,
+            inner["packed"],
+            inner["channel_scale"],
+            scale if state.dynamic else None,
+            inner["rng"],
+            copy.args[1],
+            None if state.dynamic else scale,
+            state.bits,
+            state.stochastic,
+        )
+        copy.graph.erase_node(copy)
+
+    def _report_float_states(self, graph: fx.Graph, report: Report) -> None:
+        for copy in iter_calls(graph, "copy_"):
+            target = copy.args[0]
+            if isinstance(target, fx.Node) and target.op == "placeholder" and is_step(copy.args[1], target):
+                report.skipped(
+                    layer_of(copy),
+                    SkipReason.FLOAT_STATE,
+                    "the cache was filled outside this backend; run the prompt through the compiled model",
+                    bytes_before=nbytes_of(target),
+                )
+
+    # --- prefill ---------------------------------------------------------------------------------------------------
+
+    def _quantize_output(self, graph: fx.Graph, copy: fx.Node, report: Report) -> None:
+        fresh, final = copy.args
+        layer, bits = layer_of(copy), self.config.state_bits
+        assert bits is not None
+        stochastic = self.config.rounding == "stochastic"
+        output = output_node(graph)
+        returned: list[Any] = list(output.args[0])
+        readers = [user for user in fresh.users if user not in (copy, output)]
+        if readers or copy.users or returned.count(fresh) != 1:
+            report.skipped(layer, SkipReason.SECOND_READER, f"{fresh} is also read by {readers or list(copy.users)}")
+            return
+        if self.config.excludes(layer):
+            report.skipped(layer, SkipReason.EXCLUDED, "named by skip_layers", bytes_before=nbytes_of(final))
+            return
+        require_packable(shape_of(final)[-1], bits, layer)
+        scale, scale_node = self._calibrated_scale(graph, layer, shape_of(final))
+        fused = insert_call(
+            copy,
+            torch.ops.qmamba.quantize_state.default,
+            final,
+            scale_node,
+            bits,
+            stochastic,
+            _layer_seed(self.config.seed, layer),
+        )
+        width = 3 if scale_node is not None else 4
+        parts = [insert_call(copy, operator.getitem, fused, index) for index in range(width)]
+        position = returned.index(fresh)
+        # Positions in the flattened outputs; earlier states have already widened theirs.
+        dynamo_position = position - sum(s.width - 1 for s in self.context.state_outputs if s.position < position)
+        output.args = (tuple(returned[:position] + parts + returned[position + 1 :]),)
+        self.context.state_outputs.append(StateOutput(dynamo_position, layer, bits, stochastic, scale))
+        bytes_before, bytes_after = nbytes_of(final), sum(nbytes_of(part) for part in parts)
+        graph.erase_node(copy)
+        graph.erase_node(fresh)
+        report.rewrote(layer, f"{bits}-bit state", bytes_before=bytes_before, bytes_after=bytes_after)
+
+    def _calibrated_scale(
+        self, graph: fx.Graph, layer: str, shape: tuple[Any, ...]
+    ) -> tuple[Tensor | None, fx.Node | None]:
+        if self.config.state_scales == "dynamic":
+            return None, None
+        assert self.context.artifact is not None
+        scale = self.context.artifact.state_scale(layer)
+        if scale is None:
+            raise ArtifactError(
+                f"{layer}: {self.config.calibration} has no state_scale for this layer; "
+                "calibrate this model again, name the layer in skip_layers, or use state_scales='dynamic'"
+            )
+        if tuple(scale.shape) != (shape[1], shape[3]):
+            raise ArtifactError(
+                f"{layer}: state_scale in {self.config.calibration} has shape {list(scale.shape)}; "
+                f"this model needs [{shape[1]}, {shape[3]}] (nheads, dstate): the artifact belongs to another model"
+            )
+        device = value_of(placeholders(graph)[0]).device
+        scale = quant.store_scale(scale).to(device)
+        name = f"{layer.replace('.', '_')}_state_scale"
+        node = add_input(graph, None, name, InputSource(None, constant=scale), fake_like(graph, scale))
+        return scale, node
+
+
+def nbytes_of_shape(_: Any, state: DSQState) -> int:
+    """Bytes of the float32 state that a `DSQState` stands for, at the traced sizes."""
+    count = 4
+    for size in state.shape:
+        count *= hint(size)
+    return count
+
+
+def _read(reader: fx.Node, inner: dict[str, fx.Node], bits: int) -> fx.Node:
+    scales = (inner["channel_scale"], inner["state_scale"])
+    return insert_call(reader, torch.ops.qmamba.dequantize_state.default, inner["packed"], *scales, bits)
+
+
+def _layer_seed(seed: int, layer: str) -> int:
+    """Philox key of a layer: layers must not share their noise."""
+    digest = hashlib.blake2b(f"{seed}:{layer}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
