@@ -1,7 +1,9 @@
-"""qmamba-compile: ``torch.compile(model, backend="qmamba")`` for Mamba2 models (Q-Mamba, W8A8H4)."""
+"""qmamba-compile: ``torch.compile(model, backend="qmamba")`` for Mamba2 models (Q-Mamba, W8A8H4).
+
+The backend itself is `qmamba_compile.backend.qmamba`; torch finds it by its entry point, so nothing has to be imported.
+"""
 
 from .artifact import Artifact, read_artifact, write_artifact
-from .backend import qmamba
 from .config import QMambaConfig
 from .errors import ArtifactError, ConfigError, NonFiniteStateError, QMambaError, SkipReason, StateError, StrictError
 from .report import Report
@@ -19,7 +21,6 @@ __all__ = [
     "SkipReason",
     "StateError",
     "StrictError",
-    "qmamba",
     "read_artifact",
     "write_artifact",
 ]

@@ -361,8 +361,7 @@ def _renaming(artifact: Artifact, graph: Collection[str]) -> Callable[[str], str
             "whole model instead of one of its layers"
         )
     if inside:
-        # Paths outside the submodule get a name that no path of the graph has.
-        return lambda path: path.removeprefix(inside[0]) if path.startswith(inside[0]) else f"^{path}"
+        return lambda path: path.removeprefix(inside[0])
     if around:
         return lambda path: around[0] + path
     raise ArtifactError(

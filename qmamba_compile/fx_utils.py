@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,8 +101,8 @@ def parameter_path(placeholder: fx.Node) -> str:
 
 
 def strip(node: Any, *names: str) -> Any:
-    """Walk back along first arguments while the operation is one of ``names``."""
-    while op_name(node) in names:
+    """Walk back along first arguments while the operation is one of ``names`` and keeps floating point."""
+    while op_name(node) in names and value_of(node).is_floating_point():
         node = node.args[0]
     return node
 
@@ -190,7 +191,7 @@ def insert_call(before: fx.Node, target: Any, *args: Any) -> fx.Node:
 
 
 def replace_node(old: fx.Node, new: fx.Node) -> None:
-    """Give every use of ``old`` to ``new`` and erase ``old``; what fed it dies with the pass if no one else reads it."""
+    """Give every use of ``old`` to ``new`` and erase ``old``; what only ``old`` read dies at the end of the pass."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     old.graph.erase_node(old)
 
@@ -211,19 +212,27 @@ def fake_like(graph: fx.Graph, tensor: Tensor) -> Tensor:
     return _fake_mode([value_of(node) for node in placeholders(graph)]).from_tensor(tensor, static_shapes=True)
 
 
+_IN_PLACE_OPERATORS = {f"i{name}" for name in dir(operator) if f"i{name}" in dir(operator)} | {"setitem", "delitem"}
+
+
+def mutates(node: fx.Node) -> bool:
+    """True for in-place methods, in-place operators and whatever a schema says writes to its arguments."""
+    name = op_name(node)
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return name in _IN_PLACE_OPERATORS or name.endswith("_") or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+
+
 def removable(node: fx.Node) -> bool:
-    """False for what acts by itself: placeholders, the output, in-place methods and mutating operators.
+    """False for what acts by itself: placeholders, the output, and calls that write.
 
     `fx.Graph.eliminate_dead_code` is not used: it deletes a ``copy_`` whose result no one reads.
     """
-    if node.op in ("placeholder", "output"):
-        return False
-    name = op_name(node)
-    if node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        return False
-    return not node.is_impure() and not name.startswith(("setitem", "iadd", "imul", "isub", "itruediv"))
+    return node.op not in ("placeholder", "output") and not mutates(node) and not node.is_impure()
 
 
 def iter_calls(graph: fx.Graph, *names: str) -> Iterator[fx.Node]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import quant
+from .cpu_templates import launch as cpu_kernels
 
 _library = torch.library.Library("qmamba", "DEF")
 
@@ -59,11 +60,23 @@ def _fake(name: str):  # type: ignore[no-untyped-def]
 
 
 @_implement("quantize_state")
-def quantize_state(
-    state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, seed: int
-) -> list[Tensor]:
+def quantize_state(state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, seed: int) -> list[Tensor]:
     """Pack a fresh state [b, h, p, n]: packed, channel_scale, rng, and state_scale when dynamic."""
     rng = quant.new_rng(state.shape[0], seed, state.device)
+    if state.is_cpu:
+        batch, nheads, headdim, dstate = state.shape
+        width = quant.packed_width(dstate, bits)
+        packed = state.new_empty((batch, nheads, headdim, width), dtype=torch.int8 if bits == 8 else torch.uint8)
+        channel_scale = state.new_empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE)
+        outputs = [packed, channel_scale, rng]
+        state_scale_out = None
+        if state_scale is None:
+            state_scale_out = state.new_empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE)
+            outputs.append(state_scale_out)
+        if cpu_kernels.quantize_state_(
+            packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic
+        ):
+            return outputs
     packed, channel_scale, found_scale = quant.quantize_state(
         state, bits, state_scale=state_scale, rng=rng if stochastic else None
     )
@@ -97,6 +110,24 @@ def quantize_state_(
     stochastic: bool,
 ) -> None:
     """Requantize ``state`` [b, h, p, n] into the tensors of an existing packed state."""
+    if packed.is_cpu and cpu_kernels.quantize_state_(
+        packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic
+    ):
+        return
+    quantize_state_reference_(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic)
+
+
+def quantize_state_reference_(
+    packed: Tensor,
+    channel_scale: Tensor,
+    state_scale_out: Tensor | None,
+    rng: Tensor,
+    state: Tensor,
+    state_scale: Tensor | None,
+    bits: int,
+    stochastic: bool,
+) -> None:
+    """`quantize_state_` in plain torch."""
     new_packed, new_channel_scale, new_state_scale = quant.quantize_state(
         state, bits, state_scale=state_scale, rng=rng if stochastic else None
     )
@@ -115,6 +146,10 @@ def _(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, sto
 @_implement("dequantize_state")
 def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int) -> Tensor:
     """float32 snapshot [b, h, p, n]."""
+    if packed.is_cpu:
+        state = cpu_kernels.dequantize_state(packed, channel_scale, state_scale, bits)
+        if state is not None:
+            return state
     return quant.dequantize_state(packed, channel_scale, state_scale, bits)
 
 
@@ -152,7 +187,7 @@ def ssm_update_reference(
     assert scale is not None
     h = quant.dequantize_state(packed, channel_scale, scale, bits)
     h, y = ssm_step_reference(h, x, dt, A, B, C, D, dt_bias, dt_softplus)
-    quantize_state_(packed, channel_scale, state_scale_out, rng, h, state_scale, bits, stochastic)
+    quantize_state_reference_(packed, channel_scale, state_scale_out, rng, h, state_scale, bits, stochastic)
     return y
 
 
@@ -200,8 +235,42 @@ def ssm_update(
     stochastic: bool,
 ) -> Tensor:
     """`ssm_update_reference` by the fastest kernel that this device has."""
+    if packed.is_cpu:
+        y = cpu_kernels.ssm_update(
+            packed,
+            channel_scale,
+            state_scale_out,
+            rng,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            dt_bias,
+            state_scale,
+            dt_softplus,
+            bits,
+            stochastic,
+        )
+        if y is not None:
+            return y
     return ssm_update_reference(
-        packed, channel_scale, state_scale_out, rng, x, dt, A, B, C, D, dt_bias, state_scale, dt_softplus, bits, stochastic
+        packed,
+        channel_scale,
+        state_scale_out,
+        rng,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        state_scale,
+        dt_softplus,
+        bits,
+        stochastic,
     )
 
 

@@ -42,9 +42,7 @@ class Report:
         self._current = rewrite
 
     def rewrote(self, layer: str, detail: str, *, bytes_before: int = 0, bytes_after: int = 0) -> None:
-        self.entries.append(
-            Entry(self._current, layer, detail, bytes_before=bytes_before, bytes_after=bytes_after)
-        )
+        self.entries.append(Entry(self._current, layer, detail, bytes_before=bytes_before, bytes_after=bytes_after))
 
     def skipped(self, layer: str, reason: SkipReason, detail: str, *, bytes_before: int = 0) -> None:
         """Record an anchor left alone.

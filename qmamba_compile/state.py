@@ -81,6 +81,7 @@ class DSQState(torch.Tensor):
             StateError: dstate does not pack into whole bytes.
         """
         require_packable(h.shape[-1], bits, "DSQState")
+        h = h.detach()
         rng = quant.new_rng(h.shape[0], seed, h.device)
         if state_scale is not None:
             state_scale = quant.store_scale(state_scale)
@@ -111,7 +112,7 @@ class DSQState(torch.Tensor):
 
     # --- torch plumbing --------------------------------------------------------------------------------------------
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool]]:
         return ["packed", "channel_scale", "state_scale", "rng"], (self.bits, self.stochastic)
@@ -131,10 +132,10 @@ class DSQState(torch.Tensor):
         )
 
     def _stable_hash_for_caching(self) -> str:
-        return f"DSQState-{self.bits}-{self.stochastic}-{self.dynamic}-{tuple(self.shape)}"
+        return f"DSQState-{self.bits}-{self.stochastic}-{self.dynamic}-{tuple(self.shape)}-{self.device}"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -153,7 +154,20 @@ class DSQState(torch.Tensor):
             "or dequantize(), change it, and DSQState.from_float()"
         )
 
-    def __repr__(self, **_: Any) -> str:
+    # Neither of the next two reaches the dispatcher.
+    @property
+    def data(self) -> Tensor:
+        """The same packed state, as ``detach()`` gives it."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise StateError(f"DSQState{list(self.shape)}: assignment to .data would be lost; use copy_")
+
+    def apply_(self, function: Any) -> DSQState:
+        raise StateError(f"DSQState{list(self.shape)}: apply_ would be lost; use copy_")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         scales = "dynamic" if self.dynamic else "calibrated"
         rounding = "stochastic" if self.stochastic else "nearest"
         return f"DSQState(shape={list(self.shape)}, bits={self.bits}, scales={scales}, rounding={rounding})"
@@ -203,7 +217,13 @@ def _map(
 
 
 def _same_layout(a: DSQState, b: DSQState) -> bool:
-    return (a.bits, a.stochastic, a.dynamic, a.shape[1:]) == (b.bits, b.stochastic, b.dynamic, b.shape[1:])
+    """True when codes of ``a`` mean the same in ``b``."""
+    if (a.bits, a.stochastic, a.dynamic, a.shape[1:]) != (b.bits, b.stochastic, b.dynamic, b.shape[1:]):
+        return False
+    # A trace cannot look at values: compiled code trusts that one layer's states share their calibrated scales.
+    if a.dynamic or a.state_scale is b.state_scale or torch.compiler.is_compiling():
+        return True
+    return torch.equal(a.state_scale, b.state_scale.to(a.device))
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -271,8 +291,6 @@ def _cat(states: Sequence[Tensor], dim: int = 0) -> Any:
     if dim not in (0, -4) or not all(isinstance(s, DSQState) and _same_layout(s, first) for s in states):  # type: ignore[arg-type]
         return NotImplemented
     assert isinstance(first, DSQState)
-    if not first.dynamic and not all(torch.equal(s.state_scale, first.state_scale) for s in states):  # type: ignore[attr-defined]
-        return NotImplemented
     state_scale = torch.cat([s.state_scale for s in states]) if first.dynamic else first.state_scale  # type: ignore[attr-defined]
     return DSQState(
         torch.cat([s.packed for s in states]),  # type: ignore[attr-defined]
@@ -293,8 +311,9 @@ def _zero_(state: DSQState) -> DSQState:
     return state
 
 
-def _zeros_like(state: DSQState, **_: Any) -> DSQState:
-    return _zero_(_clone(state))
+def _zeros_like(state: DSQState, **kwargs: Any) -> Any:
+    copied = _to_copy(state, **kwargs)
+    return copied if copied is NotImplemented else _zero_(copied)
 
 
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
@@ -302,13 +321,16 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
         return NotImplemented
     if isinstance(source, DSQState):
         if not _same_layout(target, source):
-            raise StateError(f"copy_ of {source!r} to {target!r}: the layouts differ; use copy_(source.dequantize())")
+            raise StateError(
+                f"copy_ of {source!r} to {target!r}: layouts or scales differ; use copy_(source.dequantize())"
+            )
         for name in ("packed", "channel_scale", "rng") + (("state_scale",) if target.dynamic else ()):
             getattr(target, name).copy_(getattr(source, name))
         return target
     state_scale = None if target.dynamic else target.state_scale
+    h = source.to(target.device).expand(target.shape)
     packed, channel_scale, new_state_scale = quant.quantize_state(
-        source.expand(target.shape), target.bits, state_scale=state_scale, rng=target.rng if target.stochastic else None
+        h, target.bits, state_scale=state_scale, rng=target.rng if target.stochastic else None
     )
     target.packed.copy_(packed)
     target.channel_scale.copy_(channel_scale)

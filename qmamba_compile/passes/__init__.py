@@ -1,15 +1,16 @@
 """The pipeline. State passes come first: what can be refused is refused before any weight is touched.
 
-    fuse_chunk_scan   (fusion)    prefill's scan becomes one operator
-    quantize_state    (semantic)  prefill hands the state over packed, decode keeps it packed
-    fuse_ssm_update   (fusion)    a decode step runs on the packed state
-    quantize_linear   (semantic)  linears become int8 W8A8
+fuse_chunk_scan   (fusion)    prefill's scan becomes one operator
+quantize_state    (semantic)  prefill hands the state over packed, decode keeps it packed
+fuse_ssm_update   (fusion)    a decode step runs on the packed state
+quantize_linear   (semantic)  linears become int8 W8A8
 """
 
 from __future__ import annotations
 
 from torch import fx
 
+from ..artifact import check_model
 from ..fx_utils import iter_calls, op_name, parameter_path, placeholders, shape_of
 from ..report import Report
 from .base import GraphPass, PassContext, StateOutput
@@ -36,7 +37,7 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
     """Run every enabled pass on ``gm``, a copy made by `fx_utils.copy_graph`."""
     if context.artifact is not None:
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
-        context.artifact.check_model(shapes)
+        context.artifact = check_model(context.artifact, shapes)
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)

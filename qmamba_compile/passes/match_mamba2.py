@@ -13,9 +13,10 @@ import math
 from typing import Any
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import SkipReason
-from ..fx_utils import ancestors, argument, op_name, shape_of, strip, users
+from ..fx_utils import ancestors, argument, op_name, shape_of, strip, users, value_of
 
 _CASTS = ("to", "float", "type_as", "contiguous")
 _SHAPES = ("reshape", "view", "pad", "repeat_interleave", "expand", "permute", "transpose", "unsqueeze")
@@ -34,6 +35,8 @@ def _expect(node: Any, *names: str) -> fx.Node:
     if op_name(node) not in names:
         found = op_name(node) or repr(node)
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected {' or '.join(names)}, found {found} ({node})")
+    if "alpha" in node.kwargs:
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{node} scales what it adds by alpha")
     return node
 
 
@@ -65,7 +68,8 @@ def _is_einsum(node: Any, equation: str) -> bool:
 
 def _einsum(node: Any, equation: str) -> tuple[Any, Any]:
     if not _is_einsum(node, equation):
-        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected einsum {equation}, found {op_name(node)} ({node})")
+        found = f"{op_name(node)} ({node})" if isinstance(node, fx.Node) else "none"
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected einsum {equation}, found {found}")
     return node.args[1], node.args[2]
 
 
@@ -75,11 +79,55 @@ def _is_none_index(node: fx.Node) -> bool:
     return all(item is None or item is Ellipsis or item == slice(None) for item in index)
 
 
-def _strip_broadcast(node: Any) -> Any:
-    """Walk back through casts, expand and added dimensions of size one."""
-    while op_name(node) in (*_CASTS, "expand", "unsqueeze") or (op_name(node) == "getitem" and _is_none_index(node)):
+def _broadcast_path(node: Any) -> tuple[Any, list[fx.Node]]:
+    """Walk back through casts, expand and added dimensions of size one: where that ends, and the way, first to last."""
+    path: list[fx.Node] = []
+    while _broadcasts(node):
+        path.insert(0, node)
         node = node.args[0]
-    return node
+    return node, path
+
+
+def _broadcasts(node: Any) -> bool:
+    if op_name(node) in (*_CASTS, "expand", "unsqueeze"):
+        return value_of(node).is_floating_point()
+    return op_name(node) == "getitem" and _is_none_index(node)
+
+
+def _broadcast_source(node: Any, name: str, axes: tuple[int, ...]) -> fx.Node:
+    """What ``node`` was broadcast from, when its dimensions lie along ``axes`` of the result, counted from the right.
+
+    Shapes alone do not tell a value per head from one per channel when there are as many channels as heads.
+    """
+    source, path = _broadcast_path(node)
+    rank = len(shape_of(source))
+    places = list(range(rank))  # of the source's dimensions, from the left
+    for step in path:
+        if op_name(step) == "expand":
+            places = [place + len(shape_of(step)) - rank for place in places]
+        elif op_name(step) == "unsqueeze":
+            added = argument(step, 1, "dim") % (rank + 1)
+            places = [place + (place >= added) for place in places]
+        elif op_name(step) == "getitem":
+            kept = [place for place, item in enumerate(_full_index(step.args[1], rank)) if item is not None]
+            places = [kept[place] for place in places]
+        rank = len(shape_of(step))
+    if tuple(rank - place for place in places) != axes:
+        raise NoMatchError(SkipReason.NOT_PER_HEAD, f"{name} has shape {list(shape_of(source))}, broadcast by {node}")
+    return source
+
+
+def _full_index(index: Any, rank: int) -> list[Any]:
+    """An index of slices, None and at most one Ellipsis, with a slice for each dimension of the indexed tensor."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    missing = rank - sum(isinstance(item, slice) for item in items)
+    at = items.index(Ellipsis) if Ellipsis in items else len(items)
+    return items[:at] + [slice(None)] * missing + items[at + 1 :]
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """True when two possibly symbolic sizes are known to be equal, without a guard."""
+    return statically_known_true(a == b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +145,15 @@ class TimeStep:
     maximum: float
 
 
-def _match_time_step(node: Any) -> TimeStep:
+def _match_time_step(node: Any, head_axis: int) -> TimeStep:
+    """Walk back from the dt that the recurrence uses; heads lie along ``head_axis``, counted from the right."""
     minimum, maximum, softplus, dt_bias = 0.0, math.inf, False, None
     node = strip(node, *_CASTS)
     if op_name(node) in ("clamp", "clip"):
         low, high = argument(node, 1, "min"), argument(node, 2, "max")
-        minimum, maximum = (-math.inf if low is None else low), (math.inf if high is None else high)
+        minimum, maximum = _number(low, -math.inf), _number(high, math.inf)
+        if not isinstance(minimum, (int, float)) or not isinstance(maximum, (int, float)):
+            raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"dt is limited by tensors ({node})")
         node = strip(node.args[0], *_CASTS)
     elif op_name(node) != "softplus":
         minimum = -math.inf
@@ -111,11 +162,14 @@ def _match_time_step(node: Any) -> TimeStep:
             raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"softplus with beta or threshold of its own ({node})")
         softplus = True
         node = strip(node.args[0], *_CASTS)
-        if op_name(node) == "add" and all(isinstance(item, fx.Node) for item in node.args):
-            node, dt_bias = node.args[0], _strip_broadcast(node.args[1])
-            if len(shape_of(dt_bias)) != 1:
-                raise NoMatchError(SkipReason.NOT_PER_HEAD, f"dt_bias has shape {list(shape_of(dt_bias))}")
-    return TimeStep(node, dt_bias, softplus, float(minimum), float(maximum))
+        if op_name(node) == "add" and all(isinstance(item, fx.Node) for item in node.args) and not node.kwargs:
+            node, dt_bias = node.args[0], _broadcast_source(node.args[1], "dt_bias", (head_axis,))
+    return TimeStep(node, dt_bias, softplus, minimum, maximum)
+
+
+def _number(limit: Any, default: float) -> float:
+    # With dynamic=True a Python float of the model is a symbol; float() fixes its value and guards on it.
+    return default if limit is None else float(value_of(limit))
 
 
 # --- prefill -------------------------------------------------------------------------------------------------------
@@ -162,11 +216,11 @@ def match_scan(anchor: fx.Node) -> ScanMatch:
     """
     _, all_states = _einsum(anchor, _CARRY)
     previous, chunk_states = _expect(all_states, "cat").args[0]
-    initial_state = None if op_name(previous) == "zeros_like" else _strip_broadcast(previous)
+    initial_state = None if op_name(previous) == "zeros_like" else _initial_state(previous)
     b_decay, x_chunks = _einsum(chunk_states, _CHUNK_STATES)
     decay, b_chunks = _operand(_expect(b_decay, "mul"), "exp")
     x_scaled = _expect(strip(x_chunks, *_CASTS, "reshape", "pad"), "mul")
-    x, dt = strip(x_scaled.args[0], *_CASTS), _strip_broadcast(x_scaled.args[1])
+    x, dt = strip(x_scaled.args[0], *_CASTS), _broadcast_source(x_scaled.args[1], "dt", (4, 3, 2))
 
     starts = [user for user in users(anchor, "getitem") if user.args[1] == (slice(None), slice(None, -1, None))]
     read_outs = [user for start in starts for user in start.users if _is_einsum(user, _READ_OUT)]
@@ -188,7 +242,7 @@ def match_scan(anchor: fx.Node) -> ScanMatch:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{dA} does not multiply the dt that scales x")
     A = strip(dA.args[0] if dA.args[1] is dA_dt else dA.args[1], *_CASTS)
     y, D = _match_scan_output(total, x)
-    time = _match_time_step(dt)
+    time = _match_time_step(dt, head_axis=1)
     match = ScanMatch(
         x=x,
         time=time,
@@ -203,6 +257,15 @@ def match_scan(anchor: fx.Node) -> ScanMatch:
     _check_scan_shapes(match)
     _check_scan_census(match)
     return match
+
+
+def _initial_state(previous: fx.Node) -> fx.Node:
+    """The state [b, h, p, n] behind the first of the carried states [b, 1, h, p, n]."""
+    state, _ = _broadcast_path(previous)
+    shape, carried = shape_of(state), shape_of(previous)
+    if len(shape) != 4 or not all(map(_same_size, shape, (carried[0], *carried[2:]))):
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"the initial state has shape {list(shape)}, not [b, h, p, n]")
+    return state
 
 
 def _only_user(node: fx.Node) -> fx.Node:
@@ -220,13 +283,16 @@ def _match_scan_output(total: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node | N
     if len(y.users) == 1 and skips:
         skip = skips[0]
         residual = _expect(skip.args[0] if skip.args[1] is y else skip.args[1], "mul")
-        D, padded = _strip_broadcast(residual.args[0]), residual.args[1]
+        D, padded = _broadcast_source(residual.args[0], "D", (2,)), residual.args[1]
         if strip(padded, *_CASTS, "pad") is not x:
             raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{residual} does not multiply x by D")
         y = skip
     cuts = users(y, "getitem")
     if len(y.users) == 1 and cuts:
         y = cuts[0]
+        cut = _full_index(y.args[1], 4)
+        if cut[0] != slice(None) or cut[1].start not in (None, 0) or cut[2:] != [slice(None)] * 2:
+            raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{y} does not cut the padding off the end")
     if len(shape_of(y)) != 4 or shape_of(y)[1] != shape_of(x)[1]:
         raise NoMatchError(
             SkipReason.UNKNOWN_STRUCTURE, f"{y} has shape {list(shape_of(y))}, expected that of x {list(shape_of(x))}"
@@ -239,15 +305,16 @@ def _check_scan_shapes(match: ScanMatch) -> None:
     expected = {"dt": (match.time.dt, 3), "A": (match.A, 1), "B": (match.B, 4), "C": (match.C, 4)}
     if match.D is not None:
         expected["D"] = (match.D, 1)
+    if match.time.dt_bias is not None:
+        expected["dt_bias"] = (match.time.dt_bias, 1)
     for name, (node, rank) in expected.items():
         shape = shape_of(node)
-        if len(shape) != rank or (name in ("dt", "A", "D") and shape[-1] != nheads):
+        if len(shape) != rank or (name not in ("B", "C") and shape[-1] != nheads):
             raise NoMatchError(SkipReason.NOT_PER_HEAD, f"{name} has shape {list(shape)} with {nheads} heads")
 
 
-_ARITHMETIC = frozenset(
-    "einsum exp cumsum sub mul add softplus clamp clip masked_fill cat matmul bmm div neg softmax silu pow".split()
-)
+_LAYOUT = {*_CASTS, *_SHAPES, "getitem", "ones", "zeros_like", "tril", "invert"}
+"""Operations of the scan that compute nothing, and those that make its triangular masks."""
 
 
 def _check_scan_census(match: ScanMatch) -> None:
@@ -258,10 +325,13 @@ def _check_scan_census(match: ScanMatch) -> None:
     region = ancestors(roots, stop)
     if any(node.op == "placeholder" and len(shape_of(node)) > 0 for node in region):
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, "the region reads an input that the algorithm does not have")
-    found = collections.Counter(op_name(node) for node in region if _is_tensor_arithmetic(node))
+    # Sizes are computed by the same operators; only those that yield tensors count.
+    tensors = [node for node in region if len(shape_of(node)) > 0]
+    found = collections.Counter(_spelled(node) for node in tensors if op_name(node) not in _LAYOUT - {"tril"})
     clamps = found.pop("clamp", 0) + found.pop("clip", 0)
     skip = match.D is not None
-    expected = {"einsum": 5, "exp": 4, "cumsum": 3, "sub": 1, "mul": 5 + skip, "masked_fill": 4, "cat": 1}
+    expected = {"einsum": 5, "exp": 4, "cumsum": 3, "sub": 1, "mul": 5 + skip, "cat": 1}
+    expected |= {"tril(-1)": 2, "tril(0)": 2, "masked_fill(0)": 2, "masked_fill(-inf)": 2}
     expected["add"] = 1 + skip + (match.time.dt_bias is not None)
     if match.time.softplus:
         expected["softplus"] = 1
@@ -271,9 +341,14 @@ def _check_scan_census(match: ScanMatch) -> None:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"arithmetic differs from the scan's: {wrong}")
 
 
-def _is_tensor_arithmetic(node: fx.Node) -> bool:
-    # Sizes are computed by the same operators; only those that yield tensors count.
-    return op_name(node) in _ARITHMETIC and len(shape_of(node)) > 0
+def _spelled(node: fx.Node) -> str:
+    """An operation's name, with the constant that decides what it means."""
+    name = op_name(node)
+    if name == "tril":
+        return f"tril({argument(node, 1, 'diagonal', 0)})"
+    if name == "masked_fill":
+        return f"masked_fill({argument(node, 2, 'value')})"
+    return f"{name}(alpha)" if "alpha" in node.kwargs else name
 
 
 # --- decode --------------------------------------------------------------------------------------------------------
@@ -319,23 +394,25 @@ def match_step(new_state: Any, old_state: fx.Node) -> StepMatch:
     _expect(decayed, "mul")
     dA = next((item for item in decayed.args if strip(item, *_CASTS) is not old_state), None)
     exponent = _expect(_expect(strip(dA, *_CASTS), "exp").args[0], "mul")
-    dt, A = _strip_broadcast(exponent.args[0]), _strip_broadcast(exponent.args[1])
+    dt = _broadcast_source(exponent.args[0], "dt", (4, 3, 2))
+    A = _broadcast_source(exponent.args[1], "A", (3,))
 
     dB, x = _expect(strip(dBx, *_CASTS), "mul").args
-    x = _strip_broadcast(x)
+    x = _broadcast_source(x, "x", (4, 3, 2))
     dB_dt, b_heads = _expect(strip(dB, *_CASTS), "mul").args
-    if _strip_broadcast(dB_dt) is not dt:
+    if _broadcast_source(dB_dt, "dt", (4, 3, 2)) is not dt:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{dB} does not multiply the dt of the decay")
 
-    readers = [user for user in _readers(state) if op_name(user) == "bmm"]
+    readers = [user for user in _readers(state) if op_name(user) not in _STORES]
     if len(readers) != 1:
-        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{state} is read by {len(readers)} products, expected one")
-    C = strip(readers[0].args[1], *_CASTS, *_SHAPES)
+        raise NoMatchError(SkipReason.SECOND_READER, f"the new state is read by {readers}, expected one product")
+    _expect(readers[0], "bmm")
+    C = _by_group(readers[0].args[1])
     y, D = _match_step_output(readers[0], x)
-    match = StepMatch(x, _match_time_step(dt), A, strip(b_heads, *_CASTS, *_SHAPES), C, D, y)
-    # Splitting and viewing happen before B and C reach the step; take them where they have their own shape.
-    match = dataclasses.replace(match, B=_by_group(b_heads), C=_by_group(readers[0].args[1]))
-    return _checked_step(match)
+    return _checked_step(StepMatch(x, _match_time_step(dt, head_axis=2), A, _by_group(b_heads), C, D, y))
+
+
+_STORES = ("copy_", "qmamba.quantize_state_")
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -352,7 +429,7 @@ def _by_group(node: Any) -> fx.Node:
     expanded = _expect(node, "expand")
     grouped = strip(expanded.args[0], *_CASTS)  # [b, g, 1, n]
     source = strip(_expect(grouped, "reshape", "view", "unsqueeze").args[0], *_CASTS)
-    if len(shape_of(source)) != 3:
+    if len(shape_of(source)) != 3 or len(shape_of(grouped)) != 4 or shape_of(grouped)[2] != 1:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{source} has shape {list(shape_of(source))}, not [b, g, n]")
     return source
 
@@ -363,21 +440,23 @@ def _match_step_output(product: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node |
     if len(y.users) != 1 or not skips:
         return y, None
     residual = _expect(next(item for item in skips[0].args if item is not y), "mul")
-    factor = next((item for item in residual.args if strip(item, *_CASTS) is not x), None)
-    D = _strip_broadcast(factor)
-    if len(shape_of(D)) != 1:
-        raise NoMatchError(SkipReason.NOT_PER_HEAD, f"D has shape {list(shape_of(D))}")
-    return skips[0], D
+    factors = [item for item in residual.args if strip(item, *_CASTS) is not x]
+    if len(factors) != 1:
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{residual} does not multiply x by D")
+    return skips[0], _broadcast_source(factors[0], "D", (2,))
 
 
 def _checked_step(match: StepMatch) -> StepMatch:
-    nheads = shape_of(match.x)[1]
-    if len(shape_of(match.A)) != 1 or shape_of(match.A)[0] != nheads:
-        raise NoMatchError(SkipReason.NOT_PER_HEAD, f"A has shape {list(shape_of(match.A))}, expected [{nheads}]")
+    batch, nheads = shape_of(match.x)[:2]
+    for name, node in {"A": match.A, "D": match.D, "dt_bias": match.time.dt_bias}.items():
+        if node is not None and shape_of(node) != (nheads,):
+            raise NoMatchError(SkipReason.NOT_PER_HEAD, f"{name} has shape {list(shape_of(node))}, expected [{nheads}]")
     dt = strip(match.time.dt, *_CASTS, "expand")
     shape = shape_of(dt)
-    if len(shape) != 3 or shape[1] != nheads or shape[2] != 1:
+    if len(shape) != 3 or shape[1:] != (nheads, 1) or not _same_size(shape[0], batch):
         raise NoMatchError(SkipReason.NOT_PER_HEAD, f"dt has shape {list(shape)}, expected [b, {nheads}, 1]")
-    if match.time.minimum > 0 or match.time.maximum != math.inf:
+    # What softplus gives is positive, so a lower limit of zero does nothing then.
+    no_limit = (0, -math.inf) if match.time.softplus else (-math.inf,)
+    if match.time.minimum not in no_limit or match.time.maximum != math.inf:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, "the step limits dt; the fused kernel does not")
     return dataclasses.replace(match, time=dataclasses.replace(match.time, dt=dt))

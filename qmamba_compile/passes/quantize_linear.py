@@ -28,7 +28,6 @@ from ..fx_utils import (
     replace_node,
     source_name,
     users,
-    value_of,
 )
 from ..report import Report
 from .base import GraphPass
@@ -135,7 +134,7 @@ class QuantizeLinear(GraphPass):
         artifact = self.context.artifact
         if artifact is None:
             return quantize_weight(weight)
-        return quantize_weight(weight, smooth=artifact.smooth(layer), tuned=artifact.tuned(layer))
+        return quantize_weight(weight, smooth=artifact.smooth(layer), tuned=artifact.weight_bcdt(layer))
 
     def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:
         """The layer's static activation scale, an input of its own: torchao's eager linear stays dynamic."""
@@ -202,13 +201,13 @@ def quantize_weight(weight: Tensor, *, smooth: Tensor | None = None, tuned: Tens
     """torchao ``Int8Tensor`` of a weight [o, k]: symmetric, one scale per output channel.
 
     Args:
-        smooth: SmoothQuant factors [k]; the weight is multiplied, activations are divided by them.
+        smooth: SmoothQuant factors [k] that multiply the activations; the weight is divided by them.
         tuned: rows [r, k] that replace the last r of the weight (B, C and dt of a Mamba2 ``in_proj``, by ESR).
     """
     if tuned is not None:
         weight = torch.cat([weight[: -tuned.shape[0]], tuned.to(weight)])
     if smooth is not None:
-        weight = weight * smooth.to(weight)
+        weight = weight / smooth.to(weight)
     codes, scale = quant.quantize_rows(weight)
     return Int8Tensor(
         codes,
@@ -216,7 +215,7 @@ def quantize_weight(weight: Tensor, *, smooth: Tensor | None = None, tuned: Tens
         [1, weight.shape[1]],
         weight.dtype,
         zero_point=torch.zeros_like(scale, dtype=torch.int8),
-        act_pre_scale=None if smooth is None else smooth.to(weight).reciprocal(),
+        act_pre_scale=None if smooth is None else smooth.to(weight),
         act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()),
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import quant
-from ..errors import ArtifactError, SkipReason
+from ..errors import ArtifactError, SkipReason, StateError
 from ..fx_utils import (
     InputSource,
     add_input,
@@ -17,13 +18,14 @@ from ..fx_utils import (
     insert_call,
     iter_calls,
     layer_of,
+    mutates,
     nbytes_of,
     op_name,
     output_node,
     placeholders,
-    replace_node,
     shape_of,
     strip,
+    users,
     value_of,
 )
 from ..report import Report
@@ -60,12 +62,16 @@ class QuantizeState(GraphPass):
                 self._unpack_input(graph, node, report)
         if self.config.state_bits is None:
             return
-        self._report_float_states(graph, report)
         finals = {node for node in map(final_state_of, scan_anchors(graph)) if node is not None}
-        finals |= {n for n in iter_calls(graph, "getitem") if op_name(n.args[0]) == "qmamba.chunk_scan" and n.args[1] == 1}
+        fused = iter_calls(graph, "qmamba.chunk_scan")
+        finals |= {part for scan in fused for part in users(scan, "getitem") if part.args[1] == 1}
         for copy in iter_calls(graph, "copy_"):
-            if op_name(copy.args[0]) == "zeros_like" and strip(copy.args[1], "to") in finals:
+            target, value = copy.args[:2]
+            is_final = strip(value, "to") in finals
+            if is_final and op_name(target) == "zeros_like":
                 self._quantize_output(graph, copy, report)
+            elif op_name(target) == "placeholder" and (is_final or is_step(value, target)):
+                self._skip_float_state(copy, report)
 
     # --- decode ----------------------------------------------------------------------------------------------------
 
@@ -88,13 +94,18 @@ class QuantizeState(GraphPass):
             if op_name(user) == "copy_" and user.args[0] is node:
                 self._store(user, node, inner, state)
                 stores += 1
+            elif mutates(user) and user.args[0] is node:
+                raise StateError(
+                    f"{layer}: {op_name(user)} writes to a packed state inside the compiled function, and the write "
+                    "would be lost; allowed: copy_. Call it outside, or set state_bits=None"
+                )
             else:
                 user.replace_input_with(node, _read(user, inner, state.bits))
         graph.erase_node(node)
         report.rewrote(
             layer,
             f"{state.bits}-bit state, {stores} store(s)",
-            bytes_before=nbytes_of_shape(shape_of(last), state),
+            bytes_before=_float_nbytes(state),
             bytes_after=sum(nbytes_of(inner[name]) for name in _INNER if name != "state_scale" or state.dynamic),
         )
 
@@ -117,16 +128,12 @@ class QuantizeState(GraphPass):
         )
         copy.graph.erase_node(copy)
 
-    def _report_float_states(self, graph: fx.Graph, report: Report) -> None:
-        for copy in iter_calls(graph, "copy_"):
-            target = copy.args[0]
-            if isinstance(target, fx.Node) and target.op == "placeholder" and is_step(copy.args[1], target):
-                report.skipped(
-                    layer_of(copy),
-                    SkipReason.FLOAT_STATE,
-                    "the cache was filled outside this backend; run the prompt through the compiled model",
-                    bytes_before=nbytes_of(target),
-                )
+    def _skip_float_state(self, copy: fx.Node, report: Report) -> None:
+        layer, excluded = layer_of(copy), self.config.excludes(layer_of(copy))
+        reason = SkipReason.EXCLUDED if excluded else SkipReason.FLOAT_STATE
+        elsewhere = "the cache was filled outside this backend; run the prompt through the compiled model"
+        detail = "named by skip_layers" if excluded else elsewhere
+        report.skipped(layer, reason, detail, bytes_before=nbytes_of(copy.args[0]))
 
     # --- prefill ---------------------------------------------------------------------------------------------------
 
@@ -191,12 +198,9 @@ class QuantizeState(GraphPass):
         return scale, node
 
 
-def nbytes_of_shape(_: Any, state: DSQState) -> int:
+def _float_nbytes(state: DSQState) -> int:
     """Bytes of the float32 state that a `DSQState` stands for, at the traced sizes."""
-    count = 4
-    for size in state.shape:
-        count *= hint(size)
-    return count
+    return 4 * math.prod(hint(size) for size in state.shape)
 
 
 def _read(reader: fx.Node, inner: dict[str, fx.Node], bits: int) -> fx.Node:

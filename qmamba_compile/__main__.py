@@ -1,0 +1,319 @@
+"""Command line: ``qmamba explain | generate | render | env``. The only file that prints."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.console
+import rich.table
+import torch
+import typer
+
+from . import report as report_module
+from .config import QMambaConfig
+from .errors import ConfigError, QMambaError, StrictError
+from .report import Report
+
+app = typer.Typer(
+    help="Run Mamba2 models with int8 linears and a 4-bit SSM state: torch.compile(model, backend='qmamba').",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = rich.console.Console()
+_err = rich.console.Console(stderr=True)
+
+_RECOMPILE_LIMIT = 64
+"""Prefill and decode, batch 1 and more, one chunk and several, with and without a mask: more than Dynamo's 8."""
+
+Model = Annotated[str, typer.Option(help="Folder or hub name of a transformers model, or 'toy' for a tiny random one.")]
+Bits = Annotated[str, typer.Option(help="Bits of the SSM state: 8, 4, 2 or none.")]
+Weights = Annotated[str, typer.Option(help="Linears: int8 or none.")]
+Scales = Annotated[str, typer.Option(help="Scales of the state: dynamic or calibrated.")]
+Rounding = Annotated[str, typer.Option(help="nearest or stochastic.")]
+Calibration = Annotated[str | None, typer.Option(help="Calibration artifact.")]
+
+
+@app.command()
+def explain(
+    model: Model,
+    state_bits: Bits = "4",
+    weights: Weights = "int8",
+    state_scales: Scales = "dynamic",
+    rounding: Rounding = "nearest",
+    calibration: Calibration = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    strict: Annotated[bool, typer.Option(help="Exit with status 1 when anything was left alone.")] = False,
+) -> None:
+    """What the passes found, rewrote and left alone in a model, why, and the bytes before and after."""
+    options = _options(state_bits, weights, state_scales, rounding, calibration)
+    network = _load(model)
+    weight_bytes = [_weight_bytes(network)]
+    report_module.recent.clear()
+    # Nothing is compiled: the rewritten graphs run as they are, which takes seconds.
+    network.compile(backend="qmamba", fullgraph=True, options={**options, "inner_backend": "eager"})
+    ids = torch.randint(0, network.config.vocab_size, (1, 9))
+    with torch.inference_mode():
+        cache = _cache_of(network(ids, use_cache=True))
+        network(ids[:, :1], use_cache=True, **cache)
+    weight_bytes.append(_weight_bytes(network))
+    reports = list(report_module.recent)
+    if as_json:
+        _out.print_json(data=_explain_json(model, reports, weight_bytes))
+    else:
+        _print_reports(reports, weight_bytes)
+    if strict and any(report.skips() or report.phase == "other" for report in reports):
+        raise StrictError(f"{model}: something was left alone (see above); name it in skip_layers or drop --strict")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of stochastic rounding.")] = 0,
+    state_bits: Bits = "4",
+    weights: Weights = "int8",
+    state_scales: Scales = "dynamic",
+    rounding: Rounding = "nearest",
+    calibration: Calibration = None,
+) -> None:
+    """Continue a prompt with the compiled model, printing text as it comes."""
+    options = {**_options(state_bits, weights, state_scales, rounding, calibration), "seed": seed}
+    network = _load(model)
+    encode, decode = _text_codec(model, network)
+    ids = torch.tensor([encode(prompt)])
+    if ids.shape[1] == 0:
+        raise ConfigError("--prompt is empty; give at least one character")
+    network.compile(backend="qmamba", options=options)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
+    _err.print("compiling on the first tokens (a minute on a laptop, seconds from the cache) ...", style="dim")
+    sys.stdout.write(prompt)
+    with contextlib.suppress(KeyboardInterrupt):
+        network.generate(ids, max_new_tokens=max_new_tokens, streamer=_Printer(decode), **sampling)
+    sys.stdout.write("\n")
+
+
+@app.command()
+def render(
+    kernel: Annotated[str, typer.Argument(help="Name of a kernel, such as ssm_update.")],
+    headdim: Annotated[int, typer.Option()] = 64,
+    dstate: Annotated[int, typer.Option()] = 128,
+    bits: Annotated[int, typer.Option(help="8, 4 or 2.")] = 4,
+    state_scales: Scales = "dynamic",
+    rounding: Rounding = "nearest",
+    target: Annotated[str, typer.Option(help="cpu, or an instruction set: avx512, avx2, portable.")] = "cpu",
+) -> None:
+    """Print the source that is generated for a kernel."""
+    from .cpu_templates import build
+    from .cpu_templates.render import Spec
+    from .cpu_templates.render import render as render_source
+
+    isa = build.best_isa() if target == "cpu" else target
+    spec = Spec(kernel, headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic", isa)
+    sys.stdout.write(render_source(spec))
+
+
+@app.command()
+def env() -> None:
+    """Versions, compiler, instruction set, threads, and the options that environment variables set."""
+    from .cpu_templates import build
+
+    table = rich.table.Table(show_header=False, box=None)
+    table.add_row("python", platform.python_version())
+    for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
+        table.add_row(package, _version(package))
+    table.add_row("C++ compiler", build.find_compiler() or "none found: the SSM step runs in plain torch; install g++")
+    table.add_row("instruction set", build.best_isa())
+    table.add_row("threads", str(torch.get_num_threads()))
+    table.add_row("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
+    defaults, current = QMambaConfig(), QMambaConfig.from_options()
+    changed = {name: value for name, value in vars(current).items() if value != getattr(defaults, name)}
+    table.add_row("options set by QMAMBA_*", ", ".join(f"{k}={v!r}" for k, v in changed.items()) or "none")
+    _out.print(table)
+
+
+# --- models and text -----------------------------------------------------------------------------------------------
+
+
+def _options(
+    state_bits: str, weights: str, state_scales: str, rounding: str, calibration: str | None
+) -> dict[str, Any]:
+    def number(text: str) -> Any:
+        return None if text == "none" else int(text) if text.isdigit() else text
+
+    options = {
+        "state_bits": number(state_bits),
+        "weights": None if weights == "none" else weights,
+        "state_scales": state_scales,
+        "rounding": rounding,
+        "calibration": calibration,
+    }
+    QMambaConfig.from_options(options)
+    return options
+
+
+def _load(name: str) -> Any:
+    """The model, ready for inference.
+
+    Raises:
+        ConfigError: the folder does not exist, or holds no model.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
+    if name == "toy":
+        config = transformers.Mamba2Config(
+            vocab_size=256, hidden_size=128, num_hidden_layers=2, num_heads=4, head_dim=64, state_size=64, n_groups=1
+        )
+        return transformers.Mamba2ForCausalLM(config).eval().requires_grad_(False)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if not Path(name).expanduser().is_dir() and looks_like_path:
+        raise ConfigError(f"--model {name}: no such folder; give a folder with config.json, a hub name, or 'toy'")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(Path(name).expanduser()))
+    except (OSError, ValueError) as problem:
+        raise ConfigError(f"--model {name}: {problem}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
+    """(text -> ids, incremental ids -> text): the model's tokenizer, or bytes for a vocabulary of 256."""
+    if network.config.vocab_size == 256:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda text: list(text.encode()), lambda ids: decoder.decode(bytes(ids))
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as problem:
+        raise ConfigError(f"--model {name}: no tokenizer, and the vocabulary is not bytes: {problem}") from None
+    return tokenizer.encode, lambda ids: tokenizer.decode(ids)
+
+
+class _Printer:
+    """Streamer of `generate`: prints tokens as they come, without the prompt."""
+
+    def __init__(self, decode: Any) -> None:
+        self._decode = decode
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt:
+            sys.stdout.write(self._decode(value.flatten().tolist()))
+            sys.stdout.flush()
+        self._is_prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+def _cache_of(output: Any) -> dict[str, Any]:
+    """The cache of a model's output under the name by which the model takes it back."""
+    name = "cache_params" if getattr(output, "cache_params", None) is not None else "past_key_values"
+    return {name: getattr(output, name)}
+
+
+def _weight_bytes(network: Any) -> int:
+    """Bytes of all parameters, int8 ones as they are held."""
+    total = 0
+    for parameter in network.parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            total += sum(getattr(parameter, name).nbytes for name in parameter.__tensor_flatten__()[0])
+        else:
+            total += parameter.nbytes
+    return total
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return "not installed"
+
+
+# --- explain -------------------------------------------------------------------------------------------------------
+
+
+def _explain_json(model: str, reports: list[Report], weight_bytes: list[int]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "graphs": [report.to_json() for report in reports],
+        "bytes": {
+            "weights": dict(zip(("before", "after"), weight_bytes, strict=True)),
+            "state_per_sequence": dict(zip(("before", "after"), _state_bytes(reports), strict=True)),
+        },
+    }
+
+
+def _state_bytes(reports: list[Report]) -> tuple[int, int]:
+    for report in reports:
+        if report.phase == "prefill":
+            entries = report.rewritten("quantize_state")
+            return sum(e.bytes_before for e in entries), sum(e.bytes_after for e in entries)
+    return 0, 0
+
+
+def _print_reports(reports: list[Report], weight_bytes: list[int]) -> None:
+    for report in reports:
+        table = rich.table.Table(title=report.phase, title_justify="left", box=None, title_style="bold")
+        for column in ("pass", "found", "rewritten", "skipped"):
+            table.add_column(column, justify="left" if column == "pass" else "right")
+        for name, counts in report.to_json()["passes"].items():
+            skipped = len(counts["skipped"])
+            table.add_row(name, str(counts["found"]), str(counts["rewritten"]), str(skipped) if skipped else "-")
+        _out.print(table)
+        if report.phase == "other":
+            _out.print("  no Mamba2 layer in this graph: plain Inductor", style="yellow")
+        for entry in report.skips():
+            assert entry.reason is not None
+            _out.print(
+                f"  {entry.rewrite} left {entry.layer} alone: {entry.reason.value}: {entry.detail}", style="yellow"
+            )
+    for label, (before, after) in {
+        "weights": tuple(weight_bytes),
+        "state of one sequence": _state_bytes(reports),
+    }.items():
+        share = f", {after / before:.2f} of it" if before else ""
+        _out.print(f"{label}: {before:,} bytes before, {after:,} after{share}")
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    """One line instead of a traceback for errors that have something to say; QMAMBA_TRACEBACK=1 shows it all."""
+    try:
+        yield
+    except Exception as problem:
+        # torch wraps what a backend raises.
+        cause = getattr(problem, "inner_exception", problem)
+        if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
+            raise
+        _err.print(f"{type(cause).__name__}: {cause}", style="red", markup=False, highlight=False)
+        sys.exit(1 if isinstance(cause, StrictError) else 2)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Both warn about their own optional parts at import.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    with _readable_errors():
+        app(standalone_mode=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Compile rendered kernels with the compiler that Inductor uses, and load them.
+
+A kernel is a shared library in Inductor's cache directory, named by its slug and the hash of everything that decides
+its bytes: source, flags, compiler version. It appears there by an atomic rename, so two processes may build it at once,
+and a process killed half way leaves nothing that a later one would load.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+import torch
+
+from ..errors import ConfigError, KernelBuildError
+from .render import LANES, Spec, render
+
+log = logging.getLogger(__name__)
+
+Kernel = Callable[[bytes], None]
+"""A loaded kernel: takes the packed `Arguments` struct of its template."""
+
+_X86 = platform.machine() in ("x86_64", "AMD64")
+
+# Named extensions and not -march=native: a cache directory shared by several machines must not serve one machine's code
+# to another. Without -mprefer-vector-width gcc copies 64-byte vectors in halves.
+_ISA_FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": (),
+}
+
+# No -ffast-math, and no fused multiply-add that the reference does not have: the codes must be the reference's.
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+
+
+def best_isa() -> str:
+    """The widest instruction set of this machine, or what ``QMAMBA_CPU_ISA`` names.
+
+    Raises:
+        ConfigError: the variable names an instruction set that is unknown or that this machine lacks.
+    """
+    available = available_isas()
+    chosen = os.environ.get("QMAMBA_CPU_ISA")
+    if not chosen:
+        return available[0]
+    if chosen not in LANES:
+        raise ConfigError(f"QMAMBA_CPU_ISA={chosen!r} is not allowed; use one of {tuple(LANES)}")
+    if chosen not in available:
+        raise ConfigError(f"QMAMBA_CPU_ISA={chosen!r}: this machine lacks it; use one of {available}, or unset it")
+    return chosen
+
+
+@functools.cache
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets that this machine runs, widest first."""
+    capability = torch.backends.cpu.get_cpu_capability() if _X86 else "DEFAULT"
+    return {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}.get(capability, ("portable",))
+
+
+@functools.cache
+def find_compiler() -> str | None:
+    """The C++ compiler that Inductor uses. ``None``, and one warning, where there is none."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    if sys.platform == "win32":
+        log.warning("C++ kernels are written for g++ and clang++; on Windows the slower torch reference runs instead")
+        return None
+    try:
+        return get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        log.warning(
+            "no C++ compiler was found: the SSM state is updated by the torch reference, many times slower. "
+            "Install g++, or set CXX to a compiler"
+        )
+        return None
+
+
+def build(spec: Spec) -> pathlib.Path | None:
+    """Path of the compiled kernel, from the cache where it has been built before; ``None`` without a compiler.
+
+    Raises:
+        KernelBuildError: the compiler rejected the code; the message holds its own.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    from torch._inductor.cpp_builder import get_compiler_version_info
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    source = render(spec)
+    openmp = () if sys.platform == "darwin" else ("-fopenmp",)
+    flags = (*_FLAGS, *_ISA_FLAGS[spec.isa], *openmp, "-shared", "-fPIC")
+    identity = "\n".join((source, *flags, compiler, get_compiler_version_info(compiler), platform.machine()))
+    name = f"{spec.slug()}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder = pathlib.Path(cache_dir(), "qmamba")
+    library = folder / f"{name}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as workplace:
+        unit = pathlib.Path(workplace, f"{name}.cpp")
+        unit.write_text(source)
+        built = unit.with_suffix(".so")
+        command = [compiler, *flags, str(unit), "-o", str(built), "-lm"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        # The source stays beside the library, for debuggers and for whoever reads the compiler's message.
+        kept = unit.replace(folder / unit.name)
+        if result.returncode != 0:
+            raise KernelBuildError(
+                f"{spec.slug()}: {compiler} rejected {kept}\n{' '.join(command)}\n{result.stderr.strip()}\n"
+                "Set CXX to another compiler, or fuse_ssm_update=False to do without the kernel"
+            )
+        built.replace(library)
+    log.info("built %s", library)
+    return library
+
+
+def load(spec: Spec) -> Kernel | None:
+    """The kernel of ``spec``, built if need be; ``None`` without a compiler.
+
+    Raises:
+        KernelBuildError: the compiler rejected the code, or the library does not load.
+    """
+    library = build(spec)
+    if library is None:
+        return None
+    try:
+        function = getattr(ctypes.CDLL(str(library)), spec.slug())
+    except (OSError, AttributeError) as error:
+        raise KernelBuildError(f"{spec.slug()}: {library} does not load ({error}); delete it to build anew") from error
+    function.argtypes, function.restype = [ctypes.c_char_p], None
+    return function

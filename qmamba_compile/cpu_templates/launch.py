@@ -1,0 +1,233 @@
+"""Call the generated kernels on tensors.
+
+Each function returns ``None`` (or False) when it cannot serve its arguments, having written nothing, and the caller
+runs the torch reference: no compiler, a dtype or a layout that the kernels do not read.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import struct
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import quant
+from ..errors import ConfigError
+from . import build
+from .render import Spec
+
+log = logging.getLogger(__name__)
+
+PARALLEL_ELEMENTS = 2**16
+"""State elements below which one thread does the work: 8 heads of 64 x 128, about 10 microseconds. Between one thread
+and all of them there is nothing: libgomp ends the surplus threads of a smaller team and has to start them again."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ABSENT = (0, 0, 0, 0)
+
+
+@functools.cache
+def kernel(
+    name: str, headdim: int, dstate: int, bits: int | None, dynamic: bool, stochastic: bool
+) -> build.Kernel | None:
+    """The loaded kernel for this machine, ``None`` when there is no compiler or no kernel for these extents."""
+    try:
+        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, isa=build.best_isa())
+    except ConfigError as error:
+        log.warning("no C++ kernel, the slower torch reference runs instead: %s", error)
+        return None
+    return build.load(spec)
+
+
+def ssm_update(
+    packed: Tensor,
+    channel_scale: Tensor,
+    state_scale_out: Tensor | None,
+    rng: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    bits: int,
+    stochastic: bool,
+) -> Tensor | None:
+    """`ops.ssm_update` on the CPU: y [b, h, p]."""
+    batch, nheads, headdim, width = packed.shape
+    dynamic = state_scale_out is not None
+    function = kernel("ssm_update", headdim, width * 8 // bits, bits, dynamic, stochastic)
+    if function is None or not _writable(packed, channel_scale, state_scale_out, rng):
+        return None
+    if state_scale_out is not None:
+        scale = state_scale_out
+        scale_fields: tuple[int, ...] = (scale.data_ptr(),)
+    else:
+        assert state_scale is not None
+        scale = _readable(state_scale, contiguous=True)
+        scale_fields = (scale.data_ptr(), _DTYPES[scale.dtype], 0, 0)
+    inputs, kept = _inputs(x, B, C, D)
+    dt, decay = _step_sizes(dt, A, dt_bias, dt_softplus)
+    y = torch.empty(x.shape, dtype=kept[0].dtype)
+    threads = _threads(batch * nheads * headdim * width * 8 // bits)
+    fields = (
+        packed.data_ptr(),
+        channel_scale.data_ptr(),
+        *scale_fields,
+        rng.data_ptr(),
+        *inputs,
+        dt.data_ptr(),
+        decay.data_ptr(),
+        y.data_ptr(),
+        batch,
+        nheads,
+        B.shape[1],
+        threads,
+    )
+    function(_pack(fields))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def ssm_update_float(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor | None:
+    """The same step on a contiguous float32 state [b, h, p, n], rewritten in place: the yardstick of the packed one."""
+    batch, nheads, headdim, dstate = state.shape
+    function = kernel("ssm_update", headdim, dstate, None, False, False)
+    if function is None or state.dtype != torch.float32 or not state.is_contiguous():
+        return None
+    inputs, kept = _inputs(x, B, C, D)
+    dt, decay = _step_sizes(dt, A, dt_bias, dt_softplus)
+    y = torch.empty(x.shape, dtype=kept[0].dtype)
+    threads = _threads(state.numel())
+    fields = (dt.data_ptr(), decay.data_ptr(), y.data_ptr(), batch, nheads, B.shape[1], threads)
+    function(_pack((state.data_ptr(), *inputs, *fields)))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def quantize_state_(
+    packed: Tensor,
+    channel_scale: Tensor,
+    state_scale_out: Tensor | None,
+    rng: Tensor,
+    state: Tensor,
+    state_scale: Tensor | None,
+    bits: int,
+    stochastic: bool,
+) -> bool:
+    """`ops.quantize_state_` on the CPU."""
+    batch, nheads, headdim, dstate = state.shape
+    function = kernel("quantize_state", headdim, dstate, bits, state_scale_out is not None, stochastic)
+    if function is None or not _writable(packed, channel_scale, state_scale_out, rng):
+        return False
+    state = _contiguous_float(state)
+    if state_scale_out is not None:
+        scale_fields: tuple[int, ...] = (state_scale_out.data_ptr(),)
+    else:
+        assert state_scale is not None
+        state_scale = _readable(state_scale, contiguous=True)
+        scale_fields = (state_scale.data_ptr(), _DTYPES[state_scale.dtype], 0, 0)
+    fields = (state.data_ptr(), packed.data_ptr(), channel_scale.data_ptr(), *scale_fields, rng.data_ptr())
+    function(_pack((*fields, batch, nheads, _threads(state.numel()))))
+    return True
+
+
+def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int) -> Tensor | None:
+    """`ops.dequantize_state` on the CPU."""
+    if packed.dim() != 4 or channel_scale.dtype != quant.SCALE_DTYPE:
+        return None
+    batch, nheads, headdim, width = packed.shape
+    dstate = width * 8 // bits
+    function = kernel("dequantize_state", headdim, dstate, bits, True, False)
+    if function is None:
+        return None
+    packed, channel_scale = packed.contiguous(), channel_scale.contiguous()
+    state_scale = _readable(state_scale, contiguous=True)
+    state = torch.empty((batch, nheads, headdim, dstate))
+    batch_stride = nheads * dstate if state_scale.dim() == 3 else 0
+    scale_fields = (state_scale.data_ptr(), _DTYPES[state_scale.dtype], batch_stride, 0)
+    fields = (packed.data_ptr(), channel_scale.data_ptr(), *scale_fields, state.data_ptr())
+    function(_pack((*fields, batch, nheads, _threads(state.numel()))))
+    return state
+
+
+def _pack(fields: tuple[int, ...]) -> bytes:
+    return _layout(len(fields)).pack(*fields)
+
+
+@functools.cache
+def _layout(count: int) -> struct.Struct:
+    """A C struct of 8-byte fields: pointers and int64 alike."""
+    return struct.Struct(f"{count}q")
+
+
+def _threads(elements: int) -> int:
+    return torch.get_num_threads() if elements >= PARALLEL_ELEMENTS else 1
+
+
+def _writable(packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor) -> bool:
+    """The kernels write in place, so these cannot be copied into a layout that suits them."""
+    return (
+        packed.is_contiguous()
+        and channel_scale.is_contiguous()
+        and channel_scale.dtype is quant.SCALE_DTYPE
+        and rng.is_contiguous()
+        and (
+            state_scale_out is None or (state_scale_out.is_contiguous() and state_scale_out.dtype is quant.SCALE_DTYPE)
+        )
+    )
+
+
+def _readable(tensor: Tensor, contiguous: bool = False) -> Tensor:
+    """``tensor`` itself, or a copy in a dtype and with an inner stride that the kernels read."""
+    if tensor.dtype not in _DTYPES:
+        return _contiguous_float(tensor)
+    if contiguous:
+        return tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _contiguous_float(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()
+
+
+def _step_sizes(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> tuple[Tensor, Tensor]:
+    """dt after bias and softplus, and exp(dt * A): float32 [b, h], contiguous.
+
+    By torch, as in the reference, and not in the kernel: exp and softplus of another library differ in the last bit,
+    and one such bit moves a scale sooner or later (measured: 3e-5 of the codes after 64 steps).
+    """
+    dt = _contiguous_float(dt) if dt_bias is None else dt.float() + dt_bias.float()
+    if dt_softplus:
+        dt = F.softplus(dt)
+    dt = dt.contiguous()
+    return dt, (dt * A.float()).exp_()
+
+
+def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[list[int], list[Tensor]]:
+    """The ``Input`` structs of ssm_update, and the tensors that they point into (to be kept until the call)."""
+    fields: list[int] = []
+    kept: list[Tensor] = []
+    for tensor in (x, B, C, D):
+        if tensor is None:
+            fields += _ABSENT
+            continue
+        tensor = _readable(tensor)
+        kept.append(tensor)
+        strides = tensor.stride() if tensor.dim() == 3 else _ABSENT
+        fields += (tensor.data_ptr(), _DTYPES[tensor.dtype], strides[0], strides[1])
+    return fields, kept

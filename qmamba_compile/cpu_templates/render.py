@@ -1,0 +1,132 @@
+"""Generated C++ kernels as text. Nothing here compiles; `build` does. The only file of this package that needs jinja2."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import TYPE_CHECKING
+
+from .. import quant
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    import jinja2
+
+KERNELS = ("ssm_update", "quantize_state", "dequantize_state")
+
+LANES = {"avx512": 16, "avx2": 8, "portable": 4}
+"""Floats in one vector of each instruction set. Portable code is written in 16-byte vectors, which SSE2 and NEON have."""
+
+MAX_ELEMENTS = 2**16
+"""Largest headdim * dstate: 256 KiB of scratch on a thread's stack. Mamba2 models have 2**13 to 2**15."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What one kernel is compiled for. Batch, nheads, ngroups, strides and input dtypes are arguments of the call.
+
+    Attributes:
+        kernel: one of `KERNELS`; the template's name.
+        headdim, dstate: extents of one head's state.
+        bits: bits of a code; ``None`` is a float32 state (``ssm_update`` only), the yardstick of the packed ones.
+        dynamic: state_scale is measured at each store; otherwise calibrated and only read.
+        stochastic: rounding of the store.
+        isa: one of `LANES`.
+
+    Raises:
+        ConfigError: a value that no kernel can be made for.
+    """
+
+    kernel: str
+    headdim: int
+    dstate: int
+    bits: int | None
+    dynamic: bool = True
+    stochastic: bool = False
+    isa: str = "avx512"
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"kernel={self.kernel!r} is not known; use one of {KERNELS}")
+        if self.isa not in LANES:
+            raise ConfigError(f"isa={self.isa!r} is not known; use one of {tuple(LANES)}")
+        if self.headdim < 1 or self.dstate < 1 or self.headdim * self.dstate > MAX_ELEMENTS:
+            raise ConfigError(
+                f"headdim={self.headdim}, dstate={self.dstate}: a head of 1 to {MAX_ELEMENTS} elements is allowed"
+            )
+        if self.bits is None:
+            if self.kernel != "ssm_update" or self.dynamic or self.stochastic:
+                raise ConfigError("bits=None is a float32 state: kernel='ssm_update', dynamic=False, stochastic=False")
+        elif self.bits not in quant.STATE_BITS:
+            raise ConfigError(f"bits={self.bits} is not allowed; use one of {quant.STATE_BITS} or None")
+        elif not quant.packable(self.dstate, self.bits):
+            raise ConfigError(f"dstate={self.dstate} does not fill whole bytes at {self.bits} bits")
+
+    def slug(self) -> str:
+        """Name of the kernel's function and the beginning of its file's name."""
+        words = [self.kernel, f"p{self.headdim}", f"n{self.dstate}"]
+        if self.bits is None:
+            words.append("float32")
+        else:
+            words.append(f"b{self.bits}")
+            if self.kernel != "dequantize_state":
+                words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
+        return "_".join([*words, self.isa])
+
+
+def render(spec: Spec) -> str:
+    """C++ source of the kernel that ``spec`` names."""
+    template = _environment().get_template(f"{spec.kernel}.cpp.jinja")
+    return template.render(spec=spec, **_constants(spec))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _constants(spec: Spec) -> dict[str, object]:
+    lanes = LANES[spec.isa]
+    runs = 1 if spec.bits is None else 8 // spec.bits
+    run = spec.dstate // runs
+    power_of_two = 1 << max(spec.dstate - 1, 0).bit_length()
+    constants: dict[str, object] = {
+        "lanes": lanes,
+        "runs": runs,
+        "run": run,
+        "by_table": False,
+        "power_of_two": power_of_two,
+        "halving_by_vectors": power_of_two == spec.dstate and run % lanes == 0,
+        "rotations": _rotations(lanes),
+        "loads": spec.kernel != "quantize_state",
+        "stores": spec.kernel != "dequantize_state",
+        "scratch_bytes": 4 * spec.headdim * runs * -(-run // lanes) * lanes,
+    }
+    if spec.bits is not None:
+        offset = 0 if spec.bits == 8 else 2 ** (spec.bits - 1)
+        codes_of_nibbles = [nibble % 2**spec.bits - offset for nibble in range(16)]
+        constants |= {
+            "largest": quant.max_code(spec.bits),
+            "offset": offset,
+            "byte_columns": ", ".join(["c"] + [f"c + {index * run}" for index in range(1, runs)]),
+            # Sixteen floats fit in one AVX-512 register, which vpermps indexes with four bits of each lane.
+            "by_table": spec.kernel == "ssm_update" and spec.isa == "avx512" and spec.bits < 8,
+            "table": [f"{code}.0f" for code in codes_of_nibbles],
+        }
+    return constants
+
+
+def _rotations(lanes: int) -> list[list[int]]:
+    """Lane orders that halve a vector step by step: rotation by lanes/2, lanes/4, ..., 1."""
+    steps = [lanes >> shift for shift in range(1, lanes.bit_length())]
+    return [[(lane + step) % lanes for lane in range(lanes)] for step in steps]
