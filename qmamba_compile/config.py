@@ -67,10 +67,12 @@ class QMambaConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed!r} is not allowed; use an integer from 0 to 2**32 - 1")
         if self.calibration is not None:
+            if not isinstance(self.calibration, (str, os.PathLike)):
+                raise ConfigError(f"calibration={self.calibration!r} is not allowed; use a path or None")
             object.__setattr__(self, "calibration", os.fspath(self.calibration))
-        if isinstance(self.skip_layers, str):
+        if not isinstance(self.skip_layers, (list, tuple)) or not all(isinstance(s, str) for s in self.skip_layers):
             raise ConfigError(
-                f"skip_layers={self.skip_layers!r} is a string; use a list of module paths, such as ['lm_head']"
+                f"skip_layers={self.skip_layers!r} is not allowed; use a list of module paths, such as ['lm_head']"
             )
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         if self.state_scales == "calibrated" and self.state_bits is not None and self.calibration is None:
@@ -90,7 +92,7 @@ class QMambaConfig:
         values: dict[str, Any] = {}
         for name, field in fields.items():
             text = os.environ.get(_ENV_PREFIX + name.upper())
-            if text is not None:
+            if text:
                 values[name] = _parse(_ENV_PREFIX + name.upper(), text, field.default)
         for name, value in (options or {}).items():
             if name not in fields:
@@ -112,7 +114,7 @@ def _require(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 def _parse(variable: str, text: str, default: Any) -> Any:
     """Value of an environment variable, in the type of the option it overrides."""
-    if text.lower() in ("none", ""):
+    if text.lower() == "none":
         return None
     if isinstance(default, bool):
         if text.lower() not in ("0", "1", "false", "true"):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.weak import TensorWeakRef
 
 Getter = Callable[[Any], Tensor]
 
@@ -196,6 +197,19 @@ def replace_node(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
+def retarget_guards(old: Tensor, new: Tensor) -> None:
+    """Let the guards of the graph being compiled expect ``new`` where they expect ``old``.
+
+    Dynamo builds them after the backend returns, and takes their values from weak references: with ``old`` replaced
+    in its module but alive elsewhere (in an optimizer, in the caller's list), they would fail on the spot.
+    """
+    for guard in torch._guards.TracingContext.get().guards_context.dynamo_guards:
+        keywords = getattr(guard.create_fn, "keywords", {})
+        expected = keywords.get("value")
+        if isinstance(expected, TensorWeakRef) and expected() is old:
+            keywords["value"] = TensorWeakRef(new)
+
+
 def _fake_mode(values: Any) -> FakeTensorMode:
     """The mode of the first fake tensor among ``values``.
 
@@ -212,7 +226,10 @@ def fake_like(graph: fx.Graph, tensor: Tensor) -> Tensor:
     return _fake_mode([value_of(node) for node in placeholders(graph)]).from_tensor(tensor, static_shapes=True)
 
 
-_IN_PLACE_OPERATORS = {f"i{name}" for name in dir(operator) if f"i{name}" in dir(operator)} | {"setitem", "delitem"}
+_OPERATORS = set(dir(operator))
+_IN_PLACE_OPERATORS = {name for name in _OPERATORS if name[0] == "i" and {name[1:], f"{name[1:]}_"} & _OPERATORS}
+_IN_PLACE_OPERATORS |= {"setitem", "delitem"}
+
 
 
 def mutates(node: fx.Node) -> bool:

@@ -174,6 +174,25 @@ def test_dynamic_scales_are_those_of_equation_7(seed, headdim, quarter, log):
         assert packed.shape == (2, 3, headdim, 4 * quarter * bits // 8)
 
 
+def test_channel_scales_are_summed_by_halving():
+    """Kernels sum in that order: where the mean is next to a tie of the 16 bits, another order gives another scale."""
+    # Rows whose mean is close to (363/256)^2, the square of a tie.
+    magnitude = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0))
+    magnitude[:, 15] = (16 * (363 / 256) ** 2 - magnitude[:, :15].double().sum(-1)).float()
+    halves = magnitude
+    while halves.shape[-1] > 1:
+        first, second = halves.reshape(1000, 2, -1).unbind(1)
+        halves = first + second
+    in_sequence = magnitude[:, :1]
+    for column in range(1, 16):
+        in_sequence = in_sequence + magnitude[:, column : column + 1]
+    # Division by 16 is exact, and both torch and hardware round the square root correctly.
+    expected, other = (halves / 16).sqrt().bfloat16(), (in_sequence / 16).sqrt().bfloat16()
+    assert expected.ne(other).any()
+    _, channel_scale, _ = quant.quantize_state(magnitude[None, None], 8)
+    assert torch.equal(channel_scale[0, 0], expected[:, 0])
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 999), headdim=st.integers(1, 12), quarter=st.integers(1, 16), log=st.integers(-20, 20))
 def test_calibrated_channel_scales_serve_the_largest_of_a_row(seed, headdim, quarter, log):
@@ -404,6 +423,8 @@ def test_codes_under_a_scale_that_is_not_finite_are_defined():
     nan = torch.tensor([math.nan]).bfloat16()
     one = torch.ones(4).bfloat16()
     assert quant.quantize_codes(torch.ones(1, 4), nan, one, 4, dynamic=True).tolist() == [[0, 0, 0, 0]]
+    h = torch.tensor([[math.nan, math.inf, -math.inf, 1.0]])
+    assert quant.quantize_codes(h, one[:1], one, 4, dynamic=False).tolist() == [[0, 0, 0, 1]]
 
 
 # --- random numbers ------------------------------------------------------------------------------------------------
@@ -538,6 +559,13 @@ def test_values_on_the_grid_stay_where_they_are_under_noise():
     for noise in (0.5 / 65536, 0.5, 65535.5 / 65536):
         found = quant.quantize_codes(codes, *one, 4, dynamic=True, noise=torch.full((1, 15), noise))
         assert found.tolist() == codes.to(torch.int8).tolist()
+
+
+def test_noise_that_reaches_the_next_code_exactly_rounds_up():
+    h = torch.tensor([[-1.5, -0.5, 0.5, 1.5, 2.5, 0.25]])
+    one = torch.ones(1).bfloat16(), torch.ones(6).bfloat16()
+    noise = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.5, 0.75]])
+    assert quant.quantize_codes(h, *one, 4, dynamic=True, noise=noise).tolist() == [[-1, 0, 1, 2, 3, 1]]
 
 
 # --- int8 rows -----------------------------------------------------------------------------------------------------

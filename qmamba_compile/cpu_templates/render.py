@@ -1,4 +1,4 @@
-"""Generated C++ kernels as text. Nothing here compiles; `build` does. The only file of this package that needs jinja2."""
+"""Generated C++ kernels as text; `build` compiles them. The only file of this package that needs jinja2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 KERNELS = ("ssm_update", "quantize_state", "dequantize_state")
 
 LANES = {"avx512": 16, "avx2": 8, "portable": 4}
-"""Floats in one vector of each instruction set. Portable code is written in 16-byte vectors, which SSE2 and NEON have."""
+"""Floats in one vector of each instruction set. Portable code uses the 16-byte vectors of SSE2 and NEON."""
 
 MAX_ELEMENTS = 2**16
 """Largest headdim * dstate: 256 KiB of scratch on a thread's stack. Mamba2 models have 2**13 to 2**15."""
@@ -108,8 +108,8 @@ def _constants(spec: Spec) -> dict[str, object]:
         "power_of_two": power_of_two,
         "halving_by_vectors": power_of_two == spec.dstate and run % lanes == 0,
         "rotations": _rotations(lanes),
-        "loads": spec.kernel != "quantize_state",
-        "stores": spec.kernel != "dequantize_state",
+        "unpacks": spec.kernel != "quantize_state",
+        "packs": spec.kernel != "dequantize_state",
         "scratch_bytes": 4 * spec.headdim * runs * -(-run // lanes) * lanes,
     }
     if spec.bits is not None:
@@ -118,10 +118,11 @@ def _constants(spec: Spec) -> dict[str, object]:
         constants |= {
             "largest": quant.max_code(spec.bits),
             "offset": offset,
+            "zero_byte": quant.zero_byte(spec.bits),
             "byte_columns": ", ".join(["c"] + [f"c + {index * run}" for index in range(1, runs)]),
             # Sixteen floats fit in one AVX-512 register, which vpermps indexes with four bits of each lane.
             "by_table": spec.kernel == "ssm_update" and spec.isa == "avx512" and spec.bits < 8,
-            "table": [f"{code}.0f" for code in codes_of_nibbles],
+            "table": codes_of_nibbles,
         }
     return constants
 

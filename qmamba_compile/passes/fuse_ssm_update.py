@@ -9,7 +9,7 @@ from ..errors import SkipReason
 from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, strip
 from ..report import Report
 from .base import GraphPass
-from .match_mamba2 import NoMatchError, match_step
+from .match_mamba2 import NoMatchError, is_final_state, match_step
 
 
 class FuseSsmUpdate(GraphPass):
@@ -32,6 +32,9 @@ class FuseSsmUpdate(GraphPass):
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
         for store in iter_calls(graph, "qmamba.quantize_state_"):
             packed, channel_scale, state_scale_out, rng, new_state, state_scale, bits, stochastic = store.args
+            if is_final_state(strip(new_state, "to")):
+                # A prompt that continues a packed state ends in one, too, and `fuse_chunk_scan` has dealt with it.
+                continue
             layer = layer_of(store)
             old_states = [user for user in packed.users if op_name(user) == "qmamba.dequantize_state"]
             total = strip(new_state, "to", "float")

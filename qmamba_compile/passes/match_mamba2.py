@@ -100,6 +100,8 @@ def _broadcast_source(node: Any, name: str, axes: tuple[int, ...]) -> fx.Node:
     Shapes alone do not tell a value per head from one per channel when there are as many channels as heads.
     """
     source, path = _broadcast_path(node)
+    if not isinstance(source, fx.Node):
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected {name}, found {source!r}")
     rank = len(shape_of(source))
     places = list(range(rank))  # of the source's dimensions, from the left
     for step in path:
@@ -202,10 +204,18 @@ def scan_anchors(graph: fx.Graph) -> list[fx.Node]:
 
 def final_state_of(anchor: fx.Node) -> fx.Node | None:
     """``new_states[:, -1]`` of a scan's carry."""
-    for user in users(anchor, "getitem"):
+    for user in users(anchor, "getitem") if _is_einsum(anchor, _CARRY) else ():
         if user.args[1] == (slice(None), -1):
             return user
     return None
+
+
+def is_final_state(node: Any) -> bool:
+    """True for the final state of a scan, fused or not."""
+    if op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
+        return False
+    source, index = node.args
+    return (op_name(source), index) == ("qmamba.chunk_scan", 1) or final_state_of(source) is node
 
 
 def match_scan(anchor: fx.Node) -> ScanMatch:

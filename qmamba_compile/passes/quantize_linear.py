@@ -26,6 +26,7 @@ from ..fx_utils import (
     op_name,
     parameter_path,
     replace_node,
+    retarget_guards,
     source_name,
     users,
 )
@@ -110,9 +111,11 @@ class QuantizeLinear(GraphPass):
             slots = self._module_slots(weight)
             if slots:
                 with torch.inference_mode(False), torch.no_grad():
-                    value = nn.Parameter(self._quantize(value, layer), requires_grad=False)
+                    quantized = nn.Parameter(self._quantize(value, layer), requires_grad=False)
                 for module, name in slots:
-                    module._parameters[name] = value
+                    module._parameters[name] = quantized
+                retarget_guards(value, quantized)
+                value = quantized
                 self.context.example_inputs[index] = value
             else:
                 find = self._beside(value, layer)
@@ -148,6 +151,8 @@ class QuantizeLinear(GraphPass):
         """Every (module, name) that holds the parameter; empty when it must stay in floating point.
 
         Dynamo gives one placeholder to a parameter that several modules share, so all users are asked for their layer.
+        A holder that is no such layer has another use for it, in another graph: an embedding tied to ``lm_head`` when
+        this graph starts from ``inputs_embeds``.
         """
         if any(op_name(user) != "linear" for user in weight.users):
             return []
@@ -158,10 +163,12 @@ class QuantizeLinear(GraphPass):
             return []
         value = self.context.example_inputs[weight.meta["qmamba_input"].index]
         paths = {layer_of(user) for user in weight.users} | {parameter_path(weight).rpartition(".")[0]}
+        layers = {id(root.get_submodule(path)) for path in paths}
         slots = []
-        for path in paths:
-            module = root.get_submodule(path)
+        for module in root.modules():
             names = [name for name, parameter in module._parameters.items() if parameter is value]
+            if names and id(module) not in layers and not isinstance(module, nn.Linear):
+                return []
             slots.extend((module, name) for name in names)
         return slots
 

@@ -25,13 +25,12 @@ from ..fx_utils import (
     placeholders,
     shape_of,
     strip,
-    users,
     value_of,
 )
 from ..report import Report
 from ..state import DSQState, require_packable
 from .base import GraphPass, StateOutput
-from .match_mamba2 import final_state_of, is_step, scan_anchors
+from .match_mamba2 import is_final_state, is_step
 
 _INNER = ("packed", "channel_scale", "state_scale", "rng")
 
@@ -62,12 +61,9 @@ class QuantizeState(GraphPass):
                 self._unpack_input(graph, node, report)
         if self.config.state_bits is None:
             return
-        finals = {node for node in map(final_state_of, scan_anchors(graph)) if node is not None}
-        fused = iter_calls(graph, "qmamba.chunk_scan")
-        finals |= {part for scan in fused for part in users(scan, "getitem") if part.args[1] == 1}
         for copy in iter_calls(graph, "copy_"):
             target, value = copy.args[:2]
-            is_final = strip(value, "to") in finals
+            is_final = is_final_state(strip(value, "to"))
             if is_final and op_name(target) == "zeros_like":
                 self._quantize_output(graph, copy, report)
             elif op_name(target) == "placeholder" and (is_final or is_step(value, target)):

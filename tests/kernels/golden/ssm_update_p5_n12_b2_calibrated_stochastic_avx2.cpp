@@ -1,0 +1,365 @@
+// ssm_update_p5_n12_b2_calibrated_stochastic_avx2: one decode step of the SSM on a packed state.
+//
+//     h = decay * h + (dt * B) x        y = C . h + D x
+//
+// Tensors (b batch, h nheads, p = 5 headdim, g ngroups, n = 12 dstate; contiguous unless strides are named):
+//     packed          [b, h, p, 3] uint8    read, then rewritten
+//     channel_scale   [b, h, p] bfloat16      read, then rewritten
+//     state_scale     [h, n]                  read; calibrated
+//     rng             [b, 2] int64            key and step; step + 1 at the end
+//     x               [b, h, p] strides (batch_stride, head_stride, 1)
+//     B, C            [b, g, n] strides (batch_stride, head_stride of a group, 1)
+//     D               [h] or null
+//     dt, decay       [b, h] float32          dt after bias and softplus, and exp(dt * A)
+//     y               [b, h, p], x's dtype    written
+//
+// Work: one (batch, head) at a time, shared among OpenMP threads.
+// A row needs nothing from other rows: it is unpacked, updated and packed without leaving the L1 cache.
+//
+// A byte holds columns c, c + 3, c + 6, c + 9, lowest bits first, each code plus 2.
+//
+// Promises: the operations of quant.py and ops.ssm_step_reference in their order, none fused: codes and scales are the
+// reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused multiply-adds.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+
+namespace {
+
+constexpr int HEADDIM = 5;
+constexpr int DSTATE = 12;
+constexpr int LANES = 8;  // floats of one vector
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));  // half as many lanes
+
+inline __m128i in_low_half(Bytes bytes) {
+    int64_t word;
+    memcpy(&word, &bytes, sizeof word);
+    return _mm_cvtsi64_si128(word);
+}
+inline Ints widen(Bytes bytes) { return (Ints)_mm256_cvtepu8_epi32(in_low_half(bytes)); }
+inline Ints widen_signed(Bytes bytes) { return (Ints)_mm256_cvtepi8_epi32(in_low_half(bytes)); }
+inline Bytes narrow(Ints lanes) {
+    const __m256i low_bytes = (__m256i)(lanes & 0xff);
+    const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low_bytes), _mm256_extracti128_si256(low_bytes, 1));
+    const int64_t word = _mm_cvtsi128_si64(_mm_packus_epi16(pairs, pairs));
+    Bytes bytes;
+    memcpy(&bytes, &word, sizeof bytes);
+    return bytes;
+}
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Ints smaller(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+inline Ints round_down(Floats x) { return (Ints)_mm256_cvtps_epi32(_mm256_floor_ps(x)); }
+inline Longs wide_product(Longs a, uint32_t b) { return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+
+// A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
+// is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
+constexpr int RUNS = 4;
+constexpr int RUN = DSTATE / RUNS;
+constexpr int RUN_VECTORS = (RUN + LANES - 1) / LANES;
+constexpr int TAIL = RUN % LANES;
+constexpr int VECTORS = RUNS * RUN_VECTORS;
+constexpr int ROW = VECTORS * LANES;
+
+// Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
+template <class Vector, class Element>
+inline Vector load(const Element* from) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    return *(const Anywhere*)from;
+}
+
+template <class Vector, class Element>
+inline void store(Element* to, Vector vector) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    *(Anywhere*)to = vector;
+}
+
+// Vector j of a run in memory; lanes past the end of the run are zero.
+template <class Vector, class Element>
+inline Vector load_run(const Element* run, int j) {
+    if (TAIL == 0 || j < RUN_VECTORS - 1) return load<Vector>(run + j * LANES);
+    Vector vector = {};
+    memcpy(&vector, run + j * LANES, TAIL * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_run(Element* run, int j, Vector vector) {
+    if (TAIL == 0 || j < RUN_VECTORS - 1) {
+        store(run + j * LANES, vector);
+    } else {
+        memcpy(run + j * LANES, &vector, TAIL * sizeof(Element));
+    }
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
+
+#if defined(__clang__)
+#define ROTATED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define ROTATED(x, ...) __builtin_shuffle(x, (Ints){__VA_ARGS__})
+#endif
+
+// Sum of all lanes by halving: lane i and lane i + step. Every lane ends with the same sum.
+inline float sum_lanes(Floats x) {
+    x += ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0);
+    return x[0];
+}
+
+inline float from_bfloat16(uint16_t stored) {
+    const uint32_t word = (uint32_t)stored << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+// Round to nearest, ties to even; NaN becomes the NaN that torch stores.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+// An input as the caller has it: its last dimension is contiguous. dtype: 0 float32, 1 bfloat16.
+struct Input {
+    const void* data;
+    int64_t dtype;
+    int64_t batch_stride;
+    int64_t head_stride;
+
+    float at(int64_t index) const {
+        return dtype == 0 ? ((const float*)data)[index] : from_bfloat16(((const uint16_t*)data)[index]);
+    }
+
+    // Spread `DSTATE` values from `offset` over the runs of a row in scratch; pads are left alone.
+    void read_columns(int64_t offset, float* row) const {
+        for (int run = 0; run < RUNS; ++run) {
+            float* to = row + run * RUN_VECTORS * LANES;
+            const int64_t from = offset + run * RUN;
+            if (dtype == 0) {
+                memcpy(to, (const float*)data + from, RUN * sizeof(float));
+            } else {
+                for (int i = 0; i < RUN; ++i) to[i] = from_bfloat16(((const uint16_t*)data)[from + i]);
+            }
+        }
+    }
+};
+
+constexpr int BITS = 2;
+constexpr int LARGEST = 1;  // codes are -LARGEST .. LARGEST
+constexpr int OFFSET = 2;  // what packing adds to a code
+constexpr int WIDTH = RUN;  // bytes of a packed row
+constexpr float TINY_SCALE = 0x1p-100f;
+
+// A row's scale as it is stored: at least TINY_SCALE, rounded to bfloat16, NaN where it is not finite. In scalar code,
+// where a division costs a quarter of a vector's.
+inline uint16_t store_scale(float scale) {
+    const uint16_t stored = to_bfloat16(scale < TINY_SCALE ? TINY_SCALE : scale);
+    return stored >= 0x7f80 ? 0x7fc0 : stored;
+}
+
+inline Ints max_lanes(Ints x) {
+    x = larger(x, ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1));
+    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0));
+    return x;
+}
+
+// The calibrated scales of a head and their reciprocals.
+inline void read_calibrated(const Input& calibrated, int64_t head, float* state_scale, float* inverse) {
+    calibrated.read_columns(head * DSTATE, state_scale);
+    for (int run = 0; run < RUNS; ++run) {
+        const int at = run * RUN_VECTORS * LANES;
+        for (int i = 0; i < RUN; ++i) inverse[at + i] = 1.0f / state_scale[at + i];
+    }
+}
+
+// The channel scale of a row h. The row becomes h / state_scale, whose reciprocals are `inverse`.
+inline uint16_t scale_row(float* row, const float* inverse) {
+    Ints largest = {};
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; ++v) {
+        const Floats scaled = load<Floats>(row + v * LANES) * load<Floats>(inverse + v * LANES);
+        // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
+        largest = larger(largest, (Ints)magnitude(scaled));
+        store(row + v * LANES, scaled);
+    }
+    return store_scale(((Floats)max_lanes(largest))[0] / (float)LARGEST);
+}
+
+constexpr int OCTANT = (DSTATE + 7) / 8;
+constexpr int OCTANT_LANES = (OCTANT + LANES - 1) / LANES * LANES;
+constexpr int NOISE = 8 * OCTANT + 2 * LANES;
+
+struct Philox {
+    Longs c0, c1, c2, c3;
+
+    // The upper halves of the counters hold garbage from here on: products read lower halves, and so does the result.
+    void round(uint32_t k0, uint32_t k1) {
+        const Longs product0 = wide_product(c0, 0xD2511F53u), product1 = wide_product(c2, 0xCD9E8D57u);
+        c0 = (product1 >> 32) ^ c1 ^ (uint64_t)k0;
+        c1 = product1;
+        c2 = (product0 >> 32) ^ c3 ^ (uint64_t)k1;
+        c3 = product0;
+    }
+};
+
+inline Words interleave(Longs even, Longs odd) { return (Words)((even & 0xffffffffu) | (odd << 32)); }
+
+// quant.uniform_noise of one row, counted over heads and channels: Philox4x32-10, in column order.
+inline void fill_noise(uint64_t key, uint64_t step, uint64_t row, float* noise) {
+    constexpr Longs EVEN = {0, 2, 4, 6};
+    const Longs step_low = Longs{} + (uint32_t)step, step_high = Longs{} + (step >> 32);
+    alignas(64) uint32_t words[4][OCTANT_LANES];
+    for (int j = 0; j < OCTANT; j += LANES) {
+        const Longs counter = EVEN + (row * OCTANT + j);
+        Philox even = {counter, Longs{}, step_low, step_high}, odd = {counter + 1, Longs{}, step_low, step_high};
+        uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; ++round) {
+            even.round(k0, k1);
+            odd.round(k0, k1);
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        store(words[0] + j, interleave(even.c0, odd.c0));
+        store(words[1] + j, interleave(even.c1, odd.c1));
+        store(words[2] + j, interleave(even.c2, odd.c2));
+        store(words[3] + j, interleave(even.c3, odd.c3));
+    }
+    // In this order the last vector of a part may run over into the next part, which is written after it.
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; ++part) {
+        for (int j = 0; j < OCTANT; j += LANES) {
+            // (half + 0.5) / 2^16 as the fraction of a number from 1 to 2.
+            const Words word = load<Words>(words[part / 2] + j);
+            const Words fraction = (part % 2 ? word >> 9 : word << 7) & 0x7fff80u;
+            store(noise + part * OCTANT + j, (Floats)(fraction | 0x3f800040u) - 1.0f);
+        }
+    }
+}
+
+// Codes: floor(scaled + noise), clamped since noise can lift the largest code.
+inline Ints round_codes(Floats scaled, Floats noise) {
+    return smaller(larger(round_down(scaled + noise), Ints{} - LARGEST), Ints{} + LARGEST);
+}
+
+// Pack a row of scaled values. GUARDED gives what is not finite the code 0.
+template <bool GUARDED>
+inline void pack_row(const float* row, float inverse, const float* noise, uint8_t* packed) {
+#pragma GCC unroll 16
+    for (int j = 0; j < RUN_VECTORS; ++j) {
+        Ints bytes = Ints{} + 170;  // OFFSET of each code
+#pragma GCC unroll 4
+        for (int run = 0; run < RUNS; ++run) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            Floats scaled = load<Floats>(row + at) * inverse;
+            if (GUARDED) scaled = (Ints)magnitude(scaled) < 0x7f800000 ? scaled : Floats{};
+            bytes += round_codes(scaled, load<Floats>(noise + run * RUN + j * LANES)) << (run * BITS);
+        }
+        store_run(packed, j, narrow(bytes));
+    }
+}
+
+// Codes of one run.
+inline Floats unpack(Bytes bytes, int run) {
+    const Ints code = (widen(bytes) >> (run * BITS)) & 3;
+    return __builtin_convertvector(code - OFFSET, Floats);
+}
+
+struct Arguments {
+    uint8_t* packed;
+    uint16_t* channel_scale;
+    Input state_scale;
+    int64_t* rng;
+    Input x, B, C, D;
+    const float *dt, *decay;
+    void* y;
+    int64_t batch, nheads, ngroups, threads;
+};
+
+struct alignas(64) Scratch {
+    float dB[ROW], C[ROW], x[HEADDIM], y[HEADDIM];
+    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
+    float noise[NOISE];
+    float rows[ROW];
+};
+
+// Unpack a row, update it, leave it in `row`; returns C . h.
+inline float update_row(
+    const uint8_t* packed, float channel_scale, float decay, float x, const Scratch& s, float* row
+) {
+    Floats y = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < RUN_VECTORS; ++j) {
+        const Bytes bytes = load_run<Bytes>(packed, j);
+#pragma GCC unroll 4
+        for (int run = 0; run < RUNS; ++run) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            // code * state_scale * channel_scale is exact in float32, in any order.
+            const Floats h = unpack(bytes, run) * load<Floats>(s.state_scale + at) * channel_scale;
+            const Floats updated = h * decay + load<Floats>(s.dB + at) * x;
+            y = multiply_add(updated, load<Floats>(s.C + at), y);
+            store(row + at, updated);
+        }
+    }
+    return sum_lanes(y);
+}
+
+void update_head(const Arguments& a, int64_t item, Scratch& s) {
+    const int64_t b = item / a.nheads, head = item % a.nheads, group = head / (a.nheads / a.ngroups);
+    const float decay = a.decay[item];
+    a.B.read_columns(b * a.B.batch_stride + group * a.B.head_stride, s.dB);
+    a.C.read_columns(b * a.C.batch_stride + group * a.C.head_stride, s.C);
+    for (int i = 0; i < ROW; ++i) s.dB[i] *= a.dt[item];
+    for (int p = 0; p < HEADDIM; ++p) s.x[p] = a.x.at(b * a.x.batch_stride + head * a.x.head_stride + p);
+    uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
+    uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
+    read_calibrated(a.state_scale, head, s.state_scale, s.inverse);
+    for (int p = 0; p < HEADDIM; ++p) {
+        s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, s.x[p], s, s.rows);
+        channel_scale[p] = scale_row(s.rows, s.inverse);
+        const float inverse = 1.0f / from_bfloat16(channel_scale[p]);
+        fill_noise(a.rng[2 * b], a.rng[2 * b + 1], head * HEADDIM + p, s.noise);
+        if (inverse == inverse) {
+            pack_row<false>(s.rows, inverse, s.noise, packed + p * WIDTH);
+        } else {
+            pack_row<true>(s.rows, inverse, s.noise, packed + p * WIDTH);
+        }
+    }
+    const float D = a.D.data ? a.D.at(head) : 0.0f;
+    for (int p = 0; p < HEADDIM; ++p) {
+        const float y = a.D.data ? s.y[p] + s.x[p] * D : s.y[p];
+        if (a.x.dtype == 0) {
+            ((float*)a.y)[item * HEADDIM + p] = y;
+        } else {
+            ((uint16_t*)a.y)[item * HEADDIM + p] = to_bfloat16(y);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void ssm_update_p5_n12_b2_calibrated_stochastic_avx2(const void* packed_arguments) {
+    Arguments a;
+    memcpy(&a, packed_arguments, sizeof a);
+    const int64_t items = a.batch * a.nheads;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        Scratch scratch = {};
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < items; ++item) update_head(a, item, scratch);
+    }
+    for (int64_t b = 0; b < a.batch; ++b) a.rng[2 * b + 1] += 1;
+}

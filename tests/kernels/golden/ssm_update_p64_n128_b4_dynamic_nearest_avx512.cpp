@@ -1,0 +1,321 @@
+// ssm_update_p64_n128_b4_dynamic_nearest_avx512: one decode step of the SSM on a packed state.
+//
+//     h = decay * h + (dt * B) x        y = C . h + D x
+//
+// Tensors (b batch, h nheads, p = 64 headdim, g ngroups, n = 128 dstate; contiguous unless strides are named):
+//     packed          [b, h, p, 64] uint8    read, then rewritten
+//     channel_scale   [b, h, p] bfloat16      read, then rewritten
+//     state_scale     [b, h, n] bfloat16      read, then rewritten
+//     rng             [b, 2] int64            key and step; step + 1 at the end
+//     x               [b, h, p] strides (batch_stride, head_stride, 1)
+//     B, C            [b, g, n] strides (batch_stride, head_stride of a group, 1)
+//     D               [h] or null
+//     dt, decay       [b, h] float32          dt after bias and softplus, and exp(dt * A)
+//     y               [b, h, p], x's dtype    written
+//
+// Work: one (batch, head) at a time, shared among OpenMP threads.
+// A head's new state waits in 32768 bytes of scratch, since its state scales are known only after its last row.
+//
+// A byte holds columns c, c + 64, lowest bits first, each code plus 8.
+//
+// Promises: the operations of quant.py and ops.ssm_step_reference in their order, none fused: codes and scales are the
+// reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused multiply-adds.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+
+namespace {
+
+constexpr int HEADDIM = 64;
+constexpr int DSTATE = 128;
+constexpr int LANES = 16;  // floats of one vector
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline Ints widen(Bytes bytes) { return (Ints)_mm512_cvtepu8_epi32((__m128i)bytes); }
+inline Ints widen_signed(Bytes bytes) { return (Ints)_mm512_cvtepi8_epi32((__m128i)bytes); }
+inline Bytes narrow(Ints lanes) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)lanes); }
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Entry of the table that the low four bits of each lane name.
+inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
+
+// A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
+// is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
+constexpr int RUNS = 2;
+constexpr int RUN = DSTATE / RUNS;
+constexpr int RUN_VECTORS = (RUN + LANES - 1) / LANES;
+constexpr int TAIL = RUN % LANES;
+constexpr int VECTORS = RUNS * RUN_VECTORS;
+constexpr int ROW = VECTORS * LANES;
+
+// Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
+template <class Vector, class Element>
+inline Vector load(const Element* from) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    return *(const Anywhere*)from;
+}
+
+template <class Vector, class Element>
+inline void store(Element* to, Vector vector) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    *(Anywhere*)to = vector;
+}
+
+// Vector j of a run in memory; lanes past the end of the run are zero.
+template <class Vector, class Element>
+inline Vector load_run(const Element* run, int j) {
+    if (TAIL == 0 || j < RUN_VECTORS - 1) return load<Vector>(run + j * LANES);
+    Vector vector = {};
+    memcpy(&vector, run + j * LANES, TAIL * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_run(Element* run, int j, Vector vector) {
+    if (TAIL == 0 || j < RUN_VECTORS - 1) {
+        store(run + j * LANES, vector);
+    } else {
+        memcpy(run + j * LANES, &vector, TAIL * sizeof(Element));
+    }
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
+
+#if defined(__clang__)
+#define ROTATED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define ROTATED(x, ...) __builtin_shuffle(x, (Ints){__VA_ARGS__})
+#endif
+
+// Sum of all lanes by halving: lane i and lane i + step. Every lane ends with the same sum.
+inline float sum_lanes(Floats x) {
+    x += ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
+    return x[0];
+}
+
+inline float from_bfloat16(uint16_t stored) {
+    const uint32_t word = (uint32_t)stored << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+// Round to nearest, ties to even; NaN becomes the NaN that torch stores.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+// An input as the caller has it: its last dimension is contiguous. dtype: 0 float32, 1 bfloat16.
+struct Input {
+    const void* data;
+    int64_t dtype;
+    int64_t batch_stride;
+    int64_t head_stride;
+
+    float at(int64_t index) const {
+        return dtype == 0 ? ((const float*)data)[index] : from_bfloat16(((const uint16_t*)data)[index]);
+    }
+
+    // Spread `DSTATE` values from `offset` over the runs of a row in scratch; pads are left alone.
+    void read_columns(int64_t offset, float* row) const {
+        for (int run = 0; run < RUNS; ++run) {
+            float* to = row + run * RUN_VECTORS * LANES;
+            const int64_t from = offset + run * RUN;
+            if (dtype == 0) {
+                memcpy(to, (const float*)data + from, RUN * sizeof(float));
+            } else {
+                for (int i = 0; i < RUN; ++i) to[i] = from_bfloat16(((const uint16_t*)data)[from + i]);
+            }
+        }
+    }
+};
+
+constexpr int BITS = 4;
+constexpr int LARGEST = 7;  // codes are -LARGEST .. LARGEST
+constexpr int OFFSET = 8;  // what packing adds to a code
+constexpr int WIDTH = RUN;  // bytes of a packed row
+constexpr float TINY_SCALE = 0x1p-100f;
+
+// A row's scale as it is stored: at least TINY_SCALE, rounded to bfloat16, NaN where it is not finite. In scalar code,
+// where a division costs a quarter of a vector's.
+inline uint16_t store_scale(float scale) {
+    const uint16_t stored = to_bfloat16(scale < TINY_SCALE ? TINY_SCALE : scale);
+    return stored >= 0x7f80 ? 0x7fc0 : stored;
+}
+
+// quant.halving_sum of a row's magnitudes.
+inline float halving_sum(const float* row) {
+    Floats part[VECTORS];
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; ++v) part[v] = magnitude(load<Floats>(row + v * LANES));
+#pragma GCC unroll 16
+    for (int width = VECTORS / 2; width > 0; width /= 2) {
+#pragma GCC unroll 16
+        for (int v = 0; v < width; ++v) part[v] += part[v + width];
+    }
+    return sum_lanes(part[0]);
+}
+
+// The channel scale of a row h. The row becomes h / channel_scale, and column_max takes in its magnitudes.
+inline uint16_t scale_row(float* row, float* column_max) {
+    const uint16_t stored = store_scale(sqrtf(halving_sum(row) / DSTATE));
+    const float inverse = 1.0f / from_bfloat16(stored);
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; ++v) {
+        const Floats scaled = load<Floats>(row + v * LANES) * inverse;
+        // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
+        store(column_max + v * LANES, larger(load<Ints>(column_max + v * LANES), (Ints)magnitude(scaled)));
+        store(row + v * LANES, scaled);
+    }
+    return stored;
+}
+
+// The state scales of a head and, in column_max, their reciprocals. False when one of them is not finite.
+inline bool scale_columns(float* column_max, uint16_t* state_scale) {
+    Words worst = {};
+    for (int v = 0; v < VECTORS; ++v) {
+        const Floats scale = load<Floats>(column_max + v * LANES) / (float)LARGEST;
+        // store_scale, many at once.
+        const Words word = (Words)(scale < TINY_SCALE ? splat(TINY_SCALE) : scale);
+        const Words rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+        const Words stored = rounded >= 0x7f80 ? Words{} + 0x7fc0 : rounded;
+        const Words finite = stored < 0x7f80 ? Words{} : Words{} + 1;
+        store_run(state_scale + v / RUN_VECTORS * RUN, v % RUN_VECTORS, __builtin_convertvector(stored, Halves));
+        store(column_max + v * LANES, 1.0f / (Floats)(stored << 16));
+        worst |= finite;
+    }
+    uint32_t bad = 0;
+    for (int lane = 0; lane < LANES; ++lane) bad |= worst[lane];
+    return bad == 0;
+}
+
+// Codes plus OFFSET in the low bits of each lane. Adding 1.5 * 2^23 rounds half to even, and the sum's low bits are the
+// rounded value. No clamp: bfloat16 rounds a scale down by 2^-9 at most, which lifts LARGEST by less than a half.
+inline Ints round_codes(Floats scaled) { return (Ints)(scaled + (12582912.0f + OFFSET)); }
+
+// Pack a row of scaled values. GUARDED gives what is not finite the code 0.
+template <bool GUARDED>
+inline void pack_row(const float* row, const float* inverse, uint8_t* packed) {
+#pragma GCC unroll 16
+    for (int j = 0; j < RUN_VECTORS; ++j) {
+        Ints bytes = {};
+#pragma GCC unroll 4
+        for (int run = 0; run < RUNS; ++run) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            Floats scaled = load<Floats>(row + at) * load<Floats>(inverse + at);
+            if (GUARDED) scaled = (Ints)magnitude(scaled) < 0x7f800000 ? scaled : Floats{};
+            bytes += round_codes(scaled) << (run * BITS);
+        }
+        store_run(packed, j, narrow(bytes));
+    }
+}
+
+// What a nibble stands for. At 2 bits it holds two codes, and the lower one counts.
+constexpr Floats CODES = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+struct Arguments {
+    uint8_t* packed;
+    uint16_t* channel_scale;
+    uint16_t* state_scale;
+    int64_t* rng;
+    Input x, B, C, D;
+    const float *dt, *decay;
+    void* y;
+    int64_t batch, nheads, ngroups, threads;
+};
+
+struct alignas(64) Scratch {
+    float dB[ROW], C[ROW], x[HEADDIM], y[HEADDIM];
+    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales, first the columns' maxima
+    uint16_t channel_scale[HEADDIM];
+    float rows[HEADDIM * ROW];
+};
+
+// Unpack a row, update it, leave it in `row`; returns C . h.
+inline float update_row(
+    const uint8_t* packed, float channel_scale, float decay, float x, const Scratch& s, float* row
+) {
+    Floats y = {};
+    const Floats table = CODES * channel_scale;
+#pragma GCC unroll 16
+    for (int j = 0; j < RUN_VECTORS; ++j) {
+        const Bytes bytes = load_run<Bytes>(packed, j);
+#pragma GCC unroll 4
+        for (int run = 0; run < RUNS; ++run) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            // code * state_scale * channel_scale is exact in float32, in any order.
+            const Ints nibbles = widen(bytes) >> (run * BITS);
+            const Floats h = look_up(table, nibbles) * load<Floats>(s.state_scale + at);
+            const Floats updated = h * decay + load<Floats>(s.dB + at) * x;
+            y = multiply_add(updated, load<Floats>(s.C + at), y);
+            store(row + at, updated);
+        }
+    }
+    return sum_lanes(y);
+}
+
+void update_head(const Arguments& a, int64_t item, Scratch& s) {
+    const int64_t b = item / a.nheads, head = item % a.nheads, group = head / (a.nheads / a.ngroups);
+    const float decay = a.decay[item];
+    a.B.read_columns(b * a.B.batch_stride + group * a.B.head_stride, s.dB);
+    a.C.read_columns(b * a.C.batch_stride + group * a.C.head_stride, s.C);
+    for (int i = 0; i < ROW; ++i) s.dB[i] *= a.dt[item];
+    for (int p = 0; p < HEADDIM; ++p) s.x[p] = a.x.at(b * a.x.batch_stride + head * a.x.head_stride + p);
+    uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
+    uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
+    uint16_t* state_scale = a.state_scale + item * DSTATE;
+    Input{state_scale, 1, 0, 0}.read_columns(0, s.state_scale);
+    memset(s.inverse, 0, sizeof s.inverse);
+    for (int p = 0; p < HEADDIM; ++p) {
+        float* row = s.rows + p * ROW;
+        s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, s.x[p], s, row);
+        s.channel_scale[p] = scale_row(row, s.inverse);
+    }
+    memcpy(channel_scale, s.channel_scale, sizeof s.channel_scale);
+    const bool finite = scale_columns(s.inverse, state_scale);
+    for (int p = 0; p < HEADDIM; ++p) {
+        const float* row = s.rows + p * ROW;
+        if (finite) {
+            pack_row<false>(row, s.inverse, packed + p * WIDTH);
+        } else {
+            pack_row<true>(row, s.inverse, packed + p * WIDTH);
+        }
+    }
+    const float D = a.D.data ? a.D.at(head) : 0.0f;
+    for (int p = 0; p < HEADDIM; ++p) {
+        const float y = a.D.data ? s.y[p] + s.x[p] * D : s.y[p];
+        if (a.x.dtype == 0) {
+            ((float*)a.y)[item * HEADDIM + p] = y;
+        } else {
+            ((uint16_t*)a.y)[item * HEADDIM + p] = to_bfloat16(y);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void ssm_update_p64_n128_b4_dynamic_nearest_avx512(const void* packed_arguments) {
+    Arguments a;
+    memcpy(&a, packed_arguments, sizeof a);
+    const int64_t items = a.batch * a.nheads;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        Scratch scratch = {};
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < items; ++item) update_head(a, item, scratch);
+    }
+    for (int64_t b = 0; b < a.batch; ++b) a.rng[2 * b + 1] += 1;
+}

@@ -1,0 +1,178 @@
+"""Specs, rendered text, compilation and its failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from qmamba_compile import ops
+from qmamba_compile.cpu_templates import build, launch
+from qmamba_compile.cpu_templates.render import Spec, render
+from qmamba_compile.errors import ConfigError, KernelBuildError
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SPEC = Spec("ssm_update", 8, 64, 4, dynamic=True, stochastic=False, isa="portable")
+GOLDEN_SPECS = [
+    Spec("ssm_update", 64, 128, 4, dynamic=True, stochastic=False, isa="avx512"),
+    Spec("ssm_update", 5, 12, 2, dynamic=False, stochastic=True, isa="avx2"),
+]
+
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
+    """An empty kernel cache, and nothing remembered before or after."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for cache in (launch.kernel, build.find_compiler):
+        cache.cache_clear()
+    yield tmp_path
+    for cache in (launch.kernel, build.find_compiler):
+        cache.cache_clear()
+
+
+def quantize_and_dequantize() -> tuple[torch.Tensor, torch.Tensor]:
+    h = torch.randn(1, 2, 3, 8)
+    packed, channel_scale, _, state_scale = ops.quantize_state(h, None, 4, False, 0)
+    return h, ops.dequantize_state(packed, channel_scale, state_scale, 4)
+
+
+@pytest.mark.parametrize("spec", GOLDEN_SPECS, ids=Spec.slug)
+def test_golden_text(spec: Spec) -> None:
+    """After a wanted change: ``QMAMBA_UPDATE_GOLDEN=1 pytest tests/kernels/test_cpu_build.py``, and read the diff."""
+    golden = GOLDEN / f"{spec.slug()}.cpp"
+    if os.environ.get("QMAMBA_UPDATE_GOLDEN"):
+        golden.write_text(render(spec))
+    assert render(spec) == golden.read_text()
+
+
+@pytest.mark.parametrize("kernel", ["ssm_update", "quantize_state", "dequantize_state"])
+@pytest.mark.parametrize("bits, dynamic, stochastic", [(8, True, True), (4, False, False), (2, True, False)])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_rendered_text_is_readable(kernel: str, bits: int, dynamic: bool, stochastic: bool, isa: str) -> None:
+    text = render(Spec(kernel, 64, 128, bits, dynamic, stochastic, isa))
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert "\n\n\n" not in text and "{%" not in text and "{{" not in text.replace("{{}", "")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"kernel": "scan"}, "scan"),
+        ({"bits": 3}, "bits=3"),
+        ({"dstate": 95}, "dstate=95"),
+        ({"headdim": 0}, "headdim=0"),
+        ({"headdim": 2**12}, "headdim=4096"),
+        ({"isa": "mmx"}, "mmx"),
+        ({"bits": None}, "float32"),
+    ],
+)
+def test_spec_refuses(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        dataclasses.replace(SPEC, **change)
+
+
+def test_slugs_differ_where_specs_do() -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"headdim": 9},
+        {"dstate": 32},
+        {"bits": 8},
+        {"bits": None, "dynamic": False},
+        {"dynamic": False},
+        {"stochastic": True},
+        {"isa": "avx2"},
+        {"kernel": "quantize_state"},
+        {"kernel": "dequantize_state"},
+    ]
+    assert len({dataclasses.replace(SPEC, **change).slug() for change in changes}) == len(changes)
+
+
+def test_instruction_set_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QMAMBA_CPU_ISA", "portable")
+    assert build.best_isa() == "portable"
+    monkeypatch.delenv("QMAMBA_CPU_ISA")
+    assert build.best_isa() == build.available_isas()[0]
+    monkeypatch.setenv("QMAMBA_CPU_ISA", "mmx")
+    with pytest.raises(ConfigError, match="mmx"):
+        build.best_isa()
+    monkeypatch.setenv("QMAMBA_CPU_ISA", "avx512")
+    monkeypatch.setattr(build, "available_isas", lambda: ("portable",))
+    with pytest.raises(ConfigError, match="lacks"):
+        build.best_isa()
+
+
+@needs_compiler
+def test_second_build_is_a_look_up(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.build(SPEC)
+    assert first is not None and first.is_relative_to(fresh)
+    written = first.stat().st_mtime_ns
+    assert build.build(SPEC) == first and first.stat().st_mtime_ns == written
+    # What changes the bytes changes the name.
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-g"))
+    assert build.build(SPEC) != first
+
+
+@needs_compiler
+def test_compiler_rejects_the_code(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "render", lambda spec: "int main( {")
+    with pytest.raises(KernelBuildError, match=r"error: .*"):
+        build.build(SPEC)
+    assert not list(fresh.rglob("*.so"))
+
+
+@needs_compiler
+def test_damaged_library(fresh: pathlib.Path) -> None:
+    library = build.build(SPEC)
+    assert library is not None
+    library.write_bytes(b"not a library")
+    with pytest.raises(KernelBuildError, match="delete it"):
+        build.load(SPEC)
+
+
+def test_without_a_compiler_the_reference_runs(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def nothing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", nothing)
+    monkeypatch.setattr(build, "log", _Warnings())
+    h, read = quantize_and_dequantize()
+    assert (read - h).abs().max() <= h.abs().max() / 7
+    quantize_and_dequantize()
+    assert not list(fresh.rglob("*.so"))
+    assert build.log.count == 1
+
+
+class _Warnings:
+    count = 0
+
+    def warning(self, *_: Any) -> None:
+        self.count += 1
+
+
+@needs_compiler
+def test_two_processes_build_one_kernel_at_once(tmp_path: pathlib.Path) -> None:
+    program = (
+        "from qmamba_compile.cpu_templates import build; from qmamba_compile.cpu_templates.render import Spec;"
+        f"assert build.load({SPEC!r}) is not None"
+    )
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.suffix for path in sorted((tmp_path / "qmamba").iterdir())] == [".cpp", ".so"]
+
+
+def test_importing_the_ops_loads_no_template_engine() -> None:
+    program = "import sys, torch; before = 'jinja2' in sys.modules; import qmamba_compile.ops; "
+    program += "assert before or 'jinja2' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
