@@ -37,7 +37,7 @@ HELDOUT_LIMIT = 390_000
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 EVAL_WINDOW = 1024
 # What a checkpoint must agree on to continue it.
-IDENTITY = ("d_model", "layers", "batch", "seqlen", "steps", "lr", "seed")
+IDENTITY = ("d_model", "layers", "batch", "seqlen", "steps", "horizon", "cooldown", "lr", "seed")
 
 
 def stdlib_files(heldout: bool) -> dict[str, bytes]:
@@ -140,11 +140,16 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def lr_factor(step: int, steps: int, warmup: int = 100) -> float:
-    """Linear warmup, then a cosine to zero: a function of the step alone, so a resume keeps the schedule."""
+def lr_factor(step: int, steps: int, horizon: int, cooldown: int, warmup: int = 100) -> float:
+    """Linear warmup, a cosine that would reach zero at ``horizon``, and a linear way down over the last ``cooldown``.
+
+    A function of the step alone, so a resume keeps the schedule. The cooldown takes most of what a longer cosine
+    would gain, in a fraction of its steps.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, horizon - warmup)))
+    return cosine * min(1.0, (steps - step) / cooldown)
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
@@ -192,7 +197,7 @@ def train(model: Mamba2ForCausalLM, args: argparse.Namespace, heldout: Tensor, c
         task = progress.add_task("compiling", total=args.steps, completed=first)
         for step in range(first, args.steps):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = args.lr * lr_factor(step, args.steps)
+                group["lr"] = args.lr * lr_factor(step, args.steps, args.horizon, args.cooldown)
             loss = loss_of(*batches(step))
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -228,7 +233,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint if there is one")
     parser.add_argument("--export", action="store_true", help="save the checkpoint without training")
     parser.add_argument("--write-heldout", action="store_true", help="only write demo/heldout.txt")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--horizon", type=int, default=3000, help="where the cosine would end without the cooldown")
+    parser.add_argument("--cooldown", type=int, default=250, help="steps over which the learning rate goes to zero")
     parser.add_argument("--d-model", type=int, default=160, help="a multiple of 32")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)

@@ -59,6 +59,7 @@ def explain(
     network = _load(model)
     weight_bytes = [_weight_bytes(network)]
     report_module.recent.clear()
+    torch._dynamo.reset()  # a graph that this process already has would not be reported again
     # Nothing is compiled: the rewritten graphs run as they are, which takes seconds.
     network.compile(backend="qmamba", fullgraph=True, options={**options, "inner_backend": "eager"})
     ids = torch.randint(0, network.config.vocab_size, (1, 9))

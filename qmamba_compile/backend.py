@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -130,7 +130,7 @@ def _example(source: InputSource, context: PassContext) -> Any:
         if is_traceable_wrapper_subclass(whole) and whole in tracing.tensor_to_context:
             # Inner sizes of a state must get the symbols that Dynamo has given them.
             symbolic = tracing.tensor_to_context[whole]
-            whole = mode.from_tensor(whole, symbolic_context=symbolic, source=symbolic.tensor_source)
+            whole = mode.from_tensor(cast(Tensor, whole), symbolic_context=symbolic, source=symbolic.tensor_source)
         assert source.getter is not None
         value = source.getter(whole)
     assert value is not None

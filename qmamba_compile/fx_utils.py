@@ -159,7 +159,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         copied._param_name_to_source = gm._param_name_to_source
     for index, original in enumerate(placeholders(gm.graph)):
         node = mapping[original]
-        node._dynamo_source = getattr(original, "_dynamo_source", None)  # type: ignore[attr-defined]
+        node._dynamo_source = getattr(original, "_dynamo_source", None)
         node.meta["qmamba_input"] = InputSource(index)
     return copied
 
@@ -169,7 +169,7 @@ def add_input(graph: fx.Graph, after: fx.Node | None, name: str, source: InputSo
     last = after if after is not None else placeholders(graph)[-1]
     with graph.inserting_after(last):
         node = graph.placeholder(name)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta.update(example_value=fake, qmamba_input=source)
     if source.index is None:
         # Keeps AOTAutograd from guarding on, or cloning, a tensor that no one else sees.

@@ -370,8 +370,11 @@ def w8a8_linear(
     if act_scale is None:
         codes, row_scale = quant.quantize_rows(rows)
     else:
-        row_scale = act_scale.reshape(1, 1).float()
-        codes = (rows.float() * row_scale.reciprocal()).round().clamp(-127, 127).to(torch.int8)
+        scaled = rows.float() * act_scale.reshape(1, 1).float().reciprocal()
+        # int8 has no NaN: a row that is not finite gets a scale that makes it NaN again.
+        finite = scaled.isfinite().all(dim=-1, keepdim=True)
+        row_scale = torch.where(finite, act_scale.float(), torch.nan)
+        codes = torch.where(finite, scaled, 0.0).round().clamp(-127, 127).to(torch.int8)
     product = torch._int_mm(codes, qdata.t())
     y = product.float() * row_scale * scale.view(1, -1)
     if bias is not None:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import SkipReason
@@ -154,8 +154,6 @@ def _match_time_step(node: Any, head_axis: int) -> TimeStep:
     if op_name(node) in ("clamp", "clip"):
         low, high = argument(node, 1, "min"), argument(node, 2, "max")
         minimum, maximum = _number(low, -math.inf), _number(high, math.inf)
-        if not isinstance(minimum, (int, float)) or not isinstance(maximum, (int, float)):
-            raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"dt is limited by tensors ({node})")
         node = strip(node.args[0], *_CASTS)
     elif op_name(node) != "softplus":
         minimum = -math.inf
@@ -170,8 +168,11 @@ def _match_time_step(node: Any, head_axis: int) -> TimeStep:
 
 
 def _number(limit: Any, default: float) -> float:
+    value = value_of(limit)
+    if isinstance(value, Tensor):
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"dt is limited by a tensor ({limit})")
     # With dynamic=True a Python float of the model is a symbol; float() fixes its value and guards on it.
-    return default if limit is None else float(value_of(limit))
+    return default if value is None else float(value)
 
 
 # --- prefill -------------------------------------------------------------------------------------------------------
@@ -225,7 +226,10 @@ def match_scan(anchor: fx.Node) -> ScanMatch:
         NoMatchError: an operation is missing, or one more than the algorithm has.
     """
     _, all_states = _einsum(anchor, _CARRY)
-    previous, chunk_states = _expect(all_states, "cat").args[0]
+    joined = _expect(all_states, "cat").args[0]
+    if len(joined) != 2:
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{all_states} joins {len(joined)} tensors, expected two")
+    previous, chunk_states = joined[0], joined[1]
     initial_state = None if op_name(previous) == "zeros_like" else _initial_state(previous)
     b_decay, x_chunks = _einsum(chunk_states, _CHUNK_STATES)
     decay, b_chunks = _operand(_expect(b_decay, "mul"), "exp")

@@ -98,6 +98,8 @@ class QuantizeLinear(GraphPass):
         plain = type(value) in (Tensor, nn.Parameter) and value.dtype in _FLOATS
         if not plain and not _is_our_int8(value):
             return SkipReason.DTYPE, f"the weight is a {type(value).__name__} of {value.dtype}; allowed: {_FLOATS}"
+        if value.shape[1] < 2:
+            return SkipReason.SHAPE, "in_features=1: torch's int8 product on the CPU is wrong there"
         if _routes(node):
             return SkipReason.ROUTER, f"its output reaches topk within {_ROUTING_DISTANCE} operations"
         return None
@@ -164,7 +166,7 @@ class QuantizeLinear(GraphPass):
         value = self.context.example_inputs[weight.meta["qmamba_input"].index]
         paths = {layer_of(user) for user in weight.users} | {parameter_path(weight).rpartition(".")[0]}
         layers = {id(root.get_submodule(path)) for path in paths}
-        slots = []
+        slots: list[tuple[nn.Module, str]] = []
         for module in root.modules():
             names = [name for name, parameter in module._parameters.items() if parameter is value]
             if names and id(module) not in layers and not isinstance(module, nn.Linear):

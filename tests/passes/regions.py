@@ -65,7 +65,7 @@ class Scan(_Region):
         self.chunk_size = chunk_size
 
     def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial: Tensor | None = None):
-        """x [b, l, h, p]; dt [b, l, h]; B, C [b, l, g, n]; initial [b, h, p, n] -> y, final state (as a cache keeps it)."""
+        """x [b, l, h, p]; dt [b, l, h]; B, C [b, l, g, n]; initial [b, h, p, n] -> y, cached state."""
         batch, seqlen, nheads, headdim = x.shape
         ngroups, size = B.shape[2], self.chunk_size
         if self.dt_bias is not None:
@@ -82,9 +82,7 @@ class Scan(_Region):
             residual = self.at("D", self.D[..., None]) * F.pad(x, (0, 0, 0, 0, 0, pad, 0, 0))
         x = self.at("x", x * dt[..., None].float())
         A = self.at("A", -torch.exp(self.A_log.float())) * dt.float()
-        x, B, C = (
-            F.pad(t, (0, 0, 0, 0, 0, pad, 0, 0)).reshape(batch, -1, size, *t.shape[2:]) for t in (x, B, C)
-        )
+        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad, 0, 0)).reshape(batch, -1, size, *t.shape[2:]) for t in (x, B, C))
         A = F.pad(A, (0, 0, 0, pad, 0, 0)).reshape(batch, -1, size, nheads).permute(0, 3, 1, 2)
         A_cumsum = torch.cumsum(A, dim=-1)
         L = self.at("L", torch.exp(_segment_sum(A)))

@@ -172,8 +172,10 @@ class StepPerChannel(Scan):
         pytest.param(Scan(L=torch.sqrt), SkipReason.UNKNOWN_STRUCTURE, id="function of the decay"),
         pytest.param(Scan(L=lambda L: L.tril(-1)), SkipReason.UNKNOWN_STRUCTURE, id="without the diagonal"),
         pytest.param(Scan(output=torch.relu), SkipReason.UNKNOWN_STRUCTURE, id="function of the output"),
-        pytest.param(Scan(cut=lambda y, l: y[:, -l:]), SkipReason.UNKNOWN_STRUCTURE, id="cut at the front"),
-        pytest.param(Scan(x=lambda x: x.to(torch.int32).float()), SkipReason.UNKNOWN_STRUCTURE, id="x in whole numbers"),
+        pytest.param(Scan(cut=lambda y, seqlen: y[:, -seqlen:]), SkipReason.UNKNOWN_STRUCTURE, id="cut at the front"),
+        pytest.param(
+            Scan(x=lambda x: x.to(torch.int32).float()), SkipReason.UNKNOWN_STRUCTURE, id="x in whole numbers"
+        ),
         pytest.param(BroadcastStart(), SkipReason.UNKNOWN_STRUCTURE, id="one initial state for all"),
         pytest.param(StepPerChannel(), SkipReason.NOT_PER_HEAD, id="dt_bias per token"),
     ],
@@ -189,7 +191,7 @@ def test_refusals_leave_the_scan_alone(capture, scan, reason):
     assert_same(result, scan(*inputs, start))
 
 
-def test_D_per_channel_is_refused_though_there_are_as_many_heads(capture):
+def test_skip_per_channel_is_refused_though_there_are_as_many_heads(capture):
     scan, inputs = Scan(nheads=8, D=False), scan_inputs(nheads=8, headdim=8)
     scan.D = torch.nn.Parameter(torch.randn(8), requires_grad=False)
     scan.changes["D"] = lambda D: D[:, 0][None, :]

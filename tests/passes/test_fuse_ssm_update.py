@@ -104,9 +104,7 @@ def test_new_nodes_carry_layer_and_value(make_model, tokens, capture, decode):
 )
 def test_same_state_and_output_over_several_steps(capture, options, sizes, state):
     inputs = step_inputs(**sizes)
-    backend, (fused, unfused), states = run_both(
-        capture, Step(**options), inputs, make_state(inputs, **state), steps=4
-    )
+    backend, (fused, unfused), states = run_both(capture, Step(**options), inputs, make_state(inputs, **state), steps=4)
     assert backend.only.after[SSM_UPDATE] == 1 and backend.only.after[READ] == backend.only.after[STORE] == 0
     assert states[0].rng[0, 1] == 5
     assert_same_state(*states)

@@ -65,9 +65,7 @@ def test_every_linear_becomes_int8(make_model, tokens, capture, n_layers):
 def test_numbers(capture, dtype, shape):
     layers = Two(linear(dtype=dtype), linear(24, 8, bias=False, dtype=dtype))
     x = torch.randn(shape).to(dtype)
-    expected = reference(
-        F.silu(reference(x, layers.first.weight, layers.first.bias)).to(dtype), layers.second.weight
-    )
+    expected = reference(F.silu(reference(x, layers.first.weight, layers.first.bias)).to(dtype), layers.second.weight)
     backend = capture(QuantizeLinear)
     y = backend.compile(layers)(x)
     assert backend.only.after[LINEAR] == 2

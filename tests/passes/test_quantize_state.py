@@ -99,6 +99,7 @@ def test_new_nodes_carry_layer_and_value(make_model, tokens, capture, decode):
 
 
 def test_layers_do_not_share_their_noise(make_model, tokens, capture, decode):
+    of_seed = []
     for seed in (0, 1):
         torch._dynamo.reset()
         backend = capture(QuantizeState, rounding="stochastic", seed=seed)
@@ -106,8 +107,8 @@ def test_layers_do_not_share_their_noise(make_model, tokens, capture, decode):
         keys = torch.stack([layer.recurrent_states[0].rng[:, 0] for layer in cache.layers])
         assert len(set(keys[:, 0].tolist())) == 2 and bool((keys == keys[:, :1]).all())
         assert [layer.recurrent_states[0].rng[0, 1].item() for layer in cache.layers] == [3, 3]
-        before = keys[:, 0] if seed == 0 else before
-    assert not torch.equal(before, keys[:, 0])
+        of_seed.append(keys[:, 0])
+    assert not torch.equal(*of_seed)
 
 
 def test_second_run_changes_nothing(make_model, tokens, capture, decode):
@@ -221,9 +222,7 @@ class OneScale:
 
 def test_calibrated_scales_come_from_the_artifact(capture):
     scale = torch.rand(4, 16) + 0.5
-    backend = capture(
-        QuantizeState, state_scales="calibrated", calibration="a.safetensors", artifact=OneScale(scale)
-    )
+    backend = capture(QuantizeState, state_scales="calibrated", calibration="a.safetensors", artifact=OneScale(scale))
     _, state = backend.compile(Scan())(*scan_inputs())
     _, h = Scan()(*scan_inputs())
     assert_same_state(state, DSQState.from_float(h, 4, state_scale=scale, seed=int(state.rng[0, 0])))

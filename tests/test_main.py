@@ -1,0 +1,113 @@
+"""The command line: what it prints, what it refuses, and with which words."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qmamba_compile import __main__ as cli
+from qmamba_compile import errors
+
+BUNDLED = Path(__file__).parents[1] / "demo" / "tiny-mamba2"
+runner = CliRunner()
+
+
+def invoke(*args: str):
+    return runner.invoke(cli.app, list(args), catch_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    result = invoke("explain", "--model", "toy", "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_explain_counts_what_the_toy_model_has(toy):
+    prefill, decode = toy["graphs"]
+    assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
+    counts = {name: (p["found"], p["rewritten"]) for name, p in prefill["passes"].items()}
+    # Two layers, each with a scan and in_proj and out_proj; one lm_head.
+    assert counts == {
+        "fuse_chunk_scan": (2, 2),
+        "quantize_state": (2, 2),
+        "fuse_ssm_update": (0, 0),
+        "quantize_linear": (5, 5),
+    }
+    assert decode["passes"]["fuse_ssm_update"]["rewritten"] == 2
+
+
+def test_explain_gives_bytes_before_and_after(toy):
+    state, weights = toy["bytes"]["state_per_sequence"], toy["bytes"]["weights"]
+    # Two layers of 4 heads, headdim 64, dstate 64: 4 bytes an element before, 4.5 bits and 16 bytes a sequence after.
+    assert state["before"] == 2 * 4 * 64 * 64 * 4
+    assert state["after"] == 2 * (4 * 64 * 64 // 2 + 2 * 4 * (64 + 64) + 16)
+    linears = sum(g["passes"]["quantize_linear"]["bytes_before"] for g in toy["graphs"][:1])
+    assert weights["before"] - weights["after"] > 0.7 * linears
+
+
+def test_explain_prints_a_table_of_passes():
+    result = invoke("explain", "--model", "toy", "--state-bits", "8", "--weights", "none")
+    assert result.exit_code == 0, result.output
+    assert "fuse_ssm_update" in result.stdout and "state of one sequence" in result.stdout
+
+
+def test_strict_refuses_a_model_without_a_mamba2_layer(tmp_path):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    relaxed = invoke("explain", "--model", str(tmp_path))
+    assert relaxed.exit_code == 0 and "no Mamba2 layer" in relaxed.stdout
+    assert isinstance(invoke("explain", "--model", str(tmp_path), "--strict").exception, errors.StrictError)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("explain", "--model", "./nowhere"), ("./nowhere", "no such folder")),
+        (("explain", "--model", "toy", "--state-bits", "3"), ("state_bits=3", "8, 4, 2")),
+        (("explain", "--model", "toy", "--weights", "int4"), ("weights='int4'", "int8")),
+        (("explain", "--model", "toy", "--state-scales", "calibrated"), ("calibration", "qmamba calibrate")),
+        (("generate", "--model", "toy", "--prompt", ""), ("--prompt",)),
+        (("render", "ssm_updat"), ("ssm_updat", "ssm_update")),
+        (("render", "ssm_update", "--dstate", "95"), ("dstate=95", "4 bits")),
+    ],
+)
+def test_bad_input_is_named(args, words):
+    problem = invoke(*args).exception
+    assert isinstance(problem, errors.QMambaError)
+    assert all(word in str(problem) for word in words), str(problem)
+
+
+def test_render_prints_the_kernel_of_the_spec():
+    source = invoke("render", "ssm_update", "--headdim", "32", "--dstate", "64", "--target", "portable").stdout
+    assert "ssm_update_p32_n64_b4_dynamic_nearest_portable" in source
+
+
+def test_env_shows_versions_and_overrides(monkeypatch):
+    monkeypatch.setenv("QMAMBA_STATE_BITS", "8")
+    output = invoke("env").stdout
+    assert "torch" in output and "state_bits=8" in output
+
+
+@pytest.mark.slow
+def test_generate_streams_text_and_errors_are_one_line():
+    environment = {**os.environ, "QMAMBA_INNER_BACKEND": "eager"}
+    command = [sys.executable, "-m", "qmamba_compile"]
+    good = subprocess.run(
+        [*command, "generate", "--model", str(BUNDLED), "--prompt", "def main(", "--max-new-tokens", "20"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.startswith("def main(") and len(good.stdout) >= 29
+    bad = subprocess.run([*command, "explain", "--model", "./nowhere"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "Traceback" not in bad.stderr and "no such folder" in bad.stderr
