@@ -28,7 +28,7 @@ class QMambaConfig:
     Attributes:
         weights: ``"int8"`` turns linears into W8A8; ``None`` leaves them in floating point.
         state_bits: bits per element of the SSM state; ``None`` keeps the float state.
-        state_scales: ``"dynamic"`` takes both scale vectors from the state at each store (Q-Mamba, Eq. 7);
+        state_scales: ``"dynamic"`` takes both scale vectors from the state at each store;
             ``"calibrated"`` reads ``state_scale`` from the artifact named by ``calibration``.
         rounding: ``"nearest"`` (ties to even) or ``"stochastic"`` (Philox, reproducible from ``seed``).
         seed: seed of stochastic rounding.

@@ -231,7 +231,6 @@ _IN_PLACE_OPERATORS = {name for name in _OPERATORS if name[0] == "i" and {name[1
 _IN_PLACE_OPERATORS |= {"setitem", "delitem"}
 
 
-
 def mutates(node: fx.Node) -> bool:
     """True for in-place methods, in-place operators and whatever a schema says writes to its arguments."""
     name = op_name(node)

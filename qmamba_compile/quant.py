@@ -1,14 +1,15 @@
 """int8 / int4 / int2 and DSQ arithmetic in plain torch. THE reference: kernels reproduce it bit for bit.
 
 A state is ``h`` [..., p, n] (headdim, dstate) in float32. Its step size is the outer product of two vectors
-(decoupled scale quantization, Q-Mamba Eq. 7): ``step[p, n] = channel_scale[p] * state_scale[n]``.
+(decoupled scale quantization, as in Q-Mamba's Eq. 7): ``step[p, n] = channel_scale[p] * state_scale[n]``.
+state_scale comes from calibration or from the state itself, channel_scale always from the state.
 Codes are symmetric, ``-(2^(b-1)-1) .. 2^(b-1)-1``, and are taken against the *stored* (16-bit) scales, so the
 largest magnitude that a scale serves lands on the largest code.
 
 What is defined here to the last bit, because codes feed back into the next step:
     - scales are rounded to bfloat16 before use and are never below ``TINY_SCALE``;
-    - division by a scale is multiplication by its float32 reciprocal, state_scale and channel_scale in a fixed order;
-    - the mean over n is summed by halving, an order that SIMD and GPU code can follow;
+    - division by a scale is multiplication by its float32 reciprocal, first of state_scale, then of channel_scale;
+    - the mean over p is summed by halving, an order that SIMD and GPU code can follow;
     - NaN and infinity turn the scale that serves them into NaN, hence every value read through it.
 """
 
@@ -102,8 +103,9 @@ def store_scale(scale: Tensor) -> Tensor:
     return torch.where(stored.isfinite(), stored, torch.full_like(stored, math.nan))
 
 
-def halving_sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension as ``x[:half] + x[half:]``, repeated, zero-padded to a power of two."""
+def halving_sum(x: Tensor, dim: int) -> Tensor:
+    """Sum over ``dim`` as ``x[:half] + x[half:]``, repeated, zero-padded to a power of two."""
+    x = x.movedim(dim, -1)
     size = x.shape[-1]
     width = 1 << max(size - 1, 0).bit_length()
     x = torch.nn.functional.pad(x, (0, width - size))
@@ -113,19 +115,18 @@ def halving_sum(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def dynamic_scales(h: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Both DSQ vectors of ``h`` [..., p, n] from itself (Q-Mamba, Eq. 7): channel_scale [..., p], state_scale [..., n].
+def dynamic_state_scale(h: Tensor) -> Tensor:
+    """state_scale [..., n] of ``h`` [..., p, n] from itself: the square root of a column's mean magnitude.
 
-    channel_scale is the square root of a row's mean magnitude; state_scale maps the largest magnitude of each column,
-    measured in units of channel_scale, to the largest code.
+    Q-Mamba's Eq. 7 with the two vectors exchanged: there channel_scale is the root of the mean and state_scale serves
+    the maxima. Perplexity of W8A8H4 over float32 on the bundled model, nearest / stochastic, 95 held-out windows of 1024
+    bytes: +2.22 % / +0.91 % as in the paper, +1.68 % / +0.64 % exchanged. A maximum over p moves every step, and with
+    it all codes of a column; and so channel_scale is found in the same way as with calibrated scales.
     """
-    magnitude = h.abs()
-    channel_scale = store_scale((halving_sum(magnitude) / h.shape[-1]).sqrt())
-    columns = (magnitude * channel_scale.float().reciprocal()[..., None]).amax(dim=-2)
-    return channel_scale, store_scale(columns / max_code(bits))
+    return store_scale((halving_sum(h.abs(), dim=-2) / h.shape[-2]).sqrt())
 
 
-def calibrated_channel_scale(h: Tensor, state_scale: Tensor, bits: int) -> Tensor:
+def channel_scale_of(h: Tensor, state_scale: Tensor, bits: int) -> Tensor:
     """channel_scale [..., p] that maps each row's largest ``|h / state_scale|`` to the largest code."""
     rows = (h.abs() * state_scale.float().reciprocal()[..., None, :]).amax(dim=-1)
     return store_scale(rows / max_code(bits))
@@ -135,18 +136,14 @@ def calibrated_channel_scale(h: Tensor, state_scale: Tensor, bits: int) -> Tenso
 
 
 def quantize_codes(
-    h: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int, *, dynamic: bool, noise: Tensor | None = None
+    h: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int, *, noise: Tensor | None = None
 ) -> Tensor:
     """int8 codes of ``h`` [..., p, n] on the grid of the two stored scales.
 
     Args:
-        dynamic: the reciprocals are applied in the order in which the scheme found the scales: channel then state
-            for dynamic scales, state then channel for calibrated ones.
         noise: uniform numbers in (0, 1) of h's shape for stochastic rounding; ``None`` rounds half to even.
     """
-    per_channel = channel_scale.float().reciprocal()[..., None]
-    per_state = state_scale.float().reciprocal()[..., None, :]
-    scaled = h * per_channel * per_state if dynamic else h * per_state * per_channel
+    scaled = h * state_scale.float().reciprocal()[..., None, :] * channel_scale.float().reciprocal()[..., None]
     rounded = scaled.round() if noise is None else (scaled + noise).floor()
     largest = max_code(bits)
     # The scale of a non-finite value is NaN and makes it NaN again when read; the code itself must only be defined.
@@ -167,13 +164,11 @@ def quantize_state(
         packed [b, h, p, n*bits/8], channel_scale [b, h, p], state_scale ([b, h, n] dynamic, the argument otherwise).
     """
     h = h.float()
-    dynamic = state_scale is None
     if state_scale is None:
-        channel_scale, state_scale = dynamic_scales(h, bits)
-    else:
-        channel_scale = calibrated_channel_scale(h, state_scale, bits)
+        state_scale = dynamic_state_scale(h)
+    channel_scale = channel_scale_of(h, state_scale, bits)
     noise = None if rng is None else uniform_noise(rng, h.shape[1:])
-    codes = quantize_codes(h, channel_scale, state_scale, bits, dynamic=dynamic, noise=noise)
+    codes = quantize_codes(h, channel_scale, state_scale, bits, noise=noise)
     return pack(codes, bits), channel_scale, state_scale
 
 

@@ -99,14 +99,13 @@ def _constants(spec: Spec) -> dict[str, object]:
     lanes = LANES[spec.isa]
     runs = 1 if spec.bits is None else 8 // spec.bits
     run = spec.dstate // runs
-    power_of_two = 1 << max(spec.dstate - 1, 0).bit_length()
     constants: dict[str, object] = {
         "lanes": lanes,
         "runs": runs,
         "run": run,
         "by_table": False,
-        "power_of_two": power_of_two,
-        "halving_by_vectors": power_of_two == spec.dstate and run % lanes == 0,
+        # Half of headdim, rounded up to a power of two.
+        "half_headdim": max(1, (1 << (spec.headdim - 1).bit_length()) // 2),
         "rotations": _rotations(lanes),
         "unpacks": spec.kernel != "quantize_state",
         "packs": spec.kernel != "dequantize_state",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torchao.quantization.granularity import PerRow
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
 from .. import quant
+from ..artifact import Artifact
 from ..errors import SkipReason
 from ..fx_utils import (
     InputSource,
@@ -113,14 +115,14 @@ class QuantizeLinear(GraphPass):
             slots = self._module_slots(weight)
             if slots:
                 with torch.inference_mode(False), torch.no_grad():
-                    quantized = nn.Parameter(self._quantize(value, layer), requires_grad=False)
+                    quantized = nn.Parameter(_quantize(value, layer, self.context.artifact), requires_grad=False)
                 for module, name in slots:
                     module._parameters[name] = quantized
                 retarget_guards(value, quantized)
                 value = quantized
                 self.context.example_inputs[index] = value
             else:
-                find = self._beside(value, layer)
+                find = _FindBeside(layer, self.context.artifact)
                 value = find(value)
         inputs: list[fx.Node | None] = []
         last = weight
@@ -134,12 +136,6 @@ class QuantizeLinear(GraphPass):
             last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
             inputs.append(last)
         return tuple(inputs)
-
-    def _quantize(self, weight: Tensor, layer: str) -> Int8Tensor:
-        artifact = self.context.artifact
-        if artifact is None:
-            return quantize_weight(weight)
-        return quantize_weight(weight, smooth=artifact.smooth(layer), tuned=artifact.weight_bcdt(layer))
 
     def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:
         """The layer's static activation scale, an input of its own: torchao's eager linear stays dynamic."""
@@ -174,11 +170,22 @@ class QuantizeLinear(GraphPass):
             slots.extend((module, name) for name in names)
         return slots
 
-    def _beside(self, weight: Tensor, layer: str) -> _WeightBeside:
-        """The int8 form of a parameter that stays, shared by all graphs compiled with this calibration."""
-        artifact = self.context.artifact
-        key = (layer, None if artifact is None else artifact.digest)
-        return _beside.setdefault(weight, {}).setdefault(key, _WeightBeside(lambda w: self._quantize(w, layer)))
+
+class _FindBeside:
+    """From a float parameter that stays in use to its int8 form, shared by all graphs compiled with this calibration.
+
+    Looked up by the parameter at each call: Dynamo runs this graph for another model of the same sizes, too.
+    """
+
+    def __init__(self, layer: str, artifact: Artifact | None) -> None:
+        self._key = (layer, None if artifact is None else artifact.digest)
+        self._quantize = functools.partial(_quantize, layer=layer, artifact=artifact)
+
+    def __call__(self, weight: Tensor) -> Int8Tensor:
+        forms = _beside.setdefault(weight, {})
+        if self._key not in forms:
+            forms[self._key] = _WeightBeside(self._quantize)
+        return forms[self._key](weight)
 
 
 class _WeightBeside:
@@ -204,6 +211,12 @@ _beside: Any = WeakIdKeyDictionary()
 def _getter(name: str, find: Callable[[Any], Int8Tensor] | None) -> Callable[[Any], Tensor]:
     attribute = operator.attrgetter(name)
     return attribute if find is None else lambda weight: attribute(find(weight))
+
+
+def _quantize(weight: Tensor, layer: str, artifact: Artifact | None) -> Int8Tensor:
+    if artifact is None:
+        return quantize_weight(weight)
+    return quantize_weight(weight, smooth=artifact.smooth(layer), tuned=artifact.weight_bcdt(layer))
 
 
 def quantize_weight(weight: Tensor, *, smooth: Tensor | None = None, tuned: Tensor | None = None) -> Int8Tensor:

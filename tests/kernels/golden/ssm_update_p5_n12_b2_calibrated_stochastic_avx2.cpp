@@ -169,13 +169,6 @@ inline uint16_t store_scale(float scale) {
     return stored >= 0x7f80 ? 0x7fc0 : stored;
 }
 
-inline Ints max_lanes(Ints x) {
-    x = larger(x, ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3));
-    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1));
-    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0));
-    return x;
-}
-
 // The calibrated scales of a head and their reciprocals.
 inline void read_calibrated(const Input& calibrated, int64_t head, float* state_scale, float* inverse) {
     calibrated.read_columns(head * DSTATE, state_scale);
@@ -183,6 +176,13 @@ inline void read_calibrated(const Input& calibrated, int64_t head, float* state_
         const int at = run * RUN_VECTORS * LANES;
         for (int i = 0; i < RUN; ++i) inverse[at + i] = 1.0f / state_scale[at + i];
     }
+}
+
+inline Ints max_lanes(Ints x) {
+    x = larger(x, ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1));
+    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0));
+    return x;
 }
 
 // The channel scale of a row h. The row becomes h / state_scale, whose reciprocals are `inverse`.
@@ -328,14 +328,15 @@ void update_head(const Arguments& a, int64_t item, Scratch& s) {
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     read_calibrated(a.state_scale, head, s.state_scale, s.inverse);
     for (int p = 0; p < HEADDIM; ++p) {
-        s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, s.x[p], s, s.rows);
-        channel_scale[p] = scale_row(s.rows, s.inverse);
+        float* row = s.rows;
+        s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, s.x[p], s, row);
+        channel_scale[p] = scale_row(row, s.inverse);
         const float inverse = 1.0f / from_bfloat16(channel_scale[p]);
         fill_noise(a.rng[2 * b], a.rng[2 * b + 1], head * HEADDIM + p, s.noise);
         if (inverse == inverse) {
-            pack_row<false>(s.rows, inverse, s.noise, packed + p * WIDTH);
+            pack_row<false>(row, inverse, s.noise, packed + p * WIDTH);
         } else {
-            pack_row<true>(s.rows, inverse, s.noise, packed + p * WIDTH);
+            pack_row<true>(row, inverse, s.noise, packed + p * WIDTH);
         }
     }
     const float D = a.D.data ? a.D.at(head) : 0.0f;

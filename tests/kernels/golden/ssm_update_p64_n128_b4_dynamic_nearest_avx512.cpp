@@ -156,50 +156,48 @@ inline uint16_t store_scale(float scale) {
     return stored >= 0x7f80 ? 0x7fc0 : stored;
 }
 
-// quant.halving_sum of a row's magnitudes.
-inline float halving_sum(const float* row) {
-    Floats part[VECTORS];
-#pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) part[v] = magnitude(load<Floats>(row + v * LANES));
-#pragma GCC unroll 16
-    for (int width = VECTORS / 2; width > 0; width /= 2) {
-#pragma GCC unroll 16
-        for (int v = 0; v < width; ++v) part[v] += part[v + width];
+// quant.dynamic_state_scale of a head's rows: the scales as stored and as read, and their reciprocals.
+inline void scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* inverse) {
+    constexpr int HALF = 32;
+    for (int v = 0; v < VECTORS; ++v) {
+        const float* column = rows + v * LANES;
+        Floats part[HALF];
+        for (int p = 0; p < HALF; ++p) {
+            part[p] = magnitude(load<Floats>(column + p * ROW));
+            if (p + HALF < HEADDIM) part[p] += magnitude(load<Floats>(column + (p + HALF) * ROW));
+        }
+        for (int width = HALF / 2; width > 0; width /= 2) {
+            for (int p = 0; p < width; ++p) part[p] += part[p + width];
+        }
+        store(state_scale + v * LANES, part[0] / (float)HEADDIM);
     }
-    return sum_lanes(part[0]);
+    for (int run = 0; run < RUNS; ++run) {
+        const int at = run * RUN_VECTORS * LANES;
+        for (int i = 0; i < RUN; ++i) stored[run * RUN + i] = store_scale(sqrtf(state_scale[at + i]));
+        for (int i = 0; i < RUN; ++i) state_scale[at + i] = from_bfloat16(stored[run * RUN + i]);
+        for (int i = 0; i < RUN; ++i) inverse[at + i] = 1.0f / state_scale[at + i];
+    }
 }
 
-// The channel scale of a row h. The row becomes h / channel_scale, and column_max takes in its magnitudes.
-inline uint16_t scale_row(float* row, float* column_max) {
-    const uint16_t stored = store_scale(sqrtf(halving_sum(row) / DSTATE));
-    const float inverse = 1.0f / from_bfloat16(stored);
+inline Ints max_lanes(Ints x) {
+    x = larger(x, ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = larger(x, ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
+    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+    return x;
+}
+
+// The channel scale of a row h. The row becomes h / state_scale, whose reciprocals are `inverse`.
+inline uint16_t scale_row(float* row, const float* inverse) {
+    Ints largest = {};
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; ++v) {
-        const Floats scaled = load<Floats>(row + v * LANES) * inverse;
+        const Floats scaled = load<Floats>(row + v * LANES) * load<Floats>(inverse + v * LANES);
         // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
-        store(column_max + v * LANES, larger(load<Ints>(column_max + v * LANES), (Ints)magnitude(scaled)));
+        largest = larger(largest, (Ints)magnitude(scaled));
         store(row + v * LANES, scaled);
     }
-    return stored;
-}
-
-// The state scales of a head and, in column_max, their reciprocals. False when one of them is not finite.
-inline bool scale_columns(float* column_max, uint16_t* state_scale) {
-    Words worst = {};
-    for (int v = 0; v < VECTORS; ++v) {
-        const Floats scale = load<Floats>(column_max + v * LANES) / (float)LARGEST;
-        // store_scale, many at once.
-        const Words word = (Words)(scale < TINY_SCALE ? splat(TINY_SCALE) : scale);
-        const Words rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-        const Words stored = rounded >= 0x7f80 ? Words{} + 0x7fc0 : rounded;
-        const Words finite = stored < 0x7f80 ? Words{} : Words{} + 1;
-        store_run(state_scale + v / RUN_VECTORS * RUN, v % RUN_VECTORS, __builtin_convertvector(stored, Halves));
-        store(column_max + v * LANES, 1.0f / (Floats)(stored << 16));
-        worst |= finite;
-    }
-    uint32_t bad = 0;
-    for (int lane = 0; lane < LANES; ++lane) bad |= worst[lane];
-    return bad == 0;
+    return store_scale(((Floats)max_lanes(largest))[0] / (float)LARGEST);
 }
 
 // Codes plus OFFSET in the low bits of each lane. Adding 1.5 * 2^23 rounds half to even, and the sum's low bits are the
@@ -208,14 +206,14 @@ inline Ints round_codes(Floats scaled) { return (Ints)(scaled + (12582912.0f + O
 
 // Pack a row of scaled values. GUARDED gives what is not finite the code 0.
 template <bool GUARDED>
-inline void pack_row(const float* row, const float* inverse, uint8_t* packed) {
+inline void pack_row(const float* row, float inverse, uint8_t* packed) {
 #pragma GCC unroll 16
     for (int j = 0; j < RUN_VECTORS; ++j) {
         Ints bytes = {};
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            Floats scaled = load<Floats>(row + at) * load<Floats>(inverse + at);
+            Floats scaled = load<Floats>(row + at) * inverse;
             if (GUARDED) scaled = (Ints)magnitude(scaled) < 0x7f800000 ? scaled : Floats{};
             bytes += round_codes(scaled) << (run * BITS);
         }
@@ -239,8 +237,7 @@ struct Arguments {
 
 struct alignas(64) Scratch {
     float dB[ROW], C[ROW], x[HEADDIM], y[HEADDIM];
-    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales, first the columns' maxima
-    uint16_t channel_scale[HEADDIM];
+    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
     float rows[HEADDIM * ROW];
 };
 
@@ -278,20 +275,19 @@ void update_head(const Arguments& a, int64_t item, Scratch& s) {
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     uint16_t* state_scale = a.state_scale + item * DSTATE;
     Input{state_scale, 1, 0, 0}.read_columns(0, s.state_scale);
-    memset(s.inverse, 0, sizeof s.inverse);
     for (int p = 0; p < HEADDIM; ++p) {
         float* row = s.rows + p * ROW;
         s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, s.x[p], s, row);
-        s.channel_scale[p] = scale_row(row, s.inverse);
     }
-    memcpy(channel_scale, s.channel_scale, sizeof s.channel_scale);
-    const bool finite = scale_columns(s.inverse, state_scale);
+    scale_columns(s.rows, state_scale, s.state_scale, s.inverse);
     for (int p = 0; p < HEADDIM; ++p) {
-        const float* row = s.rows + p * ROW;
-        if (finite) {
-            pack_row<false>(row, s.inverse, packed + p * WIDTH);
+        float* row = s.rows + p * ROW;
+        channel_scale[p] = scale_row(row, s.inverse);
+        const float inverse = 1.0f / from_bfloat16(channel_scale[p]);
+        if (inverse == inverse) {
+            pack_row<false>(row, inverse, packed + p * WIDTH);
         } else {
-            pack_row<true>(row, s.inverse, packed + p * WIDTH);
+            pack_row<true>(row, inverse, packed + p * WIDTH);
         }
     }
     const float D = a.D.data ? a.D.at(head) : 0.0f;

@@ -1,0 +1,231 @@
+"""Families whose Mamba2 layers live in other files, between attention, experts and shared blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torchao.quantization import Int8Tensor
+
+from qmamba_compile import DSQState, SkipReason, report
+
+COMMON = {"vocab_size": 128, "hidden_size": 64, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+ATTENTION = {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+MAMBA = {"n_heads": 4, "d_head": 32, "n_groups": 2, "d_state": 32, "chunk_size": 16}
+PREFIXED = {f"mamba_{name}": value for name, value in MAMBA.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A tiny configuration, and what must be found in it.
+
+    Attributes:
+        scans: Mamba2 layers; linears: rewritten ones; routers: linears left alone, and why.
+    """
+
+    config: transformers.PretrainedConfig
+    scans: int
+    linears: int
+    routers: dict[str, SkipReason] = dataclasses.field(default_factory=dict)
+    attention_layers: int = 1
+
+
+def families():
+    layers = {"num_hidden_layers": 2}
+    yield (
+        "Bamba",
+        Family(transformers.BambaConfig(**COMMON, **layers, **ATTENTION, **PREFIXED, attn_layer_indices=[1]), 1, 13),
+    )
+    yield (
+        "FalconH1",
+        Family(
+            transformers.FalconH1Config(**COMMON, **layers, **ATTENTION, **PREFIXED, mamba_d_ssm=128, head_dim=16),
+            2,
+            19,
+            attention_layers=2,
+        ),
+    )
+    router = "model.layers.{}.block_sparse_moe.router"
+    yield (
+        "GraniteMoeHybrid",
+        Family(
+            transformers.GraniteMoeHybridConfig(
+                **COMMON,
+                **layers,
+                **ATTENTION,
+                **PREFIXED,
+                shared_intermediate_size=64,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                layer_types=["mamba", "attention"],
+            ),
+            1,
+            11,
+            {router.format(0): SkipReason.ROUTER, router.format(1): SkipReason.ROUTER},
+        ),
+    )
+    yield (
+        "NemotronH",
+        Family(
+            transformers.NemotronHConfig(
+                **COMMON,
+                **ATTENTION,
+                layers_block_type=["mamba", "attention", "moe"],
+                head_dim=16,
+                mamba_num_heads=4,
+                mamba_head_dim=32,
+                n_groups=2,
+                ssm_state_size=32,
+                chunk_size=16,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                moe_shared_expert_intermediate_size=32,
+            ),
+            1,
+            9,
+            {"model.layers.2.mixer.gate": SkipReason.NOT_A_PARAMETER},
+        ),
+    )
+    yield (
+        "Zamba2",
+        Family(
+            transformers.Zamba2Config(
+                **COMMON,
+                **(ATTENTION | {"num_key_value_heads": 4}),
+                num_hidden_layers=3,
+                layers_block_type=["mamba", "hybrid", "mamba"],
+                hybrid_layer_ids=[1],
+                mamba_headdim=32,
+                n_mamba_heads=4,
+                mamba_ngroups=2,
+                mamba_d_state=32,
+                chunk_size=16,
+                num_mem_blocks=1,
+                adapter_rank=8,
+            ),
+            3,
+            16,
+        ),
+    )
+
+
+FAMILIES = dict(families())
+
+
+def build(family):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(family.config)
+    return model.eval().requires_grad_(False)
+
+
+def cache_of(out):
+    return out.past_key_values if getattr(out, "past_key_values", None) is not None else out.cache_params
+
+
+def mamba_states(cache):
+    kinds = [getattr(layer, "recurrent_states", {}).get(0) for layer in cache.layers]
+    return [state for state in kinds if state is not None]
+
+
+@torch.no_grad()
+def decode(model, prompt, more):
+    out = model(prompt, use_cache=True)
+    logits = [out.logits]
+    for token in more.split(1, dim=1):
+        out = model(token.contiguous(), past_key_values=cache_of(out), use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1), cache_of(out)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def ran(request, compiled, tokens):
+    """Float linears and an 8-bit state; then W8A8 linears as well."""
+    family = FAMILIES[request.param]
+    prompt, more = tokens(2, 19, vocabulary=128), tokens(2, 1, seed=2, vocabulary=128)
+    plain = build(family)
+    results = {}
+    with torch._dynamo.config.patch(recompile_limit=32):
+        for name, options in {"exact": {"weights": None}, "w8a8": {}}.items():
+            torch._dynamo.reset()
+            report.recent.clear()
+            model = compiled(build(family), state_bits=8, **options)
+            logits, cache = decode(model, prompt, more)
+            results[name] = (logits, cache, [done.to_json() for done in report.recent], list(report.recent), model)
+    return family, results, *decode(plain, prompt, more)
+
+
+def test_counts(ran):
+    family, results, *_ = ran
+    for name, linears in (("exact", 0), ("w8a8", family.linears)):
+        reports = results[name][2]
+        assert [done["phase"] for done in reports] == ["prefill", "decode"]
+        for done in reports:
+            scans, steps = (family.scans, 0) if done["phase"] == "prefill" else (0, family.scans)
+            rewritten = {rewrite: entry["rewritten"] for rewrite, entry in done["passes"].items()}
+            assert rewritten == {
+                "fuse_chunk_scan": scans,
+                "quantize_state": family.scans,
+                "fuse_ssm_update": steps,
+                "quantize_linear": linears,
+            }
+
+
+def test_only_routers_are_left_alone(ran):
+    family, results, *_ = ran
+    for done in results["w8a8"][3]:
+        assert {entry.layer: entry.reason for entry in done.skips()} == family.routers
+    model = results["w8a8"][4]
+    for name in family.routers:
+        assert type(model.get_submodule(name).weight) is nn.Parameter
+    quantized = {name for name, p in model.named_parameters() if isinstance(p, Int8Tensor)}
+    assert len([name for name in quantized if ".in_proj." in name]) == family.scans
+
+
+def test_logits_and_states_are_those_of_the_eager_model(ran):
+    _, results, expected, expected_cache = ran
+    logits, cache, *_ = results["exact"]
+    # The prompt sees no quantization at all; what follows sees an 8-bit state.
+    torch.testing.assert_close(logits[:, :19], expected[:, :19], rtol=1e-4, atol=1e-5)
+    assert (logits - expected).abs().max() < 0.01 * expected.abs().max()
+    states, floats = mamba_states(cache), mamba_states(expected_cache)
+    assert states and all(isinstance(state, DSQState) for state in states)
+    for state, h in zip(states, floats, strict=True):
+        assert (state.dequantize() - h).abs().max() < 0.02 * h.abs().max()
+
+
+def test_w8a8_stays_near(ran):
+    _, results, expected, _ = ran
+    logits = results["w8a8"][0]
+    error = (logits - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
+    assert 1e-5 < error < 0.15
+
+
+def test_attention_and_its_cache_are_untouched(ran):
+    family, results, _, expected_cache = ran
+    cache = results["exact"][1]
+    pairs = [
+        (layer, other)
+        for layer, other in zip(cache.layers, expected_cache.layers, strict=True)
+        if getattr(layer, "keys", None) is not None and layer.keys.numel()
+    ]
+    assert len(pairs) == family.attention_layers
+    for layer, other in pairs:
+        assert type(layer.keys) is torch.Tensor and layer.keys.shape[2] == 20
+        torch.testing.assert_close(layer.keys, other.keys, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(layer.values, other.values, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_generate(compiled, tokens, name):
+    family = FAMILIES[name]
+    model, plain = compiled(build(family), state_bits=8, weights=None), build(family)
+    with torch._dynamo.config.patch(recompile_limit=32):
+        for batch, length in ((2, 19), (3, 23)):
+            prompt = tokens(batch, length, vocabulary=128)
+            found, expected = (m.generate(prompt, max_new_tokens=6, do_sample=False) for m in (model, plain))
+            assert torch.equal(found, expected)
