@@ -119,9 +119,9 @@ def dynamic_state_scale(h: Tensor) -> Tensor:
     """state_scale [..., n] of ``h`` [..., p, n] from itself: the square root of a column's mean magnitude.
 
     Q-Mamba's Eq. 7 with the two vectors exchanged: there channel_scale is the root of the mean and state_scale serves
-    the maxima. Perplexity of W8A8H4 over float32 on the bundled model, nearest / stochastic, 95 held-out windows of 1024
-    bytes: +2.22 % / +0.91 % as in the paper, +1.68 % / +0.64 % exchanged. A maximum over p moves every step, and with
-    it all codes of a column; and so channel_scale is found in the same way as with calibrated scales.
+    the maxima. Perplexity of W8A8H4 over float32 on the bundled model, nearest / stochastic, 95 held-out windows of
+    1024 bytes: +2.22 % / +0.91 % as in the paper, +1.68 % / +0.64 % exchanged. A maximum over p moves at every step,
+    and with it all codes of a column. And channel_scale is now found in the same way as with calibrated scales.
     """
     return store_scale((halving_sum(h.abs(), dim=-2) / h.shape[-2]).sqrt())
 
