@@ -30,6 +30,7 @@ import transformers  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from qmamba_compile import DSQState  # noqa: E402
+from qmamba_compile.passes.int8_weight import held_nbytes  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = ("eager_fp32", "inductor_fp32", "w8a8h4")
@@ -105,17 +106,6 @@ def tokens_per_second(
     return {name: batch * BLOCK_STEPS / statistics.median(times) for name, times in seconds.items()}
 
 
-def weight_bytes(model: Any) -> int:
-    """Bytes of the parameters as they are held; a torchao tensor counts what is inside."""
-
-    def held(parameter: Any) -> int:
-        if not hasattr(parameter, "__tensor_flatten__"):
-            return parameter.nbytes
-        return sum(getattr(parameter, name).nbytes for name in parameter.__tensor_flatten__()[0])
-
-    return sum(held(parameter) for parameter in model.parameters())
-
-
 def state_numbers(variant: Variant, ids: Tensor) -> tuple[int, float]:
     """Bytes of one sequence's SSM states, all layers, and bits per element."""
     states = [layer.recurrent_states[0] for layer in variant.start(ids)[1].layers]
@@ -124,9 +114,10 @@ def state_numbers(variant: Variant, ids: Tensor) -> tuple[int, float]:
 
 
 def write_completion(variant: Variant, length: int) -> str:
-    """Greedy continuation of the prompt by the compiled model."""
+    """Sampled continuation of the prompt by the compiled model; greedily, so small a model soon repeats itself."""
     ids = torch.tensor([list(PROMPT.encode())])
-    generated = variant.model.generate(ids, max_new_tokens=length, do_sample=False)
+    torch.manual_seed(0)
+    generated = variant.model.generate(ids, max_new_tokens=length, do_sample=True, temperature=0.6)
     return bytes(generated[0].tolist()).decode("utf-8", "replace")
 
 
@@ -191,7 +182,7 @@ def main() -> None:
         for variant in variants:
             held, bits = state_numbers(variant, windows[:1, :8])
             results["state_bytes"][variant.name], results["state_bits_per_element"][variant.name] = held, bits
-            results["weight_bytes"][variant.name] = weight_bytes(variant.model)
+            results["weight_bytes"][variant.name] = held_nbytes(variant.model)
     console.rule("written by the compiled model (W8A8H4)")
     sys.stdout.write(completion + "\n")
     console.rule()

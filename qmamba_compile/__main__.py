@@ -55,9 +55,11 @@ def explain(
     strict: Annotated[bool, typer.Option(help="Exit with status 1 when anything was left alone.")] = False,
 ) -> None:
     """What the passes found, rewrote and left alone in a model, why, and the bytes before and after."""
+    from .passes.int8_weight import held_nbytes
+
     options = _options(state_bits, weights, state_scales, rounding, calibration)
     network = _load(model)
-    weight_bytes = [_weight_bytes(network)]
+    weight_bytes = [held_nbytes(network)]
     report_module.recent.clear()
     torch._dynamo.reset()  # a graph that this process already has would not be reported again
     # Nothing is compiled: the rewritten graphs run as they are, which takes seconds.
@@ -66,7 +68,7 @@ def explain(
     with torch.inference_mode():
         cache = _cache_of(network(ids, use_cache=True))
         network(ids[:, :1], use_cache=True, **cache)
-    weight_bytes.append(_weight_bytes(network))
+    weight_bytes.append(held_nbytes(network))
     reports = list(report_module.recent)
     if as_json:
         _out.print_json(data=_explain_json(model, reports, weight_bytes))
@@ -225,17 +227,6 @@ def _cache_of(output: Any) -> dict[str, Any]:
     """The cache of a model's output under the name by which the model takes it back."""
     name = "cache_params" if getattr(output, "cache_params", None) is not None else "past_key_values"
     return {name: getattr(output, name)}
-
-
-def _weight_bytes(network: Any) -> int:
-    """Bytes of all parameters, int8 ones as they are held."""
-    total = 0
-    for parameter in network.parameters():
-        if hasattr(parameter, "__tensor_flatten__"):
-            total += sum(getattr(parameter, name).nbytes for name in parameter.__tensor_flatten__()[0])
-        else:
-            total += parameter.nbytes
-    return total
 
 
 def _version(package: str) -> str:

@@ -23,6 +23,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tens
 from qmamba_compile import Artifact, DSQState, NonFiniteStateError, SkipReason, backend, report, write_artifact
 from qmamba_compile.artifact import Header, fingerprint
 from qmamba_compile.fx_utils import op_name
+from qmamba_compile.passes.int8_weight import held_nbytes
 
 INNER = ("packed", "channel_scale", "state_scale", "rng")
 
@@ -535,6 +536,11 @@ def test_tied_head_follows_its_embedding(make_model, tokens, compiled):
     assert type(model.lm_head.weight) is nn.Parameter
     entries = [entry for entry in report.recent[0].rewritten("quantize_linear") if entry.layer == "lm_head"]
     assert len(entries) == 1 and len(report.recent[0].rewritten("quantize_linear")) == 5
+    # The head [256, 64] is held twice: in float32 as the embedding, and in int8 with a scale a row beside it.
+    beside = 256 * 64 + 256 * 4
+    int8 = sum(w.qdata.nbytes + w.scale.nbytes for w in model.parameters() if isinstance(w, Int8Tensor))
+    floats = sum(w.nbytes for w in model.parameters() if not isinstance(w, Int8Tensor))
+    assert held_nbytes(model) == int8 + floats + beside
 
 
 def test_tied_head_of_a_model_that_starts_from_embeddings(make_model, tokens, compiled):
@@ -652,6 +658,10 @@ def _missing_layer(artifact, model):
     return artifact, dict(list(some_scales(model).items())[:1])
 
 
+def _tuned_convolution(artifact, model):
+    return artifact, {**some_scales(model), "backbone.layers.0.mixer.conv1d.weight_bcdt": torch.ones(2, 1, 4)}
+
+
 def _other_dstate(artifact, model):
     return artifact, {key: torch.ones(2, 16) for key in some_scales(model)}
 
@@ -663,8 +673,9 @@ def _other_dstate(artifact, model):
         (_other_model, ["another model"]),
         (_missing_layer, ["backbone.layers.1.mixer", "state_scale"]),
         (_other_dstate, ["backbone.layers.0.mixer", "[2, 16]", "2, 32"]),
+        (_tuned_convolution, ["conv1d.weight_bcdt", "not applied"]),
     ],
-    ids=["another size", "another model", "missing layer", "another dstate"],
+    ids=["another size", "another model", "missing layer", "another dstate", "tuned convolution"],
 )
 def test_wrong_artifact_leaves_every_weight_untouched(make_model, tokens, compiled, tmp_path, change, words):
     model, path = make_model(), tmp_path / "a.safetensors"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..artifact import check_model
+from ..artifact import Artifact, check_model
+from ..errors import ArtifactError
 from ..fx_utils import iter_calls, op_name, parameter_path, placeholders, shape_of
 from ..report import Report
 from .base import GraphPass, PassContext, StateOutput
@@ -38,6 +39,19 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
     if context.artifact is not None:
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
         context.artifact = check_model(context.artifact, shapes)
+        _refuse_unapplied(context.artifact)
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)
+
+
+def _refuse_unapplied(artifact: Artifact) -> None:
+    """No pass applies tuned convolutions or biases yet; running without them would be another model."""
+    for key in artifact.tensors:
+        layer, _, kind = key.rpartition(".")
+        convolution = len(artifact.header.shapes.get(f"{layer}.weight", ())) == 3
+        if kind == "bias_bcdt" or (kind == "weight_bcdt" and convolution):
+            raise ArtifactError(
+                f"{artifact.source}: {key}: tuned convolutions and biases are not applied by this version; allowed: "
+                "weight_bcdt of linears; calibrate without them"
+            )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import operator
 import re
 from collections.abc import Callable
@@ -8,13 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from torchao.quantization import Int8Tensor
-from torchao.quantization.granularity import PerRow
-from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
-from .. import quant
-from ..artifact import Artifact
 from ..errors import SkipReason
 from ..fx_utils import (
     InputSource,
@@ -34,6 +28,7 @@ from ..fx_utils import (
 )
 from ..report import Report
 from .base import GraphPass
+from .int8_weight import FindBeside, has_row_scales, quantize_for_layer
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,7 +93,7 @@ class QuantizeLinear(GraphPass):
             return SkipReason.NOT_A_PARAMETER, f"the weight is {op_name(weight) or weight!r} ({weight})"
         value = self.context.example_inputs[weight.meta["qmamba_input"].index]
         plain = type(value) in (Tensor, nn.Parameter) and value.dtype in _FLOATS
-        if not plain and not _is_our_int8(value):
+        if not plain and not has_row_scales(value):
             return SkipReason.DTYPE, f"the weight is a {type(value).__name__} of {value.dtype}; allowed: {_FLOATS}"
         if value.shape[1] < 2:
             return SkipReason.SHAPE, "in_features=1: torch's int8 product on the CPU is wrong there"
@@ -115,14 +110,16 @@ class QuantizeLinear(GraphPass):
             slots = self._module_slots(weight)
             if slots:
                 with torch.inference_mode(False), torch.no_grad():
-                    quantized = nn.Parameter(_quantize(value, layer, self.context.artifact), requires_grad=False)
+                    quantized = nn.Parameter(
+                        quantize_for_layer(value, layer, self.context.artifact), requires_grad=False
+                    )
                 for module, name in slots:
                     module._parameters[name] = quantized
                 retarget_guards(value, quantized)
                 value = quantized
                 self.context.example_inputs[index] = value
             else:
-                find = _FindBeside(layer, self.context.artifact)
+                find = FindBeside(layer, self.context.artifact)
                 value = find(value)
         inputs: list[fx.Node | None] = []
         last = weight
@@ -171,86 +168,9 @@ class QuantizeLinear(GraphPass):
         return slots
 
 
-class _FindBeside:
-    """From a float parameter that stays in use to its int8 form, shared by all graphs compiled with this calibration.
-
-    Looked up by the parameter at each call: Dynamo runs this graph for another model of the same sizes, too.
-    """
-
-    def __init__(self, layer: str, artifact: Artifact | None) -> None:
-        self._key = (layer, None if artifact is None else artifact.digest)
-        self._quantize = functools.partial(_quantize, layer=layer, artifact=artifact)
-
-    def __call__(self, weight: Tensor) -> Int8Tensor:
-        forms = _beside.setdefault(weight, {})
-        if self._key not in forms:
-            forms[self._key] = _WeightBeside(self._quantize)
-        return forms[self._key](weight)
-
-
-class _WeightBeside:
-    """int8 form of a float parameter that stays in use; made again when the parameter was written to."""
-
-    def __init__(self, quantize: Callable[[Tensor], Int8Tensor]) -> None:
-        self._quantize = quantize
-        self._made_from: tuple[int, int] | None = None
-        self._int8: Int8Tensor | None = None
-
-    def __call__(self, weight: Tensor) -> Int8Tensor:
-        now = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if self._int8 is None or self._made_from != now:
-            with torch.inference_mode(False), torch.no_grad():
-                self._int8 = self._quantize(weight.detach())
-            self._made_from = now
-        return self._int8
-
-
-_beside: Any = WeakIdKeyDictionary()
-
-
 def _getter(name: str, find: Callable[[Any], Int8Tensor] | None) -> Callable[[Any], Tensor]:
     attribute = operator.attrgetter(name)
     return attribute if find is None else lambda weight: attribute(find(weight))
-
-
-def _quantize(weight: Tensor, layer: str, artifact: Artifact | None) -> Int8Tensor:
-    if artifact is None:
-        return quantize_weight(weight)
-    return quantize_weight(weight, smooth=artifact.smooth(layer), tuned=artifact.weight_bcdt(layer))
-
-
-def quantize_weight(weight: Tensor, *, smooth: Tensor | None = None, tuned: Tensor | None = None) -> Int8Tensor:
-    """torchao ``Int8Tensor`` of a weight [o, k]: symmetric, one scale per output channel.
-
-    Args:
-        smooth: SmoothQuant factors [k] that multiply the activations; the weight is divided by them.
-        tuned: rows [r, k] that replace the last r of the weight (B, C and dt of a Mamba2 ``in_proj``, by ESR).
-    """
-    if tuned is not None:
-        weight = torch.cat([weight[: -tuned.shape[0]], tuned.to(weight)])
-    if smooth is not None:
-        weight = weight / smooth.to(weight)
-    codes, scale = quant.quantize_rows(weight)
-    return Int8Tensor(
-        codes,
-        scale,
-        [1, weight.shape[1]],
-        weight.dtype,
-        zero_point=torch.zeros_like(scale, dtype=torch.int8),
-        act_pre_scale=None if smooth is None else smooth.to(weight),
-        act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()),
-    )
-
-
-def _is_our_int8(value: Any) -> bool:
-    """True for a torchao int8 weight with one symmetric scale a row and dynamically quantized activations."""
-    return (
-        isinstance(value, Int8Tensor)
-        and value.act_quant_kwargs is not None
-        and value.act_quant_scale is None
-        and value.scale.numel() == value.shape[0]
-        and (value.zero_point is None or not bool(value.zero_point.any()))
-    )
 
 
 def _routes(node: fx.Node) -> bool:
