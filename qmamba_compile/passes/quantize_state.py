@@ -86,7 +86,10 @@ class QuantizeState(GraphPass):
         stores = 0
         for user in sorted(node.users):
             if user.op == "output":
-                raise NotImplementedError(f"{layer}: the graph returns its own state argument {node.name}")
+                raise StateError(
+                    f"{layer}: this function returns the packed state that it got ({node.name}); "
+                    "read it from the cache instead, or compile the model itself"
+                )
             if op_name(user) == "copy_" and user.args[0] is node:
                 self._store(user, node, inner, state)
                 stores += 1
