@@ -143,8 +143,7 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 def lr_factor(step: int, steps: int, horizon: int, cooldown: int, warmup: int = 100) -> float:
     """Linear warmup, a cosine that would reach zero at ``horizon``, and a linear way down over the last ``cooldown``.
 
-    A function of the step alone, so a resume keeps the schedule. The cooldown takes most of what a longer cosine
-    would gain, in a fraction of its steps.
+    A function of the step alone, so a resume keeps the schedule.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -101,7 +101,7 @@ def generate(
     network.compile(backend="qmamba", options=options)
     torch.manual_seed(seed)
     sampling = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
-    _err.print("compiling on the first tokens (a minute on a laptop, seconds from the cache) ...", style="dim")
+    _err.print("compiling on the first tokens, once for each kind of input ...", style="dim")
     sys.stdout.write(prompt)
     with contextlib.suppress(KeyboardInterrupt):
         network.generate(ids, max_new_tokens=max_new_tokens, streamer=_Printer(decode), **sampling)

@@ -19,8 +19,8 @@ from .cpu_templates import launch as cpu_kernels
 _library = torch.library.Library("qmamba", "DEF")
 
 _SCAN_CHUNK = 64
-"""Tokens that `chunk_scan` handles by one set of matrix products. The quadratic part grows with it, the number of
-small products shrinks; 32 to 128 are within 10 % of each other on 2 CPU cores."""
+"""Tokens that `chunk_scan` handles by one set of matrix products: the quadratic part grows with it, the number of small
+products shrinks. 1024 tokens, 24 heads, dstate 128, 2 threads: 26.9 ms at 16, 19.4 at 32, 21.2 at 64, 34.8 at 128."""
 
 
 def _define(schema: str) -> None:

@@ -60,9 +60,11 @@ def test_the_float_recurrence_equals_the_parallel_scan(windows, float_nats):
     torch.testing.assert_close(few, float_nats[:2], rtol=1e-4, atol=1e-5)
 
 
-# Nearest: the goal is 1.5 %, which this model misses; the bound holds what is reached.
+MISSED = pytest.mark.xfail(strict=True, reason="measured +1.63 %: slow heads lose increments under half a step")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("rounding", "limit"), [("nearest", 0.0185), ("stochastic", 0.007)])
+@pytest.mark.parametrize(("rounding", "limit"), [pytest.param("nearest", 0.015, marks=MISSED), ("stochastic", 0.007)])
 def test_w8a8h4_costs_little(windows, float_nats, rounding, limit, record_property):
     model = load()
     model.compile(backend="qmamba", fullgraph=True, options={"rounding": rounding, "inner_backend": "eager"})
