@@ -17,12 +17,13 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "quant": {"errors"},
+    "recurrence": {"errors", "quant"},
     "artifact": {"errors", "quant"},
-    "state": {"errors", "quant"},
-    "cpu_templates": {"errors", "quant"},
-    "triton_templates": {"errors", "quant"},
-    "ops": {"errors", "quant", "state", "cpu_templates", "triton_templates"},
-    "fx_utils": {"errors", "quant", "state", "ops"},
+    "state": {"errors", "quant", "recurrence"},
+    "cpu_templates": {"errors", "quant", "recurrence"},
+    "triton_templates": {"errors", "quant", "recurrence"},
+    "ops": {"errors", "quant", "recurrence", "state", "cpu_templates", "triton_templates"},
+    "fx_utils": {"errors", "quant", "recurrence", "state", "ops"},
     "report": {"errors", "config", "quant", "state"},
 }
 ALLOWED["passes"] = set(ALLOWED) | {"fx_utils", "report"}

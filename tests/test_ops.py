@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.mamba2 import modeling_mamba2
 
-from qmamba_compile import ops, quant
+from qmamba_compile import ops, quant, recurrence
 from qmamba_compile.cpu_templates import launch
 
 qmamba = torch.ops.qmamba
@@ -179,7 +179,7 @@ def test_a_step_is_the_recurrence(ngroups, absent, softplus):
         inputs["dt"] = inputs["dt"].abs() + 1.5  # a time step is positive
         inputs["dt_bias"] = None if inputs["dt_bias"] is None else inputs["dt_bias"].abs()
     wanted_y, wanted_state = scan_by_hand(**inputs)
-    state, y = ops.ssm_step_reference(inputs["initial_state"], **step_of(inputs, 0))
+    state, y = recurrence.step(inputs["initial_state"], **step_of(inputs, 0))
     assert_near(state, wanted_state, STEP_TOLERANCE)
     assert_near(y, wanted_y[:, 0], STEP_TOLERANCE)
 
@@ -187,7 +187,7 @@ def test_a_step_is_the_recurrence(ngroups, absent, softplus):
 def test_a_step_of_bfloat16_inputs_rounds_its_output_only():
     inputs = scan_inputs(seqlen=1, dtype=torch.bfloat16)
     wanted_y, wanted_state = scan_by_hand(**inputs)
-    state, y = ops.ssm_step_reference(inputs["initial_state"], **step_of(inputs, 0))
+    state, y = recurrence.step(inputs["initial_state"], **step_of(inputs, 0))
     assert state.dtype == torch.float32 and y.dtype == torch.bfloat16
     assert_near(state, wanted_state, STEP_TOLERANCE)
     assert_near(y, wanted_y[:, 0], 2.0**-8)  # bfloat16 has 8 significant bits
@@ -225,7 +225,7 @@ def test_an_update_equals_the_plain_functions_one_after_the_other(no_kernels):
         step = step_of(inputs, 0)
         arguments[4:9] = [step[name] for name in ("x", "dt", "A", "B", "C")]
         h = quant.dequantize_state(packed, channel_scale, state_scale, 4)
-        h, wanted = ops.ssm_step_reference(h, **step)
+        h, wanted = recurrence.step(h, **step)
         packed, channel_scale, _ = quant.quantize_state(h, 4, state_scale=state_scale, rng=rng)
         rng[:, 1] += 1
         assert torch.equal(qmamba.ssm_update(*arguments), wanted)
@@ -270,7 +270,7 @@ def test_the_scan_is_as_many_steps(seqlen, ngroups, start, dtype):
     h = torch.zeros(2, 4, 5, 8) if inputs["initial_state"] is None else inputs["initial_state"]
     for t in range(seqlen):
         step = step_of(inputs, t)
-        h, wanted = ops.ssm_step_reference(h, **(step | {"x": step["x"].float()}))
+        h, wanted = recurrence.step(h, **(step | {"x": step["x"].float()}))
         assert_near(y[:, t], wanted, 10 * SCAN_TOLERANCE)  # of this token's largest value, which may be a small one
     assert_near(final, h, SCAN_TOLERANCE)
 
@@ -379,7 +379,7 @@ def test_the_step_is_that_of_transformers(ngroups, absent):
         dt_bias=per_channel(step["dt_bias"]),
         dt_softplus=True,
     )
-    state, y = ops.ssm_step_reference(inputs["initial_state"], **step)
+    state, y = recurrence.step(inputs["initial_state"], **step)
     assert_near(state, wanted_state, STEP_TOLERANCE)
     assert_near(y, wanted_y, STEP_TOLERANCE)
 

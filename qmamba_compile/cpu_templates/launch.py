@@ -11,13 +11,13 @@ import logging
 import struct
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import quant
 from ..errors import ConfigError
+from ..recurrence import Ring
 from . import build
-from .render import Spec
+from .render import LANES, Spec
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +29,23 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ABSENT = (0, 0, 0, 0)
 
 
+_MAX_LANES = max(LANES.values())
+
+
 @functools.cache
 def kernel(
-    name: str, headdim: int, dstate: int, bits: int | None, dynamic: bool, stochastic: bool
+    name: str,
+    headdim: int,
+    dstate: int,
+    bits: int | None,
+    dynamic: bool,
+    stochastic: bool,
+    flush_interval: int = 1,
+    ring: str | None = None,
 ) -> build.Kernel | None:
     """The loaded kernel for this machine, ``None`` when there is no compiler or no kernel for these extents."""
     try:
-        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, isa=build.best_isa())
+        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, build.best_isa(), flush_interval, ring)
     except ConfigError as error:
         log.warning("no C++ kernel, the slower torch reference runs instead: %s", error)
         return None
@@ -58,12 +68,15 @@ def ssm_update(
     dt_softplus: bool,
     bits: int,
     stochastic: bool,
+    ring: Ring | None = None,
 ) -> Tensor | None:
     """`ops.ssm_update` on the CPU: y [b, h, p]."""
     batch, nheads, headdim, width = packed.shape
     dynamic = state_scale_out is not None
-    function = kernel("ssm_update", headdim, width * 8 // bits, bits, dynamic, stochastic)
-    if function is None or not _writable(packed, channel_scale, state_scale_out, rng):
+    dstate = width * 8 // bits
+    interval, kept_as = (1, None) if ring is None else (ring.x.shape[1] + 1, str(ring.x.dtype).removeprefix("torch."))
+    function = kernel("ssm_update", headdim, dstate, bits, dynamic, stochastic, interval, kept_as)
+    if function is None or not _writable(packed, channel_scale, state_scale_out, rng, ring):
         return None
     if state_scale_out is not None:
         scale = state_scale_out
@@ -72,25 +85,14 @@ def ssm_update(
         assert state_scale is not None
         scale = _readable(state_scale, contiguous=True)
         scale_fields = (scale.data_ptr(), _DTYPES[scale.dtype], 0, 0)
+    ring_fields = () if ring is None else tuple(0 if part is None else part.data_ptr() for part in ring)
     inputs, kept = _inputs(x, B, C, D)
-    dt, decay = _step_sizes(dt, A, dt_bias, dt_softplus)
+    steps, kept_steps = _steps(dt, A, dt_bias, dt_softplus)
     y = torch.empty(x.shape, dtype=kept[0].dtype)
-    threads = _threads(batch * nheads * headdim * width * 8 // bits)
-    fields = (
-        packed.data_ptr(),
-        channel_scale.data_ptr(),
-        *scale_fields,
-        rng.data_ptr(),
-        *inputs,
-        dt.data_ptr(),
-        decay.data_ptr(),
-        y.data_ptr(),
-        batch,
-        nheads,
-        B.shape[1],
-        threads,
-    )
-    function(_pack(fields))
+    # A step that only reads its codes has a quarter of the work.
+    threads = _threads(batch * nheads * headdim * dstate // (1 if ring is None else 4))
+    pointers = (packed.data_ptr(), channel_scale.data_ptr(), *scale_fields, rng.data_ptr(), *ring_fields)
+    function(_pack((*pointers, *inputs, *steps, y.data_ptr(), batch, nheads, B.shape[1], threads)))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -111,11 +113,10 @@ def ssm_update_float(
     if function is None or state.dtype != torch.float32 or not state.is_contiguous():
         return None
     inputs, kept = _inputs(x, B, C, D)
-    dt, decay = _step_sizes(dt, A, dt_bias, dt_softplus)
+    steps, kept_steps = _steps(dt, A, dt_bias, dt_softplus)
     y = torch.empty(x.shape, dtype=kept[0].dtype)
-    threads = _threads(state.numel())
-    fields = (dt.data_ptr(), decay.data_ptr(), y.data_ptr(), batch, nheads, B.shape[1], threads)
-    function(_pack((state.data_ptr(), *inputs, *fields)))
+    extents = (batch, nheads, B.shape[1], _threads(state.numel()))
+    function(_pack((state.data_ptr(), *inputs, *steps, y.data_ptr(), *extents)))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -179,8 +180,12 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= PARALLEL_ELEMENTS else 1
 
 
-def _writable(packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor) -> bool:
+def _writable(
+    packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None = None
+) -> bool:
     """The kernels write in place, so these cannot be copied into a layout that suits them."""
+    if ring is not None and not all(part is None or part.is_contiguous() for part in ring):
+        return False
     return (
         packed.is_contiguous()
         and channel_scale.is_contiguous()
@@ -205,17 +210,23 @@ def _contiguous_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def _step_sizes(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> tuple[Tensor, Tensor]:
-    """dt after bias and softplus, and exp(dt * A): float32 [b, h], contiguous.
-
-    By torch, as in the reference, and not in the kernel: exp and softplus of another library differ in the last bit,
-    and one such bit moves a scale sooner or later (measured: 3e-5 of the codes after 64 steps).
-    """
-    dt = _contiguous_float(dt) if dt_bias is None else dt.float() + dt_bias.float()
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = dt.contiguous()
-    return dt, (dt * A.float()).exp_()
+def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> tuple[list[int], list[Tensor]]:
+    """The ``Steps`` struct of ssm_update, and the tensors that it points into."""
+    batch, nheads = dt.shape
+    if dt.dtype not in _DTYPES:
+        dt = dt.float()
+    A = _contiguous_float(A)
+    kept = [dt, A]
+    if dt_bias is not None:
+        dt_bias = _contiguous_float(dt_bias)
+        kept.append(dt_bias)
+    stride = -(-nheads // _MAX_LANES) * _MAX_LANES
+    scratch = torch.empty(3, batch, stride)
+    kept.append(scratch)
+    row = scratch.data_ptr()
+    fields = [dt.data_ptr(), _DTYPES[dt.dtype], *dt.stride(), 0 if dt_bias is None else dt_bias.data_ptr()]
+    rows = [row + index * 4 * batch * stride for index in range(3)]
+    return [*fields, A.data_ptr(), int(dt_softplus), stride, *rows], kept
 
 
 def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[list[int], list[Tensor]]:
