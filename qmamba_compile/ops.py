@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import quant
+from . import quant, scan_ops  # noqa: F401  scan_ops defines an operator of its own
 from .cpu_templates import launch as cpu_kernels
 
 _library = torch.library.Library("qmamba", "DEF")

@@ -21,7 +21,8 @@ ALLOWED = {
     "state": {"errors", "quant"},
     "cpu_templates": {"errors", "quant"},
     "triton_templates": {"errors", "quant"},
-    "ops": {"errors", "quant", "state", "cpu_templates", "triton_templates"},
+    "scan_ops": {"errors", "quant", "cpu_templates", "triton_templates"},
+    "ops": {"errors", "quant", "state", "cpu_templates", "triton_templates", "scan_ops"},
     "fx_utils": {"errors", "quant", "state", "ops"},
     "report": {"errors", "config", "quant", "state"},
 }

@@ -1,0 +1,295 @@
+"""The faithful scan, ``qmamba::ssm_scan_quantized``: a whole sequence with the state requantized as decode does it.
+
+Perplexity by a parallel scan never touches the state cache and says nothing about its precision. This operator runs
+the recurrence that decode runs, with the same codes at every step, at about the cost of a prefill, and has a
+straight-through gradient for ESR (Q-Mamba). It is for evaluation and calibration; no pass plants it. Beside `ops`, not
+in it, because its reference, its gradient and their arguments are as long as everything that the passes use.
+
+Shapes as in `ops`, with seqlen l: x [b, l, h, p], dt [b, l, h], B and C [b, l, g, n].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import quant
+
+_library = torch.library.Library("qmamba", "FRAGMENT")
+
+SCAN_BITS = (8, 4, 3, 2)
+"""Bits of a code. 3 is for evaluation: its codes stay one per byte, since no row of them fills whole bytes evenly."""
+
+_PARALLEL_GRAIN = 32768
+"""Elements from which torch shares an elementwise operation among threads (at::internal::GRAIN_SIZE)."""
+
+_library.define(
+    "ssm_scan_quantized(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+    "Tensor? initial_state, Tensor? state_scale, bool dt_softplus, float dt_min, float dt_max, int? bits, "
+    "bool stochastic, int seed, int flush_interval, bool single_step=False, Tensor? channel_scale=None) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+class StraightThrough(torch.autograd.Function):
+    """``requantize(h)`` forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, requantize: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        return requantize(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class StateStore:
+    """Requantizes a state again and again, as a cache of ``bits`` bits would, and remembers what it last held.
+
+    Calling it with h [b, h, p, n] gives what decode would read back, float32.
+
+    Attributes:
+        codes: int8 [b, h, p, n]; channel_scale: [b, h, p]; state_scale: [b, h, n], or [h, n] when calibrated.
+        rng: [b, 2], key and number of stores; it advances whether or not the rounding is stochastic.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        rng: Tensor,
+        stochastic: bool,
+        state_scale: Tensor | None = None,
+        channel_scale: Tensor | None = None,
+    ) -> None:
+        self.bits, self.rng, self.stochastic = bits, rng, stochastic
+        self.calibrated = state_scale
+        self.fixed = None if channel_scale is None else quant.store_scale(channel_scale)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        h = h.detach().float()
+        state_scale = quant.dynamic_state_scale(h) if self.calibrated is None else self.calibrated
+        if self.fixed is None:
+            channel_scale = quant.channel_scale_of(h, state_scale, self.bits)
+        else:
+            # Codes clamp. What is not finite must show all the same, and a code cannot hold it.
+            channel_scale = torch.where(h.isfinite().all(dim=-1), self.fixed, math.nan)
+        noise = quant.uniform_noise(self.rng, h.shape[1:]) if self.stochastic else None
+        self.codes = quant.quantize_codes(h, channel_scale, state_scale, self.bits, noise=noise)
+        self.channel_scale, self.state_scale = channel_scale, state_scale
+        self.rng[:, 1] += 1
+        return self.codes.float() * state_scale.float()[..., None, :] * channel_scale.float()[..., None]
+
+    def outputs(self) -> list[Tensor]:
+        """packed, channel_scale, rng, and state_scale when dynamic."""
+        packed = self.codes if self.bits == 3 else quant.pack(self.codes, self.bits)
+        return [packed, self.channel_scale, self.rng] + ([self.state_scale] if self.calibrated is None else [])
+
+
+def step_sizes(
+    dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float
+) -> tuple[Tensor, Tensor]:
+    """dt after bias, softplus and limits, and exp(dt * A): float32 [b, l, h], the bits that decode computes."""
+    batch, seqlen, nheads = dt.shape
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    if dt_softplus:
+        # torch's softplus takes whole vectors and what is left over by different code, which differs in the last bit.
+        # Decode calls it on [b, h] of one token. A row of padding keeps it from merging tokens, and so does the limit
+        # on the size of a call, above which threads would share one and cut it anywhere.
+        width = batch * nheads
+        tokens = dt.new_empty((seqlen, width + 1))[:, :width]
+        tokens.copy_(dt.transpose(0, 1).reshape(seqlen, width))
+        at_once = max(1, (_PARALLEL_GRAIN - 1) // width)
+        dt = torch.cat([F.softplus(part) for part in tokens.split(at_once)])
+        dt = dt.view(seqlen, batch, nheads).transpose(0, 1)
+    dt = dt.clamp(dt_min, dt_max).contiguous()
+    return dt, (dt * A.float()).exp()
+
+
+def scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    dA: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    requantize: Callable[[Tensor], Tensor] | None,
+    flush_interval: int = 1,
+    single_step: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence with any quantizer, one token at a time, in plain torch; differentiable, straight through it.
+
+    ``h_t = dA_t * state_{t-1} + (dt_t * B_t) x_t`` and ``y_t = C_t . h_t``. With ``single_step`` the state is h_t of
+    the float recurrence and only y sees a quantized one: ``hbar_t = dA_t * Q(state_{t-1}) + (dt_t * B_t) x_t``.
+
+    Args:
+        dt, dA: [b, l, h], see `step_sizes`.
+        state: [b, h, p, n], as decode reads it before the first token (``single_step``: before it is quantized).
+        requantize: h [b, h, p, n] -> what is read back after a store; ``None`` keeps the float state.
+        flush_interval: requantize after every so many steps.
+
+    Returns:
+        y [b, l, h, p] without the D skip, and the last state.
+    """
+    repeats = x.shape[2] // B.shape[2]
+    x, outputs = x.to(dt.dtype), []
+
+    def stored(h: Tensor) -> Tensor:
+        return h if requantize is None else StraightThrough.apply(h, requantize)
+
+    for t in range(x.shape[1]):
+        decay = dA[:, t, :, None, None]
+        dB = dt[:, t, :, None] * B[:, t].to(dt.dtype).repeat_interleave(repeats, dim=1)
+        dBx = dB[:, :, None, :] * x[:, t, :, :, None]
+        h = (stored(state) if single_step else state) * decay + dBx
+        outputs.append(torch.einsum("bhpn,bhn->bhp", h, C[:, t].to(dt.dtype).repeat_interleave(repeats, dim=1)))
+        if single_step:
+            state = state * decay + dBx
+        elif (t + 1) % flush_interval == 0:
+            state = stored(h)
+        else:
+            state = h
+    return torch.stack(outputs, dim=1), state
+
+
+def ssm_scan_quantized_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool = False,
+    channel_scale: Tensor | None = None,
+) -> list[Tensor]:
+    """`ssm_scan_quantized` in plain torch."""
+    _check(bits, flush_interval, single_step, state_scale, channel_scale)
+    batch, _, nheads, headdim = x.shape
+    dt, dA = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
+    state = x.new_zeros((batch, nheads, headdim, B.shape[-1]), dtype=torch.float32)
+    if initial_state is not None:
+        state = initial_state.float()
+    store = None
+    if bits is not None:
+        store = StateStore(bits, quant.new_rng(batch, seed, x.device), stochastic, state_scale, channel_scale)
+        if not single_step:
+            state = store(state)
+    y, state = scan_reference(x, dt, dA, B, C, state, store, flush_interval, single_step)
+    if D is not None:
+        y = y + x.float() * D.float()[:, None]
+    if store is None:
+        return [y, state]
+    if single_step:
+        store(state)
+    return [y, *store.outputs()]
+
+
+@torch.library.impl(_library, "ssm_scan_quantized", "CompositeExplicitAutograd")
+def ssm_scan_quantized(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool = False,
+    channel_scale: Tensor | None = None,
+) -> list[Tensor]:
+    """Run a whole sequence with the state requantized as decode requantizes it.
+
+    Equal, bit for bit, to `ops.quantize_state` of ``initial_state`` followed by one `ops.ssm_update` a token (at
+    ``flush_interval`` 1): the same codes, scales and noise. Its gradient takes requantization for the identity, along
+    the quantized trajectory.
+
+    Args:
+        initial_state: [b, h, p, n], quantized first, as prefill hands it over; ``None`` is zeros.
+        state_scale: calibrated, [h, n]; ``None`` measures it at each store.
+        bits: one of `SCAN_BITS`, or ``None`` for a float state.
+        seed: key of the noise of stochastic rounding.
+        flush_interval: the state is requantized after every so many steps, and float32 in between.
+        single_step: ESR's simulation in the paper: the state stays float, and each y is read from a step that
+            began at its quantized copy.
+        channel_scale: calibrated, [h, p], for scales of which none is measured; codes clamp. Needs ``state_scale``.
+
+    Returns:
+        y [b, l, h, p] float32 and the state as decode holds it after the last store: packed (3 bits: int8 codes
+        [b, h, p, n]), channel_scale [b, h, p], rng [b, 2], and state_scale [b, h, n] when dynamic.
+        ``bits=None``: y and the state, float32.
+
+    Raises:
+        ValueError: arguments that contradict each other.
+    """
+    return ssm_scan_quantized_reference(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        initial_state,
+        state_scale,
+        dt_softplus,
+        dt_min,
+        dt_max,
+        bits,
+        stochastic,
+        seed,
+        flush_interval,
+        single_step,
+        channel_scale,
+    )
+
+
+@torch.library.register_fake("qmamba::ssm_scan_quantized", lib=_library)
+def _(x, dt, A, B, C, D, dt_bias, initial_state, state_scale, dt_softplus, dt_min, dt_max, bits, *args) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    batch, _, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    y = x.new_empty(x.shape, dtype=torch.float32)
+    if bits is None:
+        return [y, x.new_empty((batch, nheads, headdim, dstate), dtype=torch.float32)]
+    width = dstate if bits == 3 else quant.packed_width(dstate, bits)
+    outputs = [
+        y,
+        x.new_empty((batch, nheads, headdim, width), dtype=torch.uint8 if bits in (4, 2) else torch.int8),
+        x.new_empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE),
+        x.new_empty((batch, 2), dtype=torch.int64),
+    ]
+    return outputs + ([x.new_empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE)] if state_scale is None else [])
+
+
+def _check(
+    bits: int | None, flush_interval: int, single_step: bool, state_scale: Tensor | None, channel_scale: Tensor | None
+) -> None:
+    if bits is not None and bits not in SCAN_BITS:
+        raise ValueError(f"bits={bits} is not allowed; use one of {SCAN_BITS} or None")
+    if flush_interval < 1:
+        raise ValueError(f"flush_interval={flush_interval} is not allowed; use 1 or more steps")
+    if single_step and flush_interval != 1:
+        raise ValueError(f"flush_interval={flush_interval}: a single step always begins at a quantized state; use 1")
+    if channel_scale is not None and state_scale is None:
+        raise ValueError("a calibrated channel_scale needs a calibrated state_scale")

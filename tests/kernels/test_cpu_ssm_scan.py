@@ -1,0 +1,164 @@
+"""The faithful scan: what decode does token by token, bit for bit; and its straight-through gradient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qmamba_compile import ops, quant
+
+assert ops.scan_ops is not None  # importing it defines the operators
+qmamba = torch.ops.qmamba
+
+Y_TOLERANCE = 1e-5
+"""Of the largest y. A sum of dstate float32 products in another order differs by about sqrt(dstate) * 2^-24 of it."""
+
+BASE: dict[str, Any] = {
+    "batch": 2,
+    "seqlen": 24,
+    "nheads": 4,
+    "headdim": 8,
+    "dstate": 64,
+    "ngroups": 1,
+    "bits": 4,
+    "scales": "dynamic",  # or "calibrated", "fixed": channel_scale calibrated as well
+    "stochastic": False,
+    "flush_interval": 1,
+    "single_step": False,
+    "start": True,
+    "D": True,
+    "dt_bias": True,
+    "dt_softplus": True,
+    "dtype": torch.float32,
+}
+
+
+def name_of(change: dict[str, Any]) -> str:
+    return "-".join(f"{name}={value}" for name, value in change.items()) or "base"
+
+
+def problem(seed: int = 0, **row: Any) -> dict[str, Any]:
+    """Arguments of the operator by name."""
+    unknown = set(row) - set(BASE)
+    assert not unknown, unknown
+    row = BASE | row
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    batch, seqlen, nheads, headdim = row["batch"], row["seqlen"], row["nheads"], row["headdim"]
+    dstate, ngroups = row["dstate"], row["ngroups"]
+    sizes = [nheads * headdim, ngroups * dstate, ngroups * dstate, nheads]
+    # As in the model: views of one projection.
+    x, B, C, dt = randn(batch, seqlen, sum(sizes)).to(row["dtype"]).split(sizes, dim=-1)
+    initial = randn(batch, nheads, headdim, dstate)
+    state_scale = quant.store_scale(initial.abs().mean(dim=(0, 2)).sqrt())
+    channel_scale = quant.store_scale(initial.abs().mean(dim=(0, 3)).sqrt() / quant.max_code(row["bits"] or 8) * 3)
+    return {
+        "x": x.reshape(batch, seqlen, nheads, headdim) if batch == 1 else x.view(batch, seqlen, nheads, headdim),
+        "dt": dt if row["dt_softplus"] else dt.abs() / 4,
+        "A": -torch.rand(nheads, generator=generator) * 4,
+        "B": B.view(batch, seqlen, ngroups, dstate),
+        "C": C.view(batch, seqlen, ngroups, dstate),
+        "D": randn(nheads) if row["D"] else None,
+        "dt_bias": (randn(nheads) - 2 if row["dt_softplus"] else randn(nheads).abs()) if row["dt_bias"] else None,
+        "initial_state": initial if row["start"] else None,
+        "state_scale": None if row["scales"] == "dynamic" else state_scale,
+        "dt_softplus": row["dt_softplus"],
+        "dt_min": 0.0,
+        "dt_max": math.inf,
+        "bits": row["bits"],
+        "stochastic": row["stochastic"],
+        "seed": 2**63 - 5,
+        "flush_interval": row["flush_interval"],
+        "single_step": row["single_step"],
+        "channel_scale": channel_scale if row["scales"] == "fixed" else None,
+    }
+
+
+def decode(arguments: dict[str, Any]) -> list[Tensor]:
+    """What a cache goes through: one store of prefill's state, then `ssm_update` for each token."""
+    x, state_scale, bits, stochastic = (arguments[name] for name in ("x", "state_scale", "bits", "stochastic"))
+    batch, seqlen, nheads, headdim = x.shape
+    state = arguments["initial_state"]
+    if state is None:
+        state = torch.zeros(batch, nheads, headdim, arguments["B"].shape[-1])
+    packed, channel_scale, rng, *found = qmamba.quantize_state(state, state_scale, bits, stochastic, arguments["seed"])
+    state_scale_out = found[0] if found else None
+    outputs = []
+    for t in range(seqlen):
+        token = [arguments[name][:, t] if name in ("x", "dt", "B", "C") else arguments[name] for name in TOKEN]
+        outputs.append(
+            qmamba.ssm_update(
+                packed,
+                channel_scale,
+                state_scale_out,
+                rng,
+                *token,
+                state_scale,
+                arguments["dt_softplus"],
+                bits,
+                stochastic,
+            ).float()
+        )
+    return [torch.stack(outputs, dim=1), packed, channel_scale, rng, *found]
+
+
+TOKEN = ("x", "dt", "A", "B", "C", "D", "dt_bias")
+NAMES = ("y", "packed", "channel_scale", "rng", "state_scale")
+
+
+def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float = Y_TOLERANCE) -> None:
+    assert len(found) == len(wanted)
+    for name, tensor, expected in zip(NAMES[1:], found[1:], wanted[1:], strict=False):
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+    assert found[0].dtype == torch.float32 and found[0].shape == wanted[0].shape
+    assert (found[0] - wanted[0]).abs().max() <= tolerance * wanted[0].abs().max()
+
+
+SHAPES = [
+    {},
+    {"batch": 1, "seqlen": 1},
+    {"batch": 1, "nheads": 1},
+    {"batch": 3, "nheads": 5},
+    {"ngroups": 2},
+    {"headdim": 5, "dstate": 96},
+    {"dstate": 20},
+    {"dstate": 33, "bits": 8, "stochastic": True},
+    {"D": False, "dt_bias": False},
+    {"dt_softplus": False},
+    {"start": False},
+    {"headdim": 64, "dstate": 128, "nheads": 24, "seqlen": 4},
+]
+SCHEMES = [
+    {"bits": bits, "scales": scales, "stochastic": stochastic, "seqlen": 64}
+    for bits, scales, stochastic in itertools.product((8, 4, 2), ("dynamic", "calibrated"), (False, True))
+]
+
+
+@pytest.mark.parametrize("change", [*SHAPES, *SCHEMES], ids=name_of)
+def test_it_is_decode_token_by_token(change: dict[str, Any]) -> None:
+    arguments = problem(**change)
+    assert_same(qmamba.ssm_scan_quantized(**arguments), decode(arguments))
+
+
+def test_bfloat16_inputs_give_the_codes_of_decode() -> None:
+    arguments = problem(dtype=torch.bfloat16)
+    # Decode rounds y to the dtype of x.
+    assert_same(qmamba.ssm_scan_quantized(**arguments), decode(arguments), torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("single_step", [False, True])
+def test_a_float_state_is_the_float_scan(single_step: bool) -> None:
+    arguments = problem(bits=None, seqlen=70, single_step=single_step)
+    y, state = qmamba.ssm_scan_quantized(**arguments)
+    names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state", "dt_softplus", "dt_min", "dt_max")
+    wanted_y, wanted_state = qmamba.chunk_scan(*(arguments[name] for name in names))
+    assert (y - wanted_y).abs().max() <= 5e-5 * wanted_y.abs().max()
+    assert (state - wanted_state).abs().max() <= 5e-5 * wanted_state.abs().max()
