@@ -165,6 +165,152 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
     return state
 
 
+def ssm_scan(
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor] | None:
+    """The faithful scan on the CPU; ``dt`` and ``decay`` [b, l, h] as `scan_ops.step_sizes` gives them.
+
+    Args:
+        states: the state before the first token, as decode reads it, and with ``single_step`` its quantized copy.
+        scales: calibrated state_scale [h, n] and channel_scale [h, p].
+
+    Returns:
+        y and codes int8 [b, h, p, n], channel_scale [b, h, p], state_scale [b, h, n] (left as they were when dynamic is
+        off) after the last store; ``bits=None``: y and the state. No store happens before step ``flush_interval``.
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function, fields, kept = _scan_call(
+        "ssm_scan", x, dt, decay, B, C, D, states, scales, bits, stochastic, seed, flush_interval, single_step
+    )
+    if function is None:
+        return None
+    outputs = [torch.empty((batch, seqlen, nheads, headdim))]
+    if bits is None:
+        outputs.append(torch.empty((batch, nheads, headdim, dstate)))
+        addresses = (outputs[0].data_ptr(), outputs[1].data_ptr(), 0, 0, 0)
+    else:
+        outputs += [
+            torch.empty((batch, nheads, headdim, dstate), dtype=torch.int8),
+            torch.empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE),
+            torch.empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE),
+        ]
+        addresses = (outputs[0].data_ptr(), 0, *(output.data_ptr() for output in outputs[1:]))
+    function(_pack((*fields, *addresses, *[0] * _GRADIENT_FIELDS)))
+    del kept
+    return outputs
+
+
+def ssm_scan_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor] | None:
+    """Gradient of `ssm_scan` without D: of x, dt, decay, B and C for each head [b, l, h, n], and the first state."""
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function, fields, kept = _scan_call(
+        "ssm_scan_backward",
+        x,
+        dt,
+        decay,
+        B,
+        C,
+        None,
+        states,
+        scales,
+        bits,
+        stochastic,
+        seed,
+        flush_interval,
+        single_step,
+    )
+    if function is None:
+        return None
+    grad_y = _contiguous_float(grad_y)
+    grad_state = None if grad_state is None else _contiguous_float(grad_state)
+    tokens = (batch, seqlen, nheads)
+    shapes = [
+        (*tokens, headdim),
+        tokens,
+        tokens,
+        (*tokens, dstate),
+        (*tokens, dstate),
+        (batch, nheads, headdim, dstate),
+    ]
+    outputs = [torch.empty(shape) for shape in shapes]
+    function(_pack((*fields, *[0] * 5, *_addresses(grad_y, grad_state, *outputs))))
+    del kept
+    return outputs
+
+
+_GRADIENT_FIELDS = 8
+
+
+def _scan_call(
+    name: str,
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> tuple[build.Kernel | None, list[int], list[Tensor]]:
+    """The kernel, the fields that scan and gradient share, and the tensors that they point into."""
+    batch, seqlen, nheads, headdim = x.shape
+    function = kernel(name, headdim, B.shape[-1], bits, bits is not None and scales[0] is None, stochastic)
+    fields: list[int] = []
+    kept: list[Tensor] = [dt, decay]
+    for sequence in (x, B, C):
+        sequence = _readable(sequence)
+        if sequence.stride(2) != sequence.shape[3]:
+            sequence = sequence.contiguous()
+        kept.append(sequence)
+        fields += (sequence.data_ptr(), _DTYPES[sequence.dtype], sequence.stride(0), sequence.stride(1))
+    readable = [None if tensor is None else _readable(tensor, contiguous=True) for tensor in (D, *scales)]
+    inputs = [_ABSENT if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], 0, 0) for tensor in readable]
+    floats = [None if tensor is None else _contiguous_float(tensor) for tensor in states]
+    kept += [tensor for tensor in (*readable, *floats) if tensor is not None]
+    fields += (*inputs[0], *_addresses(dt, decay, *floats), *inputs[1], *inputs[2])
+    threads = _threads(batch * nheads * headdim * B.shape[-1] * seqlen)
+    fields += (batch, seqlen, nheads, B.shape[2], seed, flush_interval, int(single_step and bits is not None), threads)
+    return function, fields, kept
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def _pack(fields: tuple[int, ...]) -> bytes:
     return _layout(len(fields)).pack(*fields)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmamba_compile import ops, quant
+from qmamba_compile import ops, quant, scan_ops
+from qmamba_compile.cpu_templates import launch
 
 assert ops.scan_ops is not None  # importing it defines the operators
 qmamba = torch.ops.qmamba
@@ -162,3 +163,63 @@ def test_a_float_state_is_the_float_scan(single_step: bool) -> None:
     wanted_y, wanted_state = qmamba.chunk_scan(*(arguments[name] for name in names))
     assert (y - wanted_y).abs().max() <= 5e-5 * wanted_y.abs().max()
     assert (state - wanted_state).abs().max() <= 5e-5 * wanted_state.abs().max()
+
+
+# --- gradient ------------------------------------------------------------------------------------------------------
+
+LEARNED = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
+
+
+def learnable(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.clone().requires_grad_() if name in LEARNED and value is not None else value
+        for name, value in arguments.items()
+    }
+
+
+def gradients(function: Any, arguments: dict[str, Any]) -> tuple[list[str], list[Tensor]]:
+    arguments = learnable(arguments)
+    names = [name for name in LEARNED if arguments[name] is not None]
+    y, state, *_ = function(**arguments)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    loss = (y * weights).sum()
+    if arguments["bits"] is None:
+        loss = loss + (state * torch.randn(state.shape, generator=torch.Generator().manual_seed(8))).sum()
+    return names, torch.autograd.grad(loss, [arguments[name] for name in names])
+
+
+GRADIENT_TOLERANCE = 2e-4
+"""Of the largest: sums of up to batch * seqlen * headdim * dstate products, whose signs differ, in another order."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"seqlen": 100},
+        {"seqlen": 65, "scales": "calibrated", "stochastic": True},
+        {"seqlen": 33, "scales": "fixed"},
+        {"seqlen": 70, "single_step": True},
+        {"seqlen": 70, "single_step": True, "scales": "fixed", "stochastic": True},
+        {"seqlen": 70, "bits": None},
+        {"seqlen": 70, "bits": 3, "flush_interval": 4, "scales": "calibrated"},
+        {"ngroups": 2, "headdim": 5, "dstate": 20, "bits": 8},
+        {"D": False, "dt_bias": False, "dt_softplus": False, "start": False},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=name_of,
+)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_the_gradient_is_autograd_through_the_reference(
+    change: dict[str, Any], kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = problem(**change)
+    if not kernel:
+        monkeypatch.setattr(launch, "ssm_scan_backward", lambda *args: None)
+    names, found = gradients(qmamba.ssm_scan_quantized, arguments)
+    _, wanted = gradients(scan_ops.ssm_scan_quantized_reference, arguments)
+    for name, grad, expected in zip(names, found, wanted, strict=True):
+        assert grad.dtype == expected.dtype and grad.shape == expected.shape, name
+        tolerance = GRADIENT_TOLERANCE if grad.dtype == torch.float32 else 2 * torch.finfo(grad.dtype).eps
+        error = (grad - expected).abs().max() / expected.abs().max()
+        assert error <= tolerance, f"gradient of {name} is off by {error}"
