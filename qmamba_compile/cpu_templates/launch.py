@@ -331,11 +331,15 @@ def _sequences(*tensors: Tensor) -> tuple[list[int], list[Tensor]]:
     fields: list[int] = []
     kept: list[Tensor] = []
     for tensor in tensors:
-        tensor = _readable(tensor)
-        if tensor.shape[2] > 1 and tensor.stride(2) != tensor.shape[3]:
+        if tensor.dtype not in _DTYPES:
+            tensor = tensor.float()
+        _, _, heads, columns = tensor.shape
+        if heads > 1 and tensor.stride(2) != columns * tensor.stride(3):
             tensor = tensor.contiguous()
+        # A dimension of one element may have any stride.
+        column_stride = tensor.stride(3) if columns > 1 else tensor.stride(2) if heads > 1 else 1
         kept.append(tensor)
-        fields += (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1))
+        fields += (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1), column_stride)
     return fields, kept
 
 

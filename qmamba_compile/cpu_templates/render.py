@@ -19,9 +19,9 @@ FLOAT_KERNELS = ("ssm_update", "ssm_scan", "ssm_scan_backward", "chunk_scan")
 """Those that exist for a float32 state; chunk_scan for no other."""
 
 SCAN_CHUNK = 32
-"""Tokens of a chunk of chunk_scan: its quadratic part grows with it, traffic of the state shrinks. 2048 tokens, 24
-heads of 64 x 128, one thread of Zen 5, CPU time, median (best): 15.5 ms (14.8) at 32, 19.7 (14.6) at 64, 24.1 (16.4) at 128;
-the torch reference 74 (72)."""
+"""Tokens of a chunk of chunk_scan: quadratic work grows with it, traffic of the state shrinks. 2048 tokens, 24 heads
+of 64 x 128, one thread of Zen 5, CPU time, median (best): 15.5 ms (14.8) at 32, 19.7 (14.6) at 64, 24.1 (16.4) at 128.
+"""
 
 SCAN_BITS = (8, 4, 3, 2)
 """Bits of a code inside ssm_scan, whose codes are never packed."""
