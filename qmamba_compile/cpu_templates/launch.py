@@ -225,7 +225,7 @@ def ssm_scan(
     outputs = [torch.empty((batch, seqlen, nheads, headdim))]
     if bits is None:
         outputs.append(torch.empty((batch, nheads, headdim, dstate)))
-        addresses = (outputs[0].data_ptr(), outputs[1].data_ptr(), 0, 0, 0)
+        addresses: tuple[int, ...] = (outputs[0].data_ptr(), outputs[1].data_ptr(), 0, 0, 0)
     else:
         outputs += [
             torch.empty((batch, nheads, headdim, dstate), dtype=torch.int8),
