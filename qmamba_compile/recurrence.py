@@ -48,7 +48,7 @@ _MAGIC = 1.5 * 2**23  # adding it leaves a float32 rounded to an integer, half t
 def exp(x: Tensor) -> Tensor:
     """e^x, float32, within 1.4 * 2^-24; 0 below -87 and infinity above 88, where float32 ends."""
     c: Any = EXP_CONSTANTS
-    whole = (x * c["log2_e"] + _MAGIC) - _MAGIC
+    whole = ((x * c["log2_e"] + _MAGIC) - _MAGIC).detach()
     rest = x - whole * c["ln2_high"]
     rest = rest - whole * c["ln2_low"]
     series = torch.full_like(rest, c["series"][0])
@@ -94,7 +94,7 @@ def step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``h = exp(dt*A) h + (dt*B) x``, ``y = C.h + D x``: the new state [b, h, p, n] and y [b, h, p] (Q-Mamba, Eq. 5)."""
+    """``h = exp(dt*A) h + (dt*B) x``, ``y = C.h + D x``: new state [b, h, p, n] and y [b, h, p] (Q-Mamba, Eq. 5)."""
     dt, dA = step_sizes(dt, A, dt_bias, dt_softplus)
     h = h * exp(dA)[..., None, None] + outer_product(x, dt, B)
     return h, read(h, x, C, D)

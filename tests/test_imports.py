@@ -22,7 +22,8 @@ ALLOWED = {
     "state": {"errors", "quant", "recurrence"},
     "cpu_templates": {"errors", "quant", "recurrence"},
     "triton_templates": {"errors", "quant", "recurrence"},
-    "ops": {"errors", "quant", "recurrence", "state", "cpu_templates", "triton_templates"},
+    "scan_ops": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates"},
+    "ops": {"errors", "quant", "recurrence", "state", "cpu_templates", "triton_templates", "scan_ops"},
     "fx_utils": {"errors", "quant", "recurrence", "state", "ops"},
     "report": {"errors", "config", "quant", "state"},
 }
