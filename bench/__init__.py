@@ -1,4 +1,4 @@
-"""Benchmarks: one module a question, shapes by name, variants interleaved in one process. ``python -m bench --help``."""
+"""Benchmarks: one module a question, variants interleaved in one process. See ``python -m bench --help``."""
 
 import logging
 

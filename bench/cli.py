@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,7 +52,13 @@ def _print_error(text: str) -> None:
 
 @contextlib.contextmanager
 def recording(
-    question: str, arguments: Mapping[str, Any], *, threads: int, json: Path | None, plot: Path | None, roof: bool = True
+    question: str,
+    arguments: Mapping[str, Any],
+    *,
+    threads: int,
+    json: Path | None,
+    plot: Path | None,
+    roof: bool = True,
 ) -> Iterator[Record]:
     """A record that is written, printed and drawn, whole or as far as it got before Ctrl-C."""
     import torch
@@ -168,5 +174,3 @@ def choose(text: str, known: Iterable[str], unusual: Iterable[str] = ()) -> list
         if name not in known:
             raise ConfigError(f"--variants {name!r} is unknown; allowed: {', '.join(known)}")
     return list(dict.fromkeys(names))
-
-

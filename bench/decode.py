@@ -34,7 +34,9 @@ def main(
     option: cli.Options = [],  # noqa: B006  (typer reads it, nobody writes to it)
     repeats: cli.Repeats = 15,
     threads: cli.Threads = 0,
-    profile: Annotated[bool, typer.Option("--profile", help="List where the time of one variant of ours goes.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="List where the time of one variant of ours goes.")
+    ] = False,
     json: cli.JsonFile = None,
     plot: cli.PlotFile = None,
 ) -> None:
@@ -76,14 +78,15 @@ def _measure(found: record.Record, models: Models, runners: Mapping[str, Runner]
         gates[name] = Gate.of(logits, reference, runner.variant.tolerance)
         calls[name] = _step(runner, checked[:, :1].contiguous(), cache)
         held = state_bytes(cache)
-        ops = linear_ops(runner.model, batch)
-        quantized = runner.variant.quantized
-        work[name] = Work(runner.weight_bytes, held, ops if quantized else 0, 0 if quantized else ops)
+        ops = {f"{runner.variant.arithmetic}_ops": linear_ops(runner.model, batch)}
+        work[name] = Work(runner.weight_bytes, held, **ops)
         values[name] = {"weights MB": runner.weight_bytes / 1e6, "state MB": held / 1e6}
     group = {"shape": models.shape.name, "batch": batch}
     # A recompilation inside a timed step would be measured as if it were one.
     with torch.compiler.set_stance("fail_on_recompile"):
-        cli.compare(found, group, calls, gates, work, repeats=repeats, against=AGAINST, block_seconds=0.1, values=values)
+        cli.compare(
+            found, group, calls, gates, work, repeats=repeats, against=AGAINST, block_seconds=0.1, values=values
+        )
 
 
 def _logits(runner: Runner, ids: Tensor, cache: Any) -> Tensor:
@@ -128,4 +131,3 @@ def print_profile(runner: Runner, batch: int) -> None:
 
 if __name__ == "__main__":
     cli.run("decode", main)
-

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from qmamba_compile import ops
+import qmamba_compile.ops  # noqa: F401  (registers qmamba::*)
 from qmamba_compile.passes.int8_weight import quantize_weight
 
 from . import cli
@@ -73,12 +73,13 @@ class _Layers:
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(extents, generator=generator) for _ in range(self.count)]
         int8 = [quantize_weight(w) for w in weights] if {INT_MM, OURS} & set(chosen) else []
+        w8a8_linear = torch.ops.qmamba.w8a8_linear.default
         calls: dict[str, Callable[[], Call]] = {
             FLOAT: lambda: lambda x: [F.linear(x, w) for w in weights],
             HALF: lambda: _half([w.bfloat16() for w in weights]),
             INT_MM: lambda: lambda x: [_int_mm_linear(x, w.qdata, w.scale) for w in int8],
             TORCHAO: lambda: _torchao(weights),
-            OURS: lambda: lambda x: [ops.w8a8_linear(x, w.qdata, w.scale, None, None, None) for w in int8],
+            OURS: lambda: lambda x: [w8a8_linear(x, w.qdata, w.scale, None, None, None) for w in int8],
         }
         self.calls = {name: calls[name]() for name in chosen}
 
@@ -88,8 +89,8 @@ class _Layers:
         scales = 4 * self.linear.out_features if width == 1 else 0
         activations = 4 * rows * (self.linear.in_features + self.linear.out_features)
         read = self.count * (weights * width + scales + activations)
-        ops = self.count * 2 * rows * weights
-        return Work(read=read, int8_ops=ops if width == 1 else 0, float_ops=ops if width > 1 else 0)
+        arithmetic = {FLOAT: "float32_ops", HALF: "bfloat16_ops"}.get(variant, "int8_ops")
+        return Work(read=read, **{arithmetic: self.count * 2 * rows * weights})
 
 
 def _measure(found: Record, shape: str, layers: _Layers, rows: int, repeats: int) -> None:

@@ -135,12 +135,16 @@ def checked_speedup(slow: Sequence[float], slow_gate: Gate, fast: Sequence[float
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one call must do at the least: bytes read, bytes read and written back in place, multiply-adds x 2."""
+    """What one call must do at the least: bytes read, bytes read and written back in place, operations by dtype.
+
+    A multiply-add is two operations.
+    """
 
     read: int = 0
     updated: int = 0
     int8_ops: int = 0
-    float_ops: int = 0
+    bfloat16_ops: int = 0
+    float32_ops: int = 0
 
     @property
     def bytes_moved(self) -> int:
@@ -155,12 +159,14 @@ class Roof:
     update: float
     copy: float
     int8: float
+    bfloat16: float
     float32: float
 
     def seconds(self, work: Work) -> float:
         """The least time for ``work``: memory and arithmetic overlap, so the slower of the two."""
         memory = work.read / self.read + 2 * work.updated / self.update
-        return max(memory, work.int8_ops / self.int8 + work.float_ops / self.float32)
+        arithmetic = (work.int8_ops, self.int8), (work.bfloat16_ops, self.bfloat16), (work.float32_ops, self.float32)
+        return max(memory, sum(ops / rate for ops, rate in arithmetic))
 
 
 def measure_roof(nbytes: int = 2**29, extent: int = 1024, tries: int = 7) -> Roof:
@@ -173,6 +179,7 @@ def measure_roof(nbytes: int = 2**29, extent: int = 1024, tries: int = 7) -> Roo
     source = torch.ones(nbytes // 4)
     target = torch.empty_like(source)
     matrix = torch.randn(extent, extent)
+    half = matrix.bfloat16()
     codes = torch.randint(-127, 128, (extent, extent), dtype=torch.int8)
     transposed = codes.t()
 
@@ -190,5 +197,6 @@ def measure_roof(nbytes: int = 2**29, extent: int = 1024, tries: int = 7) -> Roo
         update=rate(source.neg_, 2 * nbytes),
         copy=rate(lambda: target.copy_(source), 2 * nbytes),
         int8=rate(lambda: torch._int_mm(codes, transposed), 2 * extent**3),
+        bfloat16=rate(lambda: half @ half, 2 * extent**3),
         float32=rate(lambda: matrix @ matrix, 2 * extent**3),
     )

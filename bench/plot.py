@@ -104,7 +104,7 @@ def _draw_lines(axis: Any, panel: dict[str, Any]) -> None:
     for row in panel["rows"]:
         variants.setdefault(row.variant, []).append(row)
     for name, members in variants.items():
-        x = [row.group["at"] for row in members]
+        x = [row.values["at"] for row in members]
         axis.plot(x, [row.time.median * 1e3 for row in members], marker="o", label=name)
         axis.fill_between(x, [r.time.q1 * 1e3 for r in members], [r.time.q3 * 1e3 for r in members], alpha=0.2)
     axis.set_xlabel(panel["x"])

@@ -47,9 +47,7 @@ def main(
             torch._dynamo.reset()
 
 
-def _measure(
-    found: Record, models: Models, runners: dict[str, Runner], batch: int, length: int, repeats: int
-) -> None:
+def _measure(found: Record, models: Models, runners: dict[str, Runner], batch: int, length: int, repeats: int) -> None:
     ids = random_ids(models.shape, batch, length, seed=3)
     calls: dict[str, Callable[[], Any]] = {}
     gates: dict[str, Gate] = {}
@@ -64,9 +62,10 @@ def _measure(
         # The head sees the last token only.
         head = 2 * models.shape.d_model * models.shape.vocab_size
         ops = linear_ops(runner.model, batch * length) - head * batch * (length - 1)
-        scan = _scan_ops(models, batch * length)
-        quantized = runner.variant.quantized
-        work[name] = Work(runner.weight_bytes, state_bytes(cache), ops * quantized, scan + ops * (not quantized))
+        by_dtype = {"float32_ops": _scan_ops(models, batch * length)}
+        arithmetic = f"{runner.variant.arithmetic}_ops"
+        by_dtype[arithmetic] = by_dtype.get(arithmetic, 0) + ops
+        work[name] = Work(runner.weight_bytes, state_bytes(cache), **by_dtype)
         calls[name] = lambda runner=runner: runner.prefill(ids)
         del cache
         gc.collect()

@@ -52,7 +52,7 @@ class Row:
 
     @property
     def roof_fraction(self) -> float | None:
-        """Share of the roof: 1 is as fast as memory or arithmetic allows."""
+        """Share of the roof: 1 is as fast as memory or arithmetic allows; more where data stays in a cache."""
         return None if self.time is None or self.floor is None else self.floor / self.time.median
 
     @classmethod
@@ -109,7 +109,7 @@ class Record:
         """
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"{path}: no benchmark record of format {FORMAT}; write one with python -m bench ... --json")
+            raise ValueError(f"{path}: no benchmark record of format {FORMAT}; write one with --json")
         roof = None if data["roof"] is None else Roof(**data["roof"])
         rows = [Row.from_json(row) for row in data["rows"]]
         return cls(data["question"], data["arguments"], data["machine"], roof, rows, data["complete"], path)
@@ -195,7 +195,8 @@ def print_header(record: Record) -> None:
         roof = record.roof
         console.print(
             f"roofs: read {roof.read / 1e9:.1f} GB/s, update in place {roof.update / 1e9:.1f}, copy "
-            f"{roof.copy / 1e9:.1f}; int8 {roof.int8 / 1e9:.0f} GOP/s, float32 {roof.float32 / 1e9:.0f}"
+            f"{roof.copy / 1e9:.1f}; int8 {roof.int8 / 1e9:.0f} GOP/s, bfloat16 "
+            f"{roof.bfloat16 / 1e9:.0f}, float32 {roof.float32 / 1e9:.0f}"
         )
 
 

@@ -54,7 +54,10 @@ class Shape:
         )
 
     def config(self) -> Any:
-        """The transformers configuration of this shape."""
+        """The transformers configuration of this shape, initialized as Mamba2 was for its training.
+
+        transformers' own default of five times larger weights makes a model whose logits no quantization survives.
+        """
         from transformers import Mamba2Config
 
         return Mamba2Config(
@@ -66,6 +69,8 @@ class Shape:
             state_size=self.dstate,
             n_groups=self.ngroups,
             chunk_size=self.chunk_size,
+            initializer_range=0.02,
+            rescale_prenorm_residual=True,
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,

@@ -99,9 +99,7 @@ def _measure(found: Record, shape: Shape, batch: int, chosen: Sequence[str], rep
         work[name] = Work(updated=held)
     group = {"shape": shape.name, "layers": shape.n_layers, "batch": batch}
     with torch.compiler.set_stance("fail_on_recompile"):
-        cli.compare(
-            found, group, calls, gates, work, repeats=repeats, against=(INDUCTOR, FUSED), block_seconds=0.05
-        )
+        cli.compare(found, group, calls, gates, work, repeats=repeats, against=(INDUCTOR, FUSED), block_seconds=0.05)
 
 
 def _variant(name: str, inputs: _Inputs) -> tuple[Step, int, float]:
@@ -124,8 +122,7 @@ def _variant(name: str, inputs: _Inputs) -> tuple[Step, int, float]:
         DSQState.from_float(state, bits, state_scale=scale, stochastic=stochastic)
         for state, scale in zip(states, scales, strict=True)
     ]
-    del states
-    op = ops.ssm_update_reference if name == OURS_REFERENCE else torch.ops.qmamba.ssm_update
+    op = ops.ssm_update_reference if name == OURS_REFERENCE else torch.ops.qmamba.ssm_update.default
     step = functools.partial(_packed_step, op, packed, inputs)
     return step, sum(state.packed_nbytes for state in packed), _H8 if bits == 8 else _H4
 

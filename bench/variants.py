@@ -45,9 +45,9 @@ class Variant:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def quantized(self) -> bool:
-        """True when the linears are int8."""
-        return self.weights not in ("float32", "bfloat16")
+    def arithmetic(self) -> str:
+        """dtype of the products: ``int8``, ``bfloat16`` or ``float32``."""
+        return self.weights if self.weights in ("float32", "bfloat16") else "int8"
 
 
 EAGER = "eager-float32"
@@ -93,7 +93,7 @@ def with_options(texts: Sequence[str]) -> dict[str, Variant]:
         name, equals, value = text.partition("=")
         if not equals or name not in fields:
             raise ConfigError(f"--option {text!r} is not allowed; use name=value with one of {', '.join(fields)}")
-        options[name] = _value(value)
+        options[name] = tuple(value.split(",")) if isinstance(fields[name], tuple) else _value(value)
     config = QMambaConfig.from_options(options)
     name = f"{OURS}[{','.join(texts)}]"
     # Not shared: skip_layers or a calibration make other weights.
@@ -189,12 +189,16 @@ class Runner:
         return forward(input_ids=ids, use_cache=True, logits_to_keep=1).cache_params
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of all parameters in the form in which they are held."""
+        return held_nbytes(self.model)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights that one forward reads: all that are held, of the embedding only if it is the head."""
-        held = held_nbytes(self.model)
         embedding = self.model.get_input_embeddings().weight
         # torchao and ours hold an int8 head beside the embedding.
-        return held - embedding.nbytes if self.variant.quantized else held
+        return self.held_bytes - (embedding.nbytes if self.variant.arithmetic == "int8" else 0)
 
 
 def random_ids(shape: Shape, batch: int, length: int, seed: int) -> Tensor:
