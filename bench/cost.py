@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -96,7 +97,7 @@ def _batches(found: Record, runner: Runner, reference: Runner, batches: Sequence
         with console.status(f"compiling {runner.variant.name}, batch {batch}"), runner.compiling():
             logits = runner.step(ids, cache).float()
         gates.append(Gate.of(logits, reference.step(ids, reference.cache(batch)), runner.variant.tolerance))
-        calls[batch] = lambda ids=ids, cache=cache: runner.step(ids, cache)
+        calls[batch] = functools.partial(runner.step, ids, cache)
     _time(found, runner, BATCH, "step", calls, gates, repeats)
 
 
@@ -111,7 +112,7 @@ def _lengths(found: Record, runner: Runner, reference: Runner, lengths: Sequence
         with runner.compiling():
             runner.prefill(ids)
         gates.append(Gate.of(logits, reference.prefill(ids)[0], runner.variant.tolerance))
-        calls[length] = lambda ids=ids: runner.prefill(ids)
+        calls[length] = functools.partial(runner.prefill, ids)
     _time(found, runner, LENGTH, "prompt", calls, gates, repeats)
 
 

@@ -7,6 +7,7 @@ anything is timed. Weights (and at larger batches the state) are larger than the
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -76,7 +77,7 @@ def _measure(found: record.Record, models: Models, runners: Mapping[str, Runner]
             restore(cache, saved)
             reference = logits if reference is None else reference
         gates[name] = Gate.of(logits, reference, runner.variant.tolerance)
-        calls[name] = _step(runner, checked[:, :1].contiguous(), cache)
+        calls[name] = functools.partial(runner.step, checked[:, :1].contiguous(), cache)
         held = state_bytes(cache)
         ops = {f"{runner.variant.arithmetic}_ops": linear_ops(runner.model, batch)}
         work[name] = Work(runner.weight_bytes, held, **ops)
@@ -92,10 +93,6 @@ def _measure(found: record.Record, models: Models, runners: Mapping[str, Runner]
 def _logits(runner: Runner, ids: Tensor, cache: Any) -> Tensor:
     """[b, steps, vocab] of one step after the other."""
     return torch.stack([runner.step(token.contiguous(), cache).float() for token in ids.split(1, dim=1)], dim=1)
-
-
-def _step(runner: Runner, ids: Tensor, cache: Any) -> Callable[[], Any]:
-    return lambda: runner.step(ids, cache)
 
 
 def print_profile(runner: Runner, batch: int) -> None:

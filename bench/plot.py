@@ -105,8 +105,9 @@ def _draw_lines(axis: Any, panel: dict[str, Any]) -> None:
         variants.setdefault(row.variant, []).append(row)
     for name, members in variants.items():
         x = [row.values["at"] for row in members]
-        axis.plot(x, [row.time.median * 1e3 for row in members], marker="o", label=name)
-        axis.fill_between(x, [r.time.q1 * 1e3 for r in members], [r.time.q3 * 1e3 for r in members], alpha=0.2)
+        times = [row.time for row in members if row.time is not None]
+        axis.plot(x, [time.median * 1e3 for time in times], marker="o", label=name)
+        axis.fill_between(x, [time.q1 * 1e3 for time in times], [time.q3 * 1e3 for time in times], alpha=0.2)
     axis.set_xlabel(panel["x"])
     axis.set_ylabel(f"milliseconds a {panel['rows'][0].group['unit']}")
     axis.set_ylim(bottom=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -66,7 +67,7 @@ def _measure(found: Record, models: Models, runners: dict[str, Runner], batch: i
         arithmetic = f"{runner.variant.arithmetic}_ops"
         by_dtype[arithmetic] = by_dtype.get(arithmetic, 0) + ops
         work[name] = Work(runner.weight_bytes, state_bytes(cache), **by_dtype)
-        calls[name] = lambda runner=runner: runner.prefill(ids)
+        calls[name] = functools.partial(runner.prefill, ids)
         del cache
         gc.collect()
     group = {"shape": models.shape.name, "batch": batch, "length": length}

@@ -157,11 +157,8 @@ def _machine(torch: Any, build: Any) -> dict[str, Any]:
 def _processor() -> str:
     """Model name, with family and model numbers where the kernel tells them: cloud machines share one name."""
     with contextlib.suppress(OSError):
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-            if ":" in line
-        )
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         if "model name" in fields:
             return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
     return platform.processor() or platform.machine()

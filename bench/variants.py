@@ -56,8 +56,9 @@ TORCHAO = "torchao-int8-freezing"
 OURS_FLOAT = "ours-float32"
 OURS = "ours-w8a8h4"
 
-# Tolerances: about three times the error at 130m with random weights, whose logits no training has made robust.
-_EXACT, _HALF, _W8A8, _H8, _H4 = 1e-4, 0.1, 0.1, 0.1, 0.3
+# About twice the error at 130m with random weights, whose logits no training has made robust: 0.034 for bfloat16, 0.15
+# for torchao, 0.16 for ours with any state. An output that has nothing to do with the reference has an error of 1.4.
+_EXACT, _HALF, _INT8 = 1e-4, 0.07, 0.35
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
@@ -66,12 +67,12 @@ VARIANTS: dict[str, Variant] = {
         Variant(INDUCTOR, "float32", "inductor", _EXACT),
         Variant("inductor-float32-freezing", "float32", "inductor", _EXACT, {FREEZING: True}),
         Variant("inductor-bfloat16", "bfloat16", "inductor", _HALF),
-        Variant(TORCHAO, "torchao", "inductor", _W8A8, {FREEZING: True}),
+        Variant(TORCHAO, "torchao", "inductor", _INT8, {FREEZING: True}),
         Variant(OURS_FLOAT, "float32", "qmamba", _EXACT, {"weights": None, "state_bits": None}),
-        Variant("ours-w8a8", "int8", "qmamba", _W8A8, {"state_bits": None}),
-        Variant("ours-w8a8h8", "int8", "qmamba", _H8, {"state_bits": 8}),
-        Variant(OURS, "int8", "qmamba", _H4, {"state_bits": 4}),
-        Variant("ours-w8a8h4-stochastic", "int8", "qmamba", _H4, {"state_bits": 4, "rounding": "stochastic"}),
+        Variant("ours-w8a8", "int8", "qmamba", _INT8, {"state_bits": None}),
+        Variant("ours-w8a8h8", "int8", "qmamba", _INT8, {"state_bits": 8}),
+        Variant(OURS, "int8", "qmamba", _INT8, {"state_bits": 4}),
+        Variant("ours-w8a8h4-stochastic", "int8", "qmamba", _INT8, {"state_bits": 4, "rounding": "stochastic"}),
     )
 }
 
@@ -98,8 +99,7 @@ def with_options(texts: Sequence[str]) -> dict[str, Variant]:
     name = f"{OURS}[{','.join(texts)}]"
     # Not shared: skip_layers or a calibration make other weights.
     weights = "float32" if config.weights is None else "int8_alone"
-    tolerance = _H4 if config.state_bits in (4, 2) else _H8
-    return VARIANTS | {name: Variant(name, weights, "qmamba", tolerance, options)}
+    return VARIANTS | {name: Variant(name, weights, "qmamba", _INT8, options)}
 
 
 def _value(text: str) -> Any:
