@@ -23,6 +23,8 @@ from .variants import with_options as variants_with
 
 CHECKED_STEPS = 8
 PROFILED_STEPS = 20
+LEAST_PROFILED = 0.001
+"""Share of a step below which an operator is not listed."""
 
 # Two compilations of some 40 s each; their answer at batch 1 does not change with the batch.
 _BATCH_1_ONLY = ("inductor-float32-freezing", "inductor-bfloat16", "ours-w8a8h4-stochastic")
@@ -52,7 +54,7 @@ def main(
     with torch.no_grad(), cli.recording("decode", arguments, threads=threads, json=json, plot=plot) as found:
         models = Models(dimensions)
         if profile:
-            print_profile(Runner(known[chosen[-1] if option else OURS], models), batches[0])
+            _profile(found, Runner(known[chosen[-1] if option else OURS], models), batches[0])
             return
         runners = {name: Runner(known[name], models) for name in [EAGER, *chosen]}
         for size in batches:
@@ -95,10 +97,8 @@ def _logits(runner: Runner, ids: Tensor, cache: Any) -> Tensor:
     return torch.stack([runner.step(token.contiguous(), cache).float() for token in ids.split(1, dim=1)], dim=1)
 
 
-def print_profile(runner: Runner, batch: int) -> None:
-    """Table of the operators and generated kernels of a decode step, by their own time."""
-    import rich.table
-
+def _profile(found: record.Record, runner: Runner, batch: int) -> None:
+    """Operators and generated kernels of a decode step by their own time, the profiler's share included."""
     ids, cache = random_ids(runner.shape, batch, 1, seed=2), runner.cache(batch)
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}), record.console.status("compiling"):
         for _ in range(3):
@@ -108,22 +108,21 @@ def print_profile(runner: Runner, batch: int) -> None:
             runner.step(ids, cache)
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    title = f"{runner.variant.name}, batch {batch}: {total / PROFILED_STEPS / 1e3:.3f} ms a step, profiler included"
-    table = rich.table.Table(title=title, title_justify="left", box=None)
-    for column in ("", "calls a step", "us a call", "us a step", "share"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    group = {"shape": runner.shape.name, "batch": batch, "variant": runner.variant.name}
+    rows = [record.Row(group, "whole step", values={"us a step": total / PROFILED_STEPS, "% of the step": 100.0})]
     for event in events:
         own = event.self_cpu_time_total
-        if own < total / 1000:
+        if own < total * LEAST_PROFILED:
             break
-        table.add_row(
-            event.key[:70],
-            f"{event.count / PROFILED_STEPS:g}",
-            f"{own / event.count:.1f}",
-            f"{own / PROFILED_STEPS:.1f}",
-            f"{own / total:.1%}",
-        )
-    record.console.print(table)
+        values = {
+            "us a step": own / PROFILED_STEPS,
+            "% of the step": 100 * own / total,
+            "calls a step": event.count / PROFILED_STEPS,
+            "us a call": own / event.count,
+        }
+        rows.append(record.Row(group, event.key[:80], values=values))
+    found.add(rows)
+    record.print_rows(rows)
 
 
 if __name__ == "__main__":

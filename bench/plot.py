@@ -109,7 +109,7 @@ def _draw_lines(axis: Any, panel: dict[str, Any]) -> None:
         axis.plot(x, [time.median * 1e3 for time in times], marker="o", label=name)
         axis.fill_between(x, [time.q1 * 1e3 for time in times], [time.q3 * 1e3 for time in times], alpha=0.2)
     axis.set_xlabel(panel["x"])
-    axis.set_ylabel(f"milliseconds a {panel['rows'][0].group['unit']}")
+    axis.set_ylabel(f"milliseconds a {panel['rows'][0].group['unit']} (median, quartiles)")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

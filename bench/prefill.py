@@ -15,10 +15,28 @@ from . import cli
 from .measure import Gate, Work
 from .record import Record, console
 from .shapes import shape_named
-from .variants import AGAINST, EAGER, VARIANTS, Models, Runner, linear_ops, random_ids, state_bytes, with_options
+from .variants import (
+    AGAINST,
+    EAGER,
+    TORCHAO,
+    VARIANTS,
+    Models,
+    Runner,
+    linear_ops,
+    random_ids,
+    state_bytes,
+    with_options,
+)
 
-# Each takes plain Inductor minutes to compile and none is what a prompt is usually run with.
-_UNUSUAL = ("inductor-float32-freezing", "inductor-bfloat16", "ours-w8a8h8", "ours-w8a8h4-stochastic")
+# Each of the first takes Inductor minutes to compile; the state's width changes nothing before its last step.
+_UNUSUAL = (
+    "inductor-float32-freezing",
+    "inductor-bfloat16",
+    TORCHAO,
+    "ours-w8a8",
+    "ours-w8a8h8",
+    "ours-w8a8h4-stochastic",
+)
 
 
 def main(

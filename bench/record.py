@@ -238,7 +238,7 @@ def _cells(rows: Sequence[Row]) -> dict[str, list[str]]:
     for against in dict.fromkeys(name for row in rows for name in row.speedups):
         add(f"faster than {against}", [_speedup(row.speedups.get(against)) for row in rows])
     for name in dict.fromkeys(name for row in rows for name in row.values):
-        add(name, [f"{row.values[name]:,.6g}" if name in row.values else "" for row in rows])
+        add(name, [f"{row.values[name]:,.4g}" if name in row.values else "" for row in rows])
     return columns
 
 
