@@ -120,9 +120,14 @@ def _profile(found: record.Record, runner: Runner, batch: int) -> None:
             "calls a step": event.count / PROFILED_STEPS,
             "us a call": own / event.count,
         }
-        rows.append(record.Row(group, event.key[:80], values=values))
+        rows.append(record.Row(group, _shortened(event.key), values=values))
     found.add(rows)
     record.print_rows(rows)
+
+
+def _shortened(name: str, width: int = 72) -> str:
+    """A generated kernel is named after all it fuses, and told from its like by the number at the end."""
+    return name if len(name) <= width else f"{name[: width - 15]}...{name[-12:]}"
 
 
 if __name__ == "__main__":

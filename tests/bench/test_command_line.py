@@ -80,6 +80,12 @@ def test_linear_for_real(tmp_path, capsys):
     assert (tmp_path / "again.png").read_bytes() == image.read_bytes()
 
 
+def test_without_matplotlib_a_plot_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"qmamba-compile\[bench\]"):
+        linear.main(shape="tiny", plot=tmp_path / "linear.png")
+
+
 def test_ssm_for_real(tmp_path):
     path = tmp_path / "ssm.json"
     chosen = "fused-float32,ours-h8,ours-h4,ours-h4-torch-reference"
