@@ -80,7 +80,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times faster, with a 95 % interval."""
+    """How many times faster, with a 95 % interval, which a single round leaves empty: ``low == value == high``."""
 
     value: float
     low: float

@@ -230,7 +230,7 @@ def _cells(rows: Sequence[Row]) -> dict[str, list[str]]:
         if any(cells):
             columns[title] = cells
 
-    add("median ms", [f"{row.time.median * 1e3:.4g}" if row.time else "" for row in rows])
+    add("median ms", [_milliseconds(row.time.median) if row.time else "" for row in rows])
     add("quartiles", [_quartiles(row.time) for row in rows])
     add("MB moved", [f"{row.work.bytes_moved / 1e6:.3g}" if row.work else "" for row in rows])
     add("of the roof", ["" if row.roof_fraction is None else f"{row.roof_fraction:.0%}" for row in rows])
@@ -245,10 +245,17 @@ def _cells(rows: Sequence[Row]) -> dict[str, list[str]]:
 def _quartiles(summary: Summary | None) -> str:
     if summary is None or len(summary.samples) < 2:
         return ""
-    return f"{summary.q1 * 1e3:.4g} - {summary.q3 * 1e3:.4g}"
+    return f"{_milliseconds(summary.q1)} - {_milliseconds(summary.q3)}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}" if seconds < 10 else f"{seconds * 1e3:,.0f}"
 
 
 def _speedup(ratio: Ratio | str | None) -> str:
     if ratio is None:
         return ""
-    return "refused" if isinstance(ratio, str) else f"{ratio.value:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
+    if isinstance(ratio, str):
+        return "refused"
+    # One round has no interval.
+    return f"{ratio.value:.2f}" + (f" ({ratio.low:.2f} - {ratio.high:.2f})" if ratio.low < ratio.high else "")
