@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
+import rich.markup
 import rich.table
 
 from .measure import Gate, Ratio, Roof, Summary, Work
@@ -202,11 +203,10 @@ def print_rows(rows: Sequence[Row]) -> None:
     for group, members in _by_group(rows):
         table = rich.table.Table(title=group, title_justify="left", title_style="bold", box=None, padding=(0, 1))
         table.add_column("")
-        columns = list(_cells(members))
-        for column in columns:
-            table.add_column(column, justify="right")
+        for column in _cells(members):
+            table.add_column(rich.markup.escape(column), justify="right")
         for row, *cells in zip(members, *_cells(members).values(), strict=True):
-            table.add_row(row.variant, *cells)
+            table.add_row(rich.markup.escape(row.variant), *cells)
         console.print()
         console.print(table)
         for row in members:

@@ -195,10 +195,10 @@ class Runner:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that one forward reads: all that are held, of the embedding only if it is the head."""
-        embedding = self.model.get_input_embeddings().weight
-        # torchao and ours hold an int8 head beside the embedding.
-        return self.held_bytes - (embedding.nbytes if self.variant.arithmetic == "int8" else 0)
+        """Bytes of weights that one forward reads: all that are held, of the embedding only if it is the head too."""
+        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
+        is_head = head.weight is embedding and held_nbytes(head) == embedding.nbytes  # no int8 form beside it
+        return self.held_bytes - (0 if is_head else embedding.nbytes)
 
 
 def random_ids(shape: Shape, batch: int, length: int, seed: int) -> Tensor:

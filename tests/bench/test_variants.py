@@ -61,3 +61,10 @@ def test_bytes_of_weights_and_state(models):
     assert linear < ours.weight_bytes < 1.3 * linear
     # The float embedding stays resident, but a step reads one row of it.
     assert ours.held_bytes - ours.weight_bytes == 4 * shape.vocab_size * shape.d_model
+
+
+@torch.no_grad()
+def test_a_head_left_alone_is_read_as_the_embedding_it_is_tied_to(models):
+    skipping = Runner(list(with_options(["skip_layers=lm_head", "inner_backend=eager"]).values())[-1], models)
+    skipping.cache(1)
+    assert skipping.held_bytes == skipping.weight_bytes
