@@ -348,8 +348,9 @@ def _zero_(state: DSQState) -> DSQState:
     if state.dynamic:
         state.state_scale.fill_(quant.TINY_SCALE)
     state.rng[:, 1] = 0
-    if state.ring is not None:
-        state.ring.position.zero_()
+    for tensor in state.ring or ():
+        if tensor is not None:
+            tensor.zero_()
     return state
 
 
