@@ -357,6 +357,22 @@ def w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
 ) -> Tensor:
+    """`w8a8_linear_reference` by the fastest kernel that this device has."""
+    if x.is_cpu:
+        y = cpu_kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+        if y is not None:
+            return y
+    return w8a8_linear_reference(x, qdata, scale, bias, act_pre_scale, act_scale)
+
+
+def w8a8_linear_reference(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor:
     """int8 x int8 linear [..., k] -> [..., o] with int32 accumulation.
 
     Args:

@@ -21,6 +21,12 @@ LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 MAX_ELEMENTS = 2**16
 """Largest headdim * dstate: 256 KiB of scratch on a thread's stack. Mamba2 models have 2**13 to 2**15."""
 
+_PANEL_BYTES = 24 * 2**10
+"""Weight rows that all tokens are multiplied with at a time; with a few tokens they fill a 32 KiB L1 cache."""
+
+_CHUNK_BYTES = 2**19
+"""Codes of tokens that stay in the L2 cache while all weights pass by."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -75,10 +81,44 @@ class Spec:
         return "_".join([*words, self.isa])
 
 
-def render(spec: Spec) -> str:
+LAYER_KERNELS = ("w8a8_linear",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What a kernel is compiled for whose extents are all arguments of the call: one library serves every layer.
+
+    Attributes:
+        kernel: one of `LAYER_KERNELS`; the template's name.
+        isa: one of `LANES`.
+        vnni: vpdpbusd may be used (``isa="avx512"`` only).
+
+    Raises:
+        ConfigError: a value that no kernel can be made for.
+    """
+
+    kernel: str
+    isa: str = "avx512"
+    vnni: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kernel not in LAYER_KERNELS:
+            raise ConfigError(f"kernel={self.kernel!r} is not known; use one of {LAYER_KERNELS}")
+        if self.isa not in LANES:
+            raise ConfigError(f"isa={self.isa!r} is not known; use one of {tuple(LANES)}")
+        if self.vnni and self.isa != "avx512":
+            raise ConfigError(f"vnni=True is not allowed with isa={self.isa!r}; use isa='avx512'")
+
+    def slug(self) -> str:
+        """Name of the kernel's function and the beginning of its file's name."""
+        return f"{self.kernel}_{self.isa}{'_vnni' if self.vnni else ''}"
+
+
+def render(spec: Spec | LayerSpec) -> str:
     """C++ source of the kernel that ``spec`` names."""
     template = _environment().get_template(f"{spec.kernel}.cpp.jinja")
-    return template.render(spec=spec, **_constants(spec))
+    constants = _constants(spec) if isinstance(spec, Spec) else _layer_constants(spec)
+    return template.render(spec=spec, has_state=isinstance(spec, Spec), **constants)
 
 
 @functools.cache
@@ -124,6 +164,21 @@ def _constants(spec: Spec) -> dict[str, object]:
             "table": codes_of_nibbles,
         }
     return constants
+
+
+def _layer_constants(spec: LayerSpec) -> dict[str, object]:
+    lanes = LANES[spec.isa]
+    return {
+        "lanes": lanes,
+        "rotations": _rotations(lanes),
+        "step": 64 if spec.vnni else 2 * lanes if spec.isa != "portable" else 16,
+        # 16 sums, 4 rows of weights and a token fill the 32 registers of AVX-512; the others have 16.
+        "rows": 4,
+        "tokens": 4 if spec.isa == "avx512" else 2,
+        "panel_bytes": _PANEL_BYTES,
+        "chunk_bytes": _CHUNK_BYTES,
+        "tiny_scale": repr(quant.TINY_SCALE),
+    }
 
 
 def _rotations(lanes: int) -> list[list[int]]:
