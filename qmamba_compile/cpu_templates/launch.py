@@ -173,7 +173,8 @@ PARALLEL_WEIGHTS = 2**18
 def layer_kernel(name: str) -> build.Kernel | None:
     """The loaded `LayerSpec` kernel for this machine, ``None`` when there is no compiler."""
     isa = build.best_isa()
-    return build.load(LayerSpec(name, isa, vnni=isa == "avx512" and build.has_vnni()))
+    vnni = name == "w8a8_linear" and isa == "avx512" and build.has_vnni()
+    return build.load(LayerSpec(name, isa, vnni))
 
 
 def w8a8_linear(
@@ -261,6 +262,34 @@ _LINEAR_ARGUMENTS = struct.Struct("29qdq")
 def _vector(tensor: Tensor) -> tuple[int, ...]:
     """The ``Input`` struct of a contiguous vector."""
     return (tensor.data_ptr(), _DTYPES[tensor.dtype], 0, 0)
+
+
+def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
+    """`ops.conv_update` on the CPU: y [b, d, 1]."""
+    function = layer_kernel("conv_update")
+    dtype = weight.dtype
+    batch, channels, length = conv_state.shape
+    taps = weight.shape[-1]
+    if (
+        function is None
+        or dtype not in _DTYPES
+        or conv_state.dtype is not dtype
+        or xBC.dtype is not dtype
+        or not conv_state.is_contiguous()
+        or not 1 <= taps <= length + 1
+    ):
+        return None
+    weight = weight.contiguous()
+    fields: list[int] = [conv_state.data_ptr(), xBC.data_ptr(), _DTYPES[dtype], xBC.stride(0), xBC.stride(1)]
+    fields += _vector(weight)
+    if bias is None:
+        fields += _ABSENT
+    else:
+        bias = _readable(bias, contiguous=True)
+        fields += _vector(bias)
+    y = torch.empty((batch, channels, 1), dtype=dtype)
+    function(_pack((*fields, y.data_ptr(), batch, channels, length, taps, silu)))
+    return y
 
 
 def _rows(x: Tensor, k: int) -> tuple[Tensor, tuple[int, ...]]:

@@ -81,7 +81,7 @@ class Spec:
         return "_".join([*words, self.isa])
 
 
-LAYER_KERNELS = ("w8a8_linear",)
+LAYER_KERNELS = ("w8a8_linear", "conv_update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class LayerSpec:
     Attributes:
         kernel: one of `LAYER_KERNELS`; the template's name.
         isa: one of `LANES`.
-        vnni: vpdpbusd may be used (``isa="avx512"`` only).
+        vnni: vpdpbusd may be used (``w8a8_linear`` with ``isa="avx512"`` only).
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -106,8 +106,8 @@ class LayerSpec:
             raise ConfigError(f"kernel={self.kernel!r} is not known; use one of {LAYER_KERNELS}")
         if self.isa not in LANES:
             raise ConfigError(f"isa={self.isa!r} is not known; use one of {tuple(LANES)}")
-        if self.vnni and self.isa != "avx512":
-            raise ConfigError(f"vnni=True is not allowed with isa={self.isa!r}; use isa='avx512'")
+        if self.vnni and (self.kernel, self.isa) != ("w8a8_linear", "avx512"):
+            raise ConfigError(f"vnni=True is not allowed with {self.kernel!r} and isa={self.isa!r}")
 
     def slug(self) -> str:
         """Name of the kernel's function and the beginning of its file's name."""
