@@ -266,3 +266,114 @@ def test_golden_text(spec: LayerSpec) -> None:
     if os.environ.get("QMAMBA_UPDATE_GOLDEN"):
         golden.write_text(render(spec))
     assert render(spec) == golden.read_text()
+
+
+# --- with a norm in front ------------------------------------------------------------------------------------------
+
+NORM_TOLERANCE = 0.02
+"""Of the largest y. A last bit of the root mean square or of silu moves a code by one at a tie: 1/127 of a product."""
+
+
+def norm_problem(
+    tokens: int = 3,
+    groups: int = 1,
+    group_size: int = 131,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    gate: bool = False,
+    **options: Any,
+) -> list[Any]:
+    k = groups * group_size
+    x, *rest = problem(tokens, k, dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(4)
+    # As in the model: a part of a projection's row.
+    z = torch.randn(tokens, 2 * k, generator=generator).to(dtype)[:, :k] * 3 if gate else None
+    weight = (torch.rand(k, generator=generator) + 0.5).to(weight_dtype or dtype)
+    return [x, z, weight, 1e-5, group_size, *rest]
+
+
+def check_norm(arguments: list[Any]) -> Tensor:
+    y = launch.norm_w8a8_linear(*arguments)
+    expected = ops.w8a8_linear_reference(ops.rms_norm_reference(*arguments[:5]), *arguments[5:])
+    assert y is not None and y.dtype == expected.dtype and y.shape == expected.shape
+    assert torch.equal(y.isnan(), expected.isnan())
+    error = (y.float() - expected.float()).nan_to_num().abs().max() / expected.nan_to_num().abs().max()
+    assert error <= NORM_TOLERANCE, f"y is off by {error}"
+    return y
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"gate": True},
+        {"gate": True, "tokens": 1, "group_size": 1536},
+        {"gate": True, "groups": 3, "group_size": 37},
+        {"groups": 8, "group_size": 16},
+        {"groups": 5, "group_size": 1},
+        {"tokens": 70, "gate": True},
+        {"dtype": torch.bfloat16, "gate": True},
+        {"weight_dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "gate": True},
+        {"bias": True, "smooth": torch.float32},
+        {"static": True},
+    ],
+    ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()) or "base",
+)
+def test_norm_in_front(spec: LayerSpec, change: dict[str, Any]) -> None:
+    check_norm(norm_problem(**change))
+
+
+def test_norm_is_exact_where_its_arithmetic_is(spec: LayerSpec) -> None:
+    """Values +-2^i, as many of each sign and size, have a mean of squares, a root and codes without rounding."""
+    x = torch.tensor([2.0, -2.0] * 32).repeat(3, 1) * torch.tensor([[1.0], [4.0], [0.5]])
+    arguments = [x, None, torch.ones(64), 0.0, 32, *problem(k=64)[1:]]
+    y = check_norm(arguments)
+    expected = ops.w8a8_linear_reference(x.sign(), *arguments[5:])
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_stays_nan_behind_a_norm(spec: LayerSpec, bad: float, place: int) -> None:
+    arguments = norm_problem(tokens=5, gate=True)
+    arguments[place][3, 130] = bad
+    y = check_norm(arguments)
+    assert y[3].isnan().all() and y[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_silu_over_its_whole_range(spec: LayerSpec) -> None:
+    """A static scale of 1/127 and a weight of one code show silu itself, to a code."""
+    gate = torch.cat([torch.linspace(-120, 120, 500), torch.tensor([-1e30, 1e30, 0.0, -0.0])])
+    ones = torch.ones_like(gate)[None]
+    eye = torch.eye(len(gate)).to(torch.int8)
+    y = launch.norm_w8a8_linear(ones, gate[None], ones[0], 1e-5, 1, eye, ones.T.clone(), None, None, None)
+    expected = ops.rms_norm_reference(ones, gate[None], ones[0], 1e-5, 1)
+    assert y is not None and (y - expected).abs().max() <= 1.01 / 254
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    which=st.sampled_from(RUNNABLE),
+    tokens=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    group_size=st.integers(2, 90),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    gate=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_norm(which: LayerSpec, **options: Any) -> None:
+    with only(which):
+        check_norm(norm_problem(**options))
+
+
+def test_norm_operator_falls_back() -> None:
+    arguments = norm_problem(dtype=torch.float16, gate=True)
+    assert launch.norm_w8a8_linear(*arguments) is None
+    expected = ops.w8a8_linear_reference(ops.rms_norm_reference(*arguments[:5]), *arguments[5:])
+    assert torch.equal(torch.ops.qmamba.norm_w8a8_linear(*arguments), expected)
+
+
+def test_norm_operator_is_declared_truthfully() -> None:
+    for gate in (True, False):
+        torch.library.opcheck(torch.ops.qmamba.norm_w8a8_linear.default, tuple(norm_problem(gate=gate, bias=True)))
