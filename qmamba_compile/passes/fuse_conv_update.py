@@ -94,11 +94,9 @@ def match_conv_update(store: fx.Node) -> ConvMatch:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected a depthwise conv1d, found {op_name(conv)} ({conv})")
     if shape_of(weight)[0] != channels or shape_of(weight)[-1] > shape_of(conv_state)[-1] + 1:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{weight} has shape {list(shape_of(weight))}")
-    y = conv
-    if not same_size(shape_of(conv)[-1], 1):
-        y = _only_reader(conv, "getitem")
-        if y.args[1] != (slice(None), slice(None), slice(-1, None, None)):
-            raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{y} does not take the last result")
+    y = _only_reader(conv, "getitem")
+    if y.args[1] != (slice(None), slice(None), slice(-1, None, None)):
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{y} does not take the last result")
     activations = users(y, "silu")
     silu = len(activations) == 1 and len(y.users) == 1
     return ConvMatch(xBC, weight, bias, silu, activations[0] if silu else y)

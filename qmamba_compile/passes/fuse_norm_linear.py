@@ -88,8 +88,9 @@ def match_norm(node: fx.Node) -> NormMatch:
         weighted = _strip_exact(weighted.args[0])
     weight, normed = _split(weighted, lambda operand: len(shape_of(operand)) == 1, "mul", "a weight [k]")
     k = shape_of(weight)[0]
-    scaled = normed
+    scaled, passed = normed, {torch.float32}
     while op_name(scaled) in (*_CASTS, *_VIEWS):
+        passed.add(value_of(scaled).dtype)
         scaled = scaled.args[0]
     root, grouped = _split(scaled, lambda operand: op_name(operand) == "rsqrt", "mul", "rsqrt")
     epsilon, mean = _split(root.args[0], lambda operand: not isinstance(value_of(operand), Tensor), "add", "epsilon")
@@ -110,6 +111,7 @@ def match_norm(node: fx.Node) -> NormMatch:
     _require(
         value_of(scaled).dtype == value_of(grouped).dtype == torch.float32
         and value_of(normed).dtype == dtype
+        and passed <= {torch.float32, dtype}
         and value_of(weighted).dtype == value_of(node).dtype,
         SkipReason.DTYPE,
         f"{weighted} is not normed in float32 and weighted in {dtype}",
