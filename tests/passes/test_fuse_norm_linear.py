@@ -169,7 +169,7 @@ def test_second_run_changes_nothing(capture):
         pytest.param(
             {"weighted": lambda t: t[..., ::2]}, False, SkipReason.UNKNOWN_STRUCTURE, id="half of the features"
         ),
-        pytest.param({"normed": lambda t: t.bfloat16().float()}, False, SkipReason.DTYPE, id="precision lost"),
+        pytest.param({"normed": lambda t: t.to(torch.bfloat16).float()}, False, SkipReason.DTYPE, id="precision lost"),
         pytest.param({"end": lambda v: (v[0], v[1].sum())}, False, SkipReason.SECOND_READER, id="read elsewhere"),
         pytest.param({"end": lambda v: (v[0], v[2].add_(1))}, False, SkipReason.SECOND_READER, id="x written"),
     ],
