@@ -102,7 +102,8 @@ def match_norm(node: fx.Node) -> NormMatch:
     while op_name(h) in (*_CASTS, *_VIEWS) and value_of(h).dtype == torch.float32:
         h = h.args[0]
     gate = None
-    if op_name(h) == "mul":
+    # Any other product is what it is: a tensor to norm.
+    if op_name(h) == "mul" and any(op_name(operand) == "silu" for operand in h.args):
         activated, h = _split(h, lambda operand: op_name(operand) == "silu", "mul", "silu")
         gate = _strip_exact(activated.args[0])
         _require(value_of(activated).dtype == torch.float32, SkipReason.DTYPE, f"{activated} is not in float32")
