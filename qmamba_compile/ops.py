@@ -446,9 +446,7 @@ def rms_norm_reference(x: Tensor, gate: Tensor | None, norm_weight: Tensor, epsi
 
 
 @_fake("norm_w8a8_linear")
-def _(
-    x: Tensor, gate: Tensor | None, norm_weight: Tensor, epsilon: float, group_size: int, qdata: Tensor, *args
-) -> Tensor:  # type: ignore[no-untyped-def]
+def _(x, gate, norm_weight, epsilon, group_size, qdata, *args) -> Tensor:  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], qdata.shape[0]), dtype=torch.promote_types(x.dtype, norm_weight.dtype))
 
 

@@ -126,7 +126,7 @@ def build(spec: Spec | LayerSpec) -> pathlib.Path | None:
         if result.returncode != 0:
             raise KernelBuildError(
                 f"{spec.slug()}: {compiler} rejected {kept}\n{' '.join(command)}\n{result.stderr.strip()}\n"
-                "Set CXX to another compiler, or fuse_ssm_update=False to do without the kernel"
+                "Set CXX to another compiler" + (", or fuse_ssm_update=False" if isinstance(spec, Spec) else "")
             )
         built.replace(library)
     log.info("built %s", library)

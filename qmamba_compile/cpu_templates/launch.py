@@ -26,7 +26,7 @@ PARALLEL_ELEMENTS = 2**16
 and all of them there is nothing: libgomp ends the surplus threads of a smaller team and has to start them again."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ABSENT = (0, 0, 0, 0)
+_ABSENT: tuple[int, ...] = (0, 0, 0, 0)
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
 
 
 PARALLEL_WEIGHTS = 2**18
-"""Weights (times tokens over 16) below which one thread does a linear: about 13 microseconds of reading memory."""
+"""Weights (times tokens over 16) below which one thread does a linear: 13 microseconds of reading at 20 GB/s."""
 
 
 @functools.cache

@@ -228,7 +228,8 @@ inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             w[r] = load_weights(weights + r * a.k + i);
-            // The rows after these, which lie R * k bytes ahead: the hardware alone reads too little ahead.
+            // The rows after these, R * k bytes ahead: the hardware alone reads too little ahead. One token, 768x3352,
+            // one thread: 140 us without, 120 with; four tokens: 187 and 158.
             __builtin_prefetch(weights + (r + R) * a.k + i, 0, 2);
         }
 #pragma GCC unroll 4
@@ -269,7 +270,8 @@ inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int
 
 template <int T>
 inline void multiply_tokens(const Arguments& a, const Tokens& t, int64_t row, int64_t end, int64_t token) {
-    // Results of the next tokens: rows of y lie too far apart for the hardware to foresee them.
+    // Results of the next tokens: rows of y lie too far apart for the hardware to foresee them. 512 tokens, 768x3352,
+    // one thread: 8.0 ms without, 6.0 with.
     const int64_t element = a.y_dtype == 0 ? 4 : 2;
     for (int64_t next = token + T; next < token + 2 * T && next < a.tokens; ++next) {
         const char* y = (const char*)a.y + (next * a.o + row) * element;
