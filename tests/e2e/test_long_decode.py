@@ -6,7 +6,6 @@ import os
 import psutil
 import pytest
 import torch
-
 from test_accuracy import DEMO, load, nats
 
 STEPS, LAST, CHUNK = 100_000, 10_000, 2_000
