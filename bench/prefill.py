@@ -35,7 +35,7 @@ _UNUSUAL = (
     TORCHAO,
     "ours-w8a8",
     "ours-w8a8h8",
-    "ours-w8a8h4-stochastic",
+    "ours-w8a8h4-flush1-stochastic",
 )
 
 

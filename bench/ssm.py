@@ -1,7 +1,8 @@
 """How fast is one SSM step on a packed state, against Inductor and against an equally fused float32 loop of our own?
 
 One call runs through as many states as the model has layers, so that each is as cold as in a model. The float
-variants run the function of transformers that the model's own decode step runs.
+variants run the function of transformers that the model's own decode step runs. The layers of ``flush8`` variants are
+at different positions of their rings, as in a model, so that one call stores an eighth of all states.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from qmamba_compile import DSQState, ops
 from qmamba_compile.cpu_templates.launch import ssm_update_float
+from qmamba_compile.recurrence import RING_DTYPES, Ring, new_ring
 
 from . import cli
 from .measure import Gate, Work
@@ -33,6 +35,9 @@ VARIANTS = (
     "ours-h4-stochastic",
     "ours-h4-calibrated",
     "ours-h8-calibrated",
+    "ours-h4-flush8",
+    "ours-h4-calibrated-flush8",
+    "ours-h4-calibrated-flush8-ring8",
     OURS_REFERENCE,
 )
 
@@ -96,10 +101,16 @@ def _measure(found: Record, shape: Shape, batch: int, chosen: Sequence[str], rep
             y = torch.stack([torch.stack(calls[name]()) for _ in range(CHECKED_STEPS)])
         reference = y if reference is None else reference
         gates[name] = Gate.of(y, reference, tolerance)
-        work[name] = Work(updated=held)
+        work[name] = _work(name, held)
     group = {"shape": shape.name, "layers": shape.n_layers, "batch": batch}
     with torch.compiler.set_stance("fail_on_recompile"):
         cli.compare(found, group, calls, gates, work, repeats=repeats, against=(INDUCTOR, FUSED), block_seconds=0.05)
+
+
+def _work(name: str, held: int) -> Work:
+    """A step that stores everything rewrites it; one of `_FLUSH_INTERVAL` does so, the others only read."""
+    stored = held // _FLUSH_INTERVAL if "flush8" in name else held
+    return Work(read=held - stored, updated=stored)
 
 
 def _variant(name: str, inputs: _Inputs) -> tuple[Step, int, float]:
@@ -116,15 +127,25 @@ def _variant(name: str, inputs: _Inputs) -> tuple[Step, int, float]:
         arguments = (i.x, i.dt, i.A, i.B, i.C, i.D, i.dt_bias, True)
         return lambda: [_written(ssm_update_float(state, *arguments)) for state in states], held, _EXACT
     bits = 8 if "h8" in name else 4
-    scales = [s.abs().amax(dim=(0, 2)) for s in inputs.states] if name.endswith("calibrated") else [None] * len(states)
+    scales = [s.abs().amax(dim=(0, 2)) for s in inputs.states] if "calibrated" in name else [None] * len(states)
     stochastic = name.endswith("stochastic")
+    rings = [_ring(inputs, layer, name.endswith("ring8")) if "flush8" in name else None for layer in range(len(states))]
     packed = [
-        DSQState.from_float(state, bits, state_scale=scale, stochastic=stochastic)
-        for state, scale in zip(states, scales, strict=True)
+        DSQState.from_float(state, bits, state_scale=scale, stochastic=stochastic, ring=ring)
+        for state, scale, ring in zip(states, scales, rings, strict=True)
     ]
     op = ops.ssm_update_reference if name == OURS_REFERENCE else torch.ops.qmamba.ssm_update.default
     step = functools.partial(_packed_step, op, packed, inputs)
     return step, sum(state.packed_nbytes for state in packed), _H8 if bits == 8 else _H4
+
+
+_FLUSH_INTERVAL = 8
+
+
+def _ring(inputs: _Inputs, layer: int, narrow: bool) -> Ring:
+    shape, dtype = inputs.shape, RING_DTYPES[8 if narrow else 16]
+    extents = (inputs.batch, shape.nheads, shape.headdim, shape.ngroups, shape.dstate, _FLUSH_INTERVAL)
+    return new_ring(*extents, dtype=dtype, start=layer % _FLUSH_INTERVAL)
 
 
 def _transformers_step(inputs: _Inputs, states: list[Tensor]) -> list[Tensor]:
@@ -161,6 +182,7 @@ def _packed_step(op: Callable[..., Tensor], states: list[DSQState], inputs: _Inp
             True,
             s.bits,
             s.stochastic,
+            *(s.ring or ()),
         )
         for s in states
     ]

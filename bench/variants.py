@@ -70,9 +70,16 @@ VARIANTS: dict[str, Variant] = {
         Variant(TORCHAO, "torchao", "inductor", _INT8, {FREEZING: True}),
         Variant(OURS_FLOAT, "float32", "qmamba", _EXACT, {"weights": None, "state_bits": None}),
         Variant("ours-w8a8", "int8", "qmamba", _INT8, {"state_bits": None}),
-        Variant("ours-w8a8h8", "int8", "qmamba", _INT8, {"state_bits": 8}),
-        Variant(OURS, "int8", "qmamba", _INT8, {"state_bits": 4}),
-        Variant("ours-w8a8h4-stochastic", "int8", "qmamba", _INT8, {"state_bits": 4, "rounding": "stochastic"}),
+        Variant("ours-w8a8h8", "int8", "qmamba", _INT8, {"state_bits": 8, "flush_interval": 1}),
+        Variant(OURS, "int8", "qmamba", _INT8),
+        Variant("ours-w8a8h4-flush1", "int8", "qmamba", _INT8, {"flush_interval": 1}),
+        Variant(
+            "ours-w8a8h4-flush1-stochastic",
+            "int8",
+            "qmamba",
+            _INT8,
+            {"flush_interval": 1, "rounding": "stochastic"},
+        ),
     )
 }
 

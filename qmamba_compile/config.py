@@ -50,7 +50,7 @@ class QMambaConfig:
     state_scales: str = "dynamic"
     rounding: str = "nearest"
     seed: int = 0
-    flush_interval: int = 1
+    flush_interval: int = 8
     ring_bits: int = 16
     calibration: str | None = None
     skip_layers: tuple[str, ...] = ()
