@@ -1,0 +1,209 @@
+"""Call the generated kernels on tensors.
+
+Each function returns ``None`` when it cannot serve its arguments, having written nothing, and the caller runs the torch
+reference: no GPU that the kernels are written for, no Triton, an extent or a layout that the kernels do not take.
+
+A call reads nothing back from the device, and allocates only its result: it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from .. import quant
+from ..errors import ConfigError
+from . import tuning
+from .render import Spec, load, target_of
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def target(device_type: str, index: int | None) -> str | None:
+    """What kernels are rendered for on a device: an architecture, Triton's interpreter on the CPU, or ``None``."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning("no Triton: the torch references run instead; install triton")
+        return None
+    if device_type == "cpu":
+        return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else None
+    if device_type != "cuda":
+        return None
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(index)
+        name = f"sm_{major}{minor}"
+    try:
+        return target_of(name)
+    except ConfigError as error:
+        log.warning("no Triton kernels, the torch references run instead: %s", error)
+        return None
+
+
+@functools.cache
+def _chosen(
+    architecture: str,
+    programs: int,
+    headdim: int,
+    dstate: int,
+    bits: int | None,
+    dynamic: bool,
+    stochastic: bool,
+    state_dtype: str,
+) -> Spec | None:
+    try:
+        return tuning.ssm_update(
+            architecture, programs, headdim, dstate, bits, dynamic, stochastic, state_dtype=state_dtype
+        )
+    except ConfigError as error:
+        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
+        return None
+
+
+def ssm_update(
+    packed: Tensor,
+    channel_scale: Tensor,
+    state_scale_out: Tensor | None,
+    rng: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    bits: int,
+    stochastic: bool,
+    *,
+    z: Tensor | None = None,
+    slots: Tensor | None = None,
+    dt_min: float = -float("inf"),
+    dt_max: float = float("inf"),
+) -> Tensor | None:
+    """`ops.ssm_update` on a GPU: y [b, h, p].
+
+    Args:
+        z: [b, h, p]; y is multiplied by silu(z).
+        slots: [b] integers; the state of batch entry i is entry slots[i] of the packed tensors, which then are a pool
+            of any number of states. Negative: padding, nothing is written but zeros to y. No slot may occur twice.
+        dt_min, dt_max: limits of dt after softplus.
+    """
+    architecture = target(x.device.type, x.device.index)
+    if architecture is None or not _states_fit(packed, channel_scale, state_scale_out, rng):
+        return None
+    batch, nheads, headdim = x.shape
+    dstate = quant.unpacked_width(packed.shape[-1], bits)
+    dynamic = state_scale_out is not None
+    spec = _chosen(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic, "float32")
+    scale = state_scale_out if state_scale_out is not None else state_scale
+    if spec is None or scale is None or not scale.is_contiguous():
+        return None
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    state = (packed.view(torch.int32), channel_scale, scale, rng)
+    _launch(spec, state, slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
+    if stochastic:
+        _advance(rng, slots)
+    return y
+
+
+def ssm_update_float(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    *,
+    z: Tensor | None = None,
+    slots: Tensor | None = None,
+    dt_min: float = -float("inf"),
+    dt_max: float = float("inf"),
+) -> Tensor | None:
+    """The same step on a contiguous float32 or bfloat16 state [b, h, p, n], in place: the yardstick of the packed one."""
+    architecture = target(x.device.type, x.device.index)
+    dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(state.dtype)
+    if architecture is None or dtype is None or not state.is_contiguous():
+        return None
+    batch, nheads, headdim = x.shape
+    spec = _chosen(architecture, batch * nheads, headdim, state.shape[-1], None, False, False, dtype)
+    if spec is None:
+        return None
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(spec, (state,), slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
+    return y
+
+
+def _launch(
+    spec: Spec,
+    state: tuple[Tensor, ...],
+    slots: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    y: Tensor,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> None:
+    batch, nheads, _ = x.shape
+    # Vectors of the model's parameters: contiguous, so that these are no copies.
+    A, D, dt_bias = (None if vector is None else vector.contiguous() for vector in (A, D, dt_bias))  # type: ignore[assignment]
+    load(spec).ssm_update[spec.row_blocks, nheads, batch](
+        *state,
+        slots,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        z,
+        y,
+        nheads // B.shape[1],
+        dt_min,
+        dt_max,
+        *x.stride(),
+        *dt.stride(),
+        *B.stride(),
+        *C.stride(),
+        *(z.stride() if z is not None else (0, 0, 0)),
+        dt_softplus,
+        num_warps=spec.warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _advance(rng: Tensor, slots: Tensor | None) -> None:
+    """Add 1 to the step of each sequence. A kernel cannot: its programs read the step in no order."""
+    if slots is None:
+        rng[:, 1] += 1
+    else:
+        rng[:, 1].index_add_(0, slots.clamp(min=0).long(), (slots >= 0).to(rng.dtype))
+
+
+def _states_fit(packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor) -> bool:
+    """The kernels write in place, so these cannot be copied into a layout that suits them."""
+    return (
+        all(t is None or t.is_contiguous() for t in (packed, channel_scale, state_scale_out, rng))
+        and channel_scale.dtype is quant.SCALE_DTYPE
+        and (state_scale_out is None or state_scale_out.dtype is quant.SCALE_DTYPE)
+        and packed.shape[-1] % 4 == 0
+        and packed.storage_offset() % 4 == 0
+    )
