@@ -112,10 +112,10 @@ class Spec:
 
     @property
     def tile(self) -> int:
-        """Rows that a program holds in registers at a time: one 16-byte access a thread."""
+        """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state."""
         if self.dynamic:
             return self.rows
-        row_bytes = _padded(self.words) * 4 if self.bits else _padded(self.dstate) * _itemsize(self.state_dtype)
+        row_bytes = _padded(self.words) * 4 if self.bits else _padded(self.dstate) * _itemsize(self.state_dtype) // 4
         lanes = 64 if self.target.startswith("gfx") else 32
         return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
 
@@ -217,11 +217,11 @@ def _constants(spec: Spec) -> dict[str, Any]:
         if runs == 1
         else f"4 * word[:, None] + (place % 4 + place // 4 * {run_length})[None, :]",
         "column_mask": f", mask=({column_test})[:, None], other=0.0" if ragged_columns else "",
-        "word_mask_store": f", mask={column_test}" if ragged_columns else "",
+        "column_mask_store": f", mask=({column_test})[:, None]" if ragged_columns else "",
         "tile_mask": f"{tile_mask}, other={_signed(0 if spec.bits == 8 else zero_word)}" if tile_mask else "",
         "names": lambda letter: ", ".join(f"{letter}{index}" for index in range(32 // spec.bits)),
-        "splits": _splits("columns", 32 // spec.bits),
-        "split_result": _split_result("columns", runs, 32 // spec.bits),
+        "splits": _splits(32 // spec.bits),
+        "split_result": _split_result(runs, 32 // spec.bits),
         "octant": octant,
         "shares_philox": _is_power_of_two(spec.dstate) and spec.dstate >= 8,
         "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
@@ -255,21 +255,30 @@ def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
     return found
 
 
-def _splits(name: str, width: int) -> list[dict[str, Any]]:
-    """Steps that halve [word, place] by the lowest bit of the place, breadth first."""
-    steps, level = [], [name]
-    while width > 1:
-        steps += [{"source": source, "width": width, "low": f"{source}_0", "high": f"{source}_1"} for source in level]
-        level = [part for step in steps[-len(level) :] for part in (step["low"], step["high"])]
-        width //= 2
+def _splits(width: int) -> list[dict[str, Any]]:
+    """Steps that halve [word, place] by the lowest bit of the place, breadth first, down to columns c0, c1, ..."""
+
+    def name(place: int, step: int) -> str:
+        return "columns" if step == 1 else f"c{place}" if step == width else f"c{place}_by_{step}"
+
+    steps, step = [], 1
+    while step < width:
+        steps += [
+            {
+                "source": name(place, step),
+                "width": width // step,
+                "low": name(place, 2 * step),
+                "high": name(place + step, 2 * step),
+            }
+            for place in range(step)
+        ]
+        step *= 2
     return steps
 
 
-def _split_result(name: str, runs: int, count: int) -> str:
-    """The parts that `_splits` ends in, ordered by slot: slot (byte, run) stands at place 4 * run + byte."""
-    places = [4 * (index % runs) + index // runs for index in range(count)]
-    bits = count.bit_length() - 1
-    return ", ".join(name + "".join(f"_{place >> bit & 1}" for bit in range(bits)) for place in places)
+def _split_result(runs: int, count: int) -> str:
+    """The columns that `_splits` ends in, ordered by slot: slot (byte, run) stands at place 4 * run + byte."""
+    return ", ".join(f"c{4 * (index % runs) + index // runs}" for index in range(count))
 
 
 def _padded(size: int) -> int:

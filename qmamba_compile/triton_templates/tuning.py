@@ -38,10 +38,20 @@ GPUS = {
     "gfx942": Gpu("MI300X", 304, 131072, 2.1e9, 4, 5.3e12),
 }
 
-RESIDENT_WARPS = 16
-"""Warps of 127 registers that a unit of 65536 registers holds. All packed kernels but 2-bit ones compile to 96-136."""
+LANES = {"gfx942": 64, "gfx950": 64}
+"""Threads of a warp, where not 32."""
 
-ELEMENTS_PER_THREAD = {"packed": 64, "float32": 64, "bfloat16": 64}
+PLANNED_WARPS = {"calibrated 4": 15, "calibrated 8": 24, "other": 8}
+"""Warps that a unit must at least hold at once, which the registers of a kernel decide. 4 bits, calibrated, nearest: 127
+registers on sm_80 and sm_90, 136 on sm_100; 8 bits: 72. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
+the state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
+
+
+def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
+    """Entry of `PLANNED_WARPS` for a kernel."""
+    if dynamic or stochastic or bits == 2:
+        return PLANNED_WARPS["other"]
+    return PLANNED_WARPS["calibrated 4" if bits == 4 else "calibrated 8"]
 
 
 def ssm_update(
@@ -57,22 +67,30 @@ def ssm_update(
 ) -> Spec:
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
-    One warp owns rows: 4 warps on 64 rows would each prepare B / state_scale and C * state_scale anew, 2 to 3.5
-    instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows a program leave 1.1 instructions an
-    element less than 32 do (12.3 and 11.2), so rows are only split where the GPU would stay empty.
+    Calibrated: one warp owns rows. 4 warps on 64 rows would each prepare B / state_scale and C * state_scale anew, 2 to
+    3.5 instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows leave an element 1.1 instructions
+    less than 32 rows do (11.3 and 12.4; 18.2 with 8 rows), so a head is split only where the GPU would stay empty.
+
+    Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales of
+    all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4 bits).
+    Where 128 spill, at 2 bits and with stochastic rounding, 64.
 
     Raises:
         ConfigError: no kernel serves these extents.
     """
     padded = 1 << (headdim - 1).bit_length()
+    lanes = LANES.get(architecture, 32)
     rows, warps = padded, 1
     if dynamic:
-        # A head's float32 state stays in registers until its scales are known: 64 of them a thread.
-        while warps < 16 and padded * dstate > 64 * 32 * warps:
+        held = 64 if stochastic or bits == 2 else 128
+        while warps < 16 and padded * dstate > held * lanes * warps:
             warps *= 2
     else:
         gpu = GPUS.get(architecture)
-        wanted = gpu.units * RESIDENT_WARPS if gpu else heads
-        while rows > 8 and (rows > 64 or heads * (padded // rows) < wanted):
+        wanted = gpu.units * planned_warps(bits, dynamic, stochastic) if gpu else heads
+        # Fewer rows than one 16-byte access of all lanes covers would narrow the accesses.
+        row_bytes = dstate * (bits or (32 if state_dtype == "float32" else 16)) // 8
+        fewest = max(1, lanes * 16 // row_bytes)
+        while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
             rows //= 2
     return Spec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture, state_dtype)
