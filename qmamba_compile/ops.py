@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import quant
 from .cpu_templates import launch as cpu_kernels
+from .triton_templates import launch as gpu_kernels
 
 _library = torch.library.Library("qmamba", "DEF")
 
@@ -235,8 +236,8 @@ def ssm_update(
     stochastic: bool,
 ) -> Tensor:
     """`ssm_update_reference` by the fastest kernel that this device has."""
-    if packed.is_cpu:
-        y = cpu_kernels.ssm_update(
+    if packed.is_cpu or packed.is_cuda:
+        y = (cpu_kernels if packed.is_cpu else gpu_kernels).ssm_update(
             packed,
             channel_scale,
             state_scale_out,
@@ -303,6 +304,10 @@ def chunk_scan(
     Args:
         x: [b, l, h, p]; dt: [b, l, h]; B, C: [b, l, g, n]; initial_state: [b, h, p, n].
     """
+    if x.is_cuda:
+        scanned = gpu_kernels.chunk_scan(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, dt_min, dt_max)
+        if scanned is not None:
+            return scanned
     batch, seqlen, nheads, headdim = x.shape
     ngroups, dstate = B.shape[2:]
     repeats = nheads // ngroups
@@ -364,6 +369,10 @@ def w8a8_linear(
         act_pre_scale: SmoothQuant factors [k] that multiply x, or ``None``.
         act_scale: static activation scale (one number); ``None`` quantizes each token by its own largest magnitude.
     """
+    if x.is_cuda:
+        y = gpu_kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+        if y is not None:
+            return y
     rows = x.reshape(-1, x.shape[-1])
     if act_pre_scale is not None:
         rows = rows * act_pre_scale

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import pathlib
 import re
 import subprocess
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
+from .render import Spec, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _amd_facts(compiled: Any, trips: int) -> Facts:
 
 
 def ssm_update_signature(
-    dtype: str = "bf16", *, bits: int | None = 4, state_dtype: str = "float32", optional: bool = True
+    dtype: str = "bf16", *, bits: int | None = 4, state_dtype: str = "float32"
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Types and constants of an `ssm_update` call as a model makes it: dtype inputs, D and dt_bias, no z, no slots."""
     types = {
@@ -251,6 +251,9 @@ def ssm_update_signature(
     return types, constants
 
 
-def environment() -> dict[str, str]:
-    """For tests that compile in a subprocess: no interpreter."""
-    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+@functools.cache
+def ssm_update_facts(spec: Spec) -> Facts:
+    """`Facts` of an `ssm_update` kernel as a model calls it."""
+    types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
+    kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, spec.warps)
+    return facts(kernel, spec.rows // spec.tile)

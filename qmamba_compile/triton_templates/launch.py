@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import quant
 from ..errors import ConfigError
 from . import tuning
-from .render import Spec, load, target_of
+from .render import COMBINE_BLOCK, LINEAR_ROWS, Spec, load, target_of
 
 log = logging.getLogger(__name__)
 
@@ -207,3 +207,45 @@ def _states_fit(packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor |
         and packed.shape[-1] % 4 == 0
         and packed.storage_offset() % 4 == 0
     )
+
+
+# --- linears -------------------------------------------------------------------------------------------------------
+
+INT_MM_ROWS = 16
+"""Rows up to which CUDA's ``torch._int_mm`` refuses a product."""
+
+
+def w8a8_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor | None:
+    """`ops.w8a8_linear` for few rows, or for extents that ``torch._int_mm`` does not take."""
+    architecture = target(x.device.type, x.device.index)
+    outputs, k = qdata.shape
+    rows = x.numel() // k
+    if architecture is None or rows == 0 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    if rows > INT_MM_ROWS and k % 8 == 0 and outputs % 8 == 0:
+        return None
+    flat = x.reshape(rows, k)
+    if flat.stride(1) != 1 or not qdata.is_contiguous():
+        return None
+    spec = tuning.w8a8_linear(architecture, rows, outputs, k)
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    partial = row_scale = None
+    if spec.splits > 1:
+        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=x.device)
+        row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    module = load(spec)
+    options = {"num_warps": spec.warps, "enable_fp_fusion": False}
+    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // LINEAR_ROWS))
+    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows, outputs)
+    module.w8a8_linear[grid](*arguments, flat.stride(0), k, **options)
+    if spec.splits > 1:
+        combining = (-(-outputs // COMBINE_BLOCK), rows)
+        module.combine[combining](partial, row_scale, scale, bias, y, rows, outputs, **options)
+    return y

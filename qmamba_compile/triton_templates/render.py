@@ -125,13 +125,91 @@ class Spec:
         return -(-self.headdim // self.rows)
 
 
-def render(spec: Spec) -> str:
+@dataclasses.dataclass(frozen=True)
+class LinearSpec:
+    """One `w8a8_linear` kernel. k, the numbers of rows and outputs, dtypes and optional inputs come with the call.
+
+    Attributes:
+        block_o, block_k: outputs of a program, and elements of k that it takes at a time.
+        splits: programs that share one block of outputs, each with a part of k.
+        warps, stages: of a program, and loads of weights under way.
+        target: one of `TARGETS`.
+    """
+
+    block_o: int = 32
+    block_k: int = 256
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
+        if not all(_is_power_of_two(n) for n in (self.block_o, self.block_k, self.warps)):
+            raise ConfigError(f"{self}: block_o, block_k and warps must be powers of two")
+        if self.block_o < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
+            raise ConfigError(f"{self}: int8 products need block_o >= 16, block_k >= 32, and at least 1 split and stage")
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        return f"w8a8_linear_o{self.block_o}_k{self.block_k}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanSpec:
+    """The kernels of `chunk_scan`.
+
+    Attributes:
+        headdim, dstate: extents of one head's state.
+        chunk: tokens handled by one set of matrix products.
+        warps: of a program.
+        target: one of `TARGETS`.
+    """
+
+    headdim: int
+    dstate: int
+    chunk: int = 64
+    warps: int = 4
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
+        if not 1 <= self.headdim <= 256 or not 1 <= self.dstate <= 256:
+            raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 are allowed")
+        if not _is_power_of_two(self.chunk) or not 16 <= self.chunk <= 256 or not _is_power_of_two(self.warps):
+            raise ConfigError(f"chunk={self.chunk}, warps={self.warps}: powers of two, and chunks of 16 to 256")
+
+    def slug(self) -> str:
+        """Name of the kernels, and the beginning of their file's name."""
+        return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_w{self.warps}_{self.target}"
+
+
+AnySpec = Spec | LinearSpec | ScanSpec
+
+LINEAR_ROWS = 16
+"""Rows of one program of `w8a8_linear`: the fewest that a product of int8 tiles takes."""
+
+COMBINE_BLOCK = 256
+"""Outputs of one program that adds up the parts of a split `w8a8_linear`."""
+
+
+def render(spec: AnySpec) -> str:
     """Python source of the Triton kernel that ``spec`` names."""
-    return _environment().get_template("ssm_update.py.jinja").render(spec=spec, **_constants(spec))
+    if isinstance(spec, Spec):
+        name, constants = "ssm_update", _constants(spec)
+    elif isinstance(spec, LinearSpec):
+        name = "w8a8_linear"
+        constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
+    else:
+        name = "chunk_scan"
+        constants = {"padded_p": max(16, _padded(spec.headdim)), "padded_n": max(16, _padded(spec.dstate))}
+    return _environment().get_template(f"{name}.py.jinja").render(spec=spec, **constants)
 
 
 @functools.cache
-def load(spec: Spec) -> ModuleType:
+def load(spec: AnySpec) -> ModuleType:
     """The rendered kernel as a module; its source lies in Inductor's cache directory, for Triton and for debuggers."""
     return load_source(spec.slug(), render(spec))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .render import Spec
+from .render import LinearSpec, ScanSpec, Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def ssm_update(
 
     Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales of
     all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4 bits).
-    Where 128 spill, at 2 bits and with stochastic rounding, 64.
+    64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, whose threads have 128 registers at full rate.
 
     Raises:
         ConfigError: no kernel serves these extents.
@@ -82,7 +82,7 @@ def ssm_update(
     lanes = LANES.get(architecture, 32)
     rows, warps = padded, 1
     if dynamic:
-        held = 64 if stochastic or bits == 2 else 128
+        held = 64 if stochastic or bits == 2 or lanes == 64 else 128
         while warps < 16 and padded * dstate > held * lanes * warps:
             warps *= 2
     else:
@@ -94,3 +94,20 @@ def ssm_update(
         while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
             rows //= 2
     return Spec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture, state_dtype)
+
+
+def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
+    """The kernel for x [rows, k] and weights [outputs, k].
+
+    The weights are read once, so what counts is bytes under way: 32 outputs x 256 of k are 8 KiB a stage, 24 to 32 KiB a
+    program, and k is split until there are two programs a unit, as long as each part has four blocks of k.
+    """
+    block_o, block_k = 32, 256
+    gpu = GPUS.get(architecture)
+    programs = -(-outputs // block_o) * -(-rows // 16)
+    splits = 1
+    while gpu and programs * splits < 2 * gpu.units and k // (2 * splits) >= 4 * block_k:
+        splits *= 2
+    # AMD's shared memory is 64 KiB, and its compiler keeps two stages.
+    stages = 2 if architecture.startswith("gfx") else 4
+    return LinearSpec(block_o, block_k, splits, 4, stages, architecture)
