@@ -210,7 +210,8 @@ def _amd_facts(compiled: Any, trips: int) -> Facts:
         local += weight * name.startswith("scratch_")
     return Facts(
         registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        # Scalar registers spill into lanes of vector registers, not to memory.
+        spills=number("vgpr_spill_count") + number("private_segment_fixed_size"),
         local_accesses=local,
         shared_bytes=compiled.metadata.shared,
         accesses=accesses,

@@ -9,9 +9,11 @@ A call reads nothing back from the device, and allocates only its result: it can
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -249,3 +251,96 @@ def w8a8_linear(
         combining = (-(-outputs // COMBINE_BLOCK), rows)
         module.combine[combining](partial, row_scale, scale, bias, y, rows, outputs, **options)
     return y
+
+
+# --- prefill -------------------------------------------------------------------------------------------------------
+
+MAMBA_SSM_CHUNK = 256
+"""mamba-ssm's own default of chunk_size."""
+
+
+@functools.cache
+def _mamba_ssm_scan() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """mamba-ssm's SSD kernels, where that package is installed and loads."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
+    try:
+        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    except ImportError as error:
+        log.warning("mamba-ssm is installed but does not load (%s): our own chunk_scan runs instead", error)
+        return None
+    scan: Callable[..., tuple[Tensor, Tensor]] = module.mamba_chunk_scan_combined
+    return scan
+
+
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor] | None:
+    """`ops.chunk_scan` on a GPU: y [b, l, h, p] float32 and the final state [b, h, p, n] float32."""
+    architecture = target(x.device.type, x.device.index)
+    if architecture is None or x.shape[1] == 0:
+        return None
+    scan = _mamba_ssm_scan() if architecture != "interpreter" else None
+    if scan is not None:
+        y, state = scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            MAMBA_SSM_CHUNK,
+            D=D,
+            dt_bias=dt_bias,
+            initial_states=initial_state,
+            dt_softplus=dt_softplus,
+            dt_limit=(dt_min, dt_max),
+            return_final_states=True,
+        )
+        return y.float(), state.float().contiguous()
+    if any(tensor.stride(-1) != 1 for tensor in (x, B, C)) or B.dtype != C.dtype:
+        return None
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    try:
+        spec = tuning.chunk_scan(architecture, batch * nheads, headdim, dstate)
+    except ConfigError as error:
+        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
+        return None
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    final_state = torch.empty((batch, nheads, headdim, dstate), dtype=torch.float32, device=x.device)
+    A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))  # type: ignore[assignment]
+    load(spec).chunk_scan[-(-headdim // spec.block_p), nheads, batch](
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        initial_state,
+        y,
+        final_state,
+        seqlen,
+        nheads // ngroups,
+        dt_min,
+        dt_max,
+        *x.stride()[:3],
+        *dt.stride(),
+        *B.stride()[:3],
+        *C.stride()[:3],
+        dt_softplus,
+        # Products of 16-bit inputs lose nothing by TF32's 11 bits; a float32 model asked for float32.
+        "ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=spec.warps,
+    )
+    return y, final_state

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950", "interpreter")
 """Architectures that kernels are written for, and Triton's interpreter on the CPU (``TRITON_INTERPRET=1``)."""
 
+
 def target_of(architecture: str) -> str:
     """The entry of `TARGETS` that serves ``architecture``: itself, or of NVIDIA's the latest before it.
 
@@ -149,7 +150,9 @@ class LinearSpec:
         if not all(_is_power_of_two(n) for n in (self.block_o, self.block_k, self.warps)):
             raise ConfigError(f"{self}: block_o, block_k and warps must be powers of two")
         if self.block_o < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
-            raise ConfigError(f"{self}: int8 products need block_o >= 16, block_k >= 32, and at least 1 split and stage")
+            raise ConfigError(
+                f"{self}: int8 products need block_o >= 16, block_k >= 32, and at least 1 split and stage"
+            )
 
     def slug(self) -> str:
         """Name of the kernel, and the beginning of its file's name."""
@@ -158,11 +161,12 @@ class LinearSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ScanSpec:
-    """The kernels of `chunk_scan`.
+    """One `chunk_scan` kernel. Batch, seqlen, nheads, ngroups, strides and optional inputs come with the call.
 
     Attributes:
         headdim, dstate: extents of one head's state.
         chunk: tokens handled by one set of matrix products.
+        block_p: rows of the state that a program owns.
         warps: of a program.
         target: one of `TARGETS`.
     """
@@ -170,6 +174,7 @@ class ScanSpec:
     headdim: int
     dstate: int
     chunk: int = 64
+    block_p: int = 64
     warps: int = 4
     target: str = "sm_90"
 
@@ -178,12 +183,13 @@ class ScanSpec:
             raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
         if not 1 <= self.headdim <= 256 or not 1 <= self.dstate <= 256:
             raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 are allowed")
-        if not _is_power_of_two(self.chunk) or not 16 <= self.chunk <= 256 or not _is_power_of_two(self.warps):
-            raise ConfigError(f"chunk={self.chunk}, warps={self.warps}: powers of two, and chunks of 16 to 256")
+        for name, value, fewest in (("chunk", self.chunk, 16), ("block_p", self.block_p, 16), ("warps", self.warps, 1)):
+            if not _is_power_of_two(value) or not fewest <= value <= 256:
+                raise ConfigError(f"{name}={value} is not allowed; use a power of two from {fewest} to 256")
 
     def slug(self) -> str:
-        """Name of the kernels, and the beginning of their file's name."""
-        return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_w{self.warps}_{self.target}"
+        """Name of the kernel, and the beginning of its file's name."""
+        return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_r{self.block_p}_w{self.warps}_{self.target}"
 
 
 AnySpec = Spec | LinearSpec | ScanSpec
@@ -204,7 +210,7 @@ def render(spec: AnySpec) -> str:
         constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
     else:
         name = "chunk_scan"
-        constants = {"padded_p": max(16, _padded(spec.headdim)), "padded_n": max(16, _padded(spec.dstate))}
+        constants = {"padded_n": max(16, _padded(spec.dstate))}
     return _environment().get_template(f"{name}.py.jinja").render(spec=spec, **constants)
 
 

@@ -111,3 +111,19 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpe
     # AMD's shared memory is 64 KiB, and its compiler keeps two stages.
     stages = 2 if architecture.startswith("gfx") else 4
     return LinearSpec(block_o, block_k, splits, 4, stages, architecture)
+
+
+def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:
+    """The kernel for ``heads`` = batch * nheads sequences.
+
+    32 tokens and 32 rows: with 64 of either, the operands of one product after another spill (sm_90, dstate 128). Rows are
+    split further where heads alone would leave units idle, at the price of computing C . B once more.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    block_p = min(32, max(16, 1 << (headdim - 1).bit_length()))
+    gpu = GPUS.get(architecture)
+    while gpu and block_p > 16 and heads * -(-headdim // block_p) < gpu.units:
+        block_p //= 2
+    return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
