@@ -12,13 +12,15 @@ from .render import LinearSpec, ScanSpec, Spec
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Published figures of one GPU. Rates: memory in bytes/s; others in operations/s.
+    """Published figures of one GPU.
 
     Attributes:
         units: streaming multiprocessors, or compute units.
         registers: of 32 bits in one unit.
         clock: boost clock in Hz.
-        issue: instructions of a whole warp that a unit issues in a cycle.
+        issue: instructions of a whole warp that a unit executes in a cycle: four quarters of 32 lanes each on NVIDIA;
+            four of 16 lanes, for warps of 64, on AMD.
+        memory: bandwidth in bytes/s.
     """
 
     name: str
@@ -35,7 +37,7 @@ GPUS = {
     "sm_89": Gpu("L40S", 142, 65536, 2.52e9, 4, 0.864e12),
     "sm_90": Gpu("H200 SXM", 132, 65536, 1.98e9, 4, 4.8e12),
     "sm_100": Gpu("B200", 148, 65536, 1.965e9, 4, 8.0e12),
-    "gfx942": Gpu("MI300X", 304, 131072, 2.1e9, 4, 5.3e12),
+    "gfx942": Gpu("MI300X", 304, 131072, 2.1e9, 1, 5.3e12),
 }
 
 LANES = {"gfx942": 64, "gfx950": 64}
@@ -116,8 +118,8 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpe
 def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:
     """The kernel for ``heads`` = batch * nheads sequences.
 
-    32 tokens and 32 rows: with 64 of either, the operands of one product after another spill (sm_90, dstate 128). Rows are
-    split further where heads alone would leave units idle, at the price of computing C . B once more.
+    32 tokens and 32 rows: with 64 tokens, the operands of one product after another spill (sm_90, dstate 128). Rows are split
+    further where heads alone would leave units idle, at the price of computing C . B once more.
 
     Raises:
         ConfigError: no kernel serves these extents.
