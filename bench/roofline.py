@@ -1,8 +1,8 @@
 """``python -m bench.roofline``: the generated GPU kernels against the published peaks of GPUs, on paper.
 
-Bytes are counted from the tensors of a step, instructions from compiled code (no GPU is needed for either). The time of a
-roof is a lower bound: the largest of the roofs is what the kernel would take if nothing else stood in its way. No figure
-here was measured.
+Bytes are counted from the tensors of a step, instructions from compiled code; neither needs a GPU. The time of a roof is
+a lower bound: the largest of the roofs is what the kernel would take if nothing else stood in its way. No figure here was
+measured.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(help="Batch; may be repeated. Default: 1, 64.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
 ) -> None:
-    """Lower bounds from bytes, compiled instructions and published peaks. "decode": linears (int8 or bf16) and steps."""
+    """Lower bounds from bytes, compiled instructions and published peaks. "decode" adds the linears, int8 or bf16."""
     try:
         results = [
             table(one_target, one_model, one_batch)

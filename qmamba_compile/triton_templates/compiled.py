@@ -123,7 +123,8 @@ def _nvidia_facts(compiled: Any, trips: int) -> Facts:
             [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    body, labels = [], {}
+    body: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
     for line in disassemble(compiled).splitlines():
         if label := _LABEL.match(line.strip()):
             labels[label[1]] = len(body)

@@ -132,7 +132,7 @@ def ssm_update_float(
     dt_min: float = -float("inf"),
     dt_max: float = float("inf"),
 ) -> Tensor | None:
-    """The same step on a contiguous float32 or bfloat16 state [b, h, p, n], in place: the yardstick of the packed one."""
+    """The same step on a contiguous float32 or bfloat16 state [b, h, p, n], in place: the packed one's yardstick."""
     architecture = target(x.device.type, x.device.index)
     dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(state.dtype)
     if architecture is None or dtype is None or not state.is_contiguous():

@@ -44,8 +44,8 @@ LANES = {"gfx942": 64, "gfx950": 64}
 """Threads of a warp, where not 32."""
 
 PLANNED_WARPS = {"calibrated 4": 15, "calibrated 8": 24, "other": 8}
-"""Warps that a unit must at least hold at once, which the registers of a kernel decide. 4 bits, calibrated, nearest: 127
-registers on sm_80 and sm_90, 136 on sm_100; 8 bits: 72. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
+"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 127 on
+sm_80 and sm_90, 136 on sm_100; 8 bits: 72. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
 the state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
 
 
@@ -73,9 +73,9 @@ def ssm_update(
     3.5 instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows leave an element 1.1 instructions
     less than 32 rows do (11.3 and 12.4; 18.2 with 8 rows), so a head is split only where the GPU would stay empty.
 
-    Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales of
-    all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4 bits).
-    64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, whose threads have 128 registers at full rate.
+    Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales
+    of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4
+    bits). 64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, where 128 halve the waves of a unit.
 
     Raises:
         ConfigError: no kernel serves these extents.
@@ -101,8 +101,8 @@ def ssm_update(
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
     """The kernel for x [rows, k] and weights [outputs, k].
 
-    The weights are read once, so what counts is bytes under way: 32 outputs x 256 of k are 8 KiB a stage, 24 to 32 KiB a
-    program, and k is split until there are two programs a unit, as long as each part has four blocks of k.
+    The weights are read once, so what counts is bytes under way: 32 outputs x 256 of k are 8 KiB a stage, 24 to 32 KiB
+    a program, and k is split until there are two programs a unit, as long as each part has four blocks of k.
     """
     block_o, block_k = 32, 256
     gpu = GPUS.get(architecture)
@@ -118,8 +118,8 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpe
 def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:
     """The kernel for ``heads`` = batch * nheads sequences.
 
-    32 tokens and 32 rows: with 64 tokens, the operands of one product after another spill (sm_90, dstate 128). Rows are split
-    further where heads alone would leave units idle, at the price of computing C . B once more.
+    32 tokens and 32 rows: with 64 tokens, the operands of one product after another spill (sm_90, dstate 128). Rows are
+    split further where heads alone would leave units idle, at the price of computing C . B once more.
 
     Raises:
         ConfigError: no kernel serves these extents.

@@ -98,7 +98,12 @@ def test_equals_reference(interpreted: Interpreted, change: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
-    "bits, dynamic, stochastic", list(itertools.product(quant.STATE_BITS, (True, False), (True, False)))
+    "bits, dynamic, stochastic",
+    [
+        # The interpreter takes longest for these four.
+        pytest.param(*row, marks=[pytest.mark.slow] * (row[2] and row[0] != 4))
+        for row in itertools.product(quant.STATE_BITS, (True, False), (True, False))
+    ],
 )
 def test_64_steps(interpreted: Interpreted, bits: int, dynamic: bool, stochastic: bool) -> None:
     """With the exp of the interpreter's library in the reference too: what differs then is the kernel's own doing."""
