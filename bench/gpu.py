@@ -25,7 +25,7 @@ import typer
 from torch import Tensor
 
 from bench.roofline import MODELS, VARIANTS, Model, Variant, step_bytes
-from qmamba_compile import ops, quant
+from qmamba_compile import ops, quant, recurrence
 from qmamba_compile.triton_templates import launch
 
 _out = rich.console.Console(width=140)
@@ -141,7 +141,7 @@ def check_step(model: Model, variant: Variant, device: str, steps: int = _CHECK_
     for number in range(steps):
         step.inputs = Step.random(model, variant, 2, device, torch.bfloat16, seed=number).inputs
         if variant.bits is None:
-            state, expected = ops.ssm_step_reference(step.state[0].float(), *step.inputs, True)
+            state, expected = recurrence.step(step.state[0].float(), *step.inputs, True)
             y = step.run()
             unit = torch.finfo(step.state[0].dtype).eps
             beyond += int(((step.state[0].float() - state).abs() > 16 * unit * (1 + state.abs())).sum())
@@ -200,7 +200,7 @@ def check_scan(model: Model, device: str, tokens: int = 300) -> dict[str, Any]:
     h = torch.zeros(1, model.nheads, model.headdim, model.dstate, device=device)
     ys = []
     for t in range(tokens):
-        h, y = ops.ssm_step_reference(h, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, bias, True)
+        h, y = recurrence.step(h, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, bias, True)
         ys.append(y)
     expected = torch.stack(ys, dim=1)
     error = float((found[0] - expected).abs().max() / expected.abs().max())
@@ -272,7 +272,7 @@ def baseline_call(step: Step, kernel: Callable[..., Tensor] | None) -> Callable[
     """The step of mamba-ssm on a float state, or its reference in plain torch."""
     (state,), (x, dt, A, B, C, D, bias) = step.state, step.inputs
     if kernel is None:
-        return lambda: state.copy_(ops.ssm_step_reference(state.float(), *step.inputs, True)[0])
+        return lambda: state.copy_(recurrence.step(state.float(), *step.inputs, True)[0])
     headdim, dstate = state.shape[-2:]
     # It takes per-head vectors expanded by strides of 0.
     arguments = (

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import ops as _ops  # noqa: F401  (registers qmamba::*)
+from . import quant
 from . import report as report_module
 from .artifact import Artifact, read_artifact
 from .config import QMambaConfig
@@ -105,7 +106,11 @@ class _Runner:
 def _make_state(output: StateOutput, parts: list[Tensor]) -> DSQState:
     packed, channel_scale, rng = parts[:3]
     state_scale = parts[3] if output.state_scale is None else output.state_scale
-    return DSQState(packed, channel_scale, state_scale, rng, output.bits, output.stochastic)
+    ring = None
+    if output.ring is not None:
+        dstate = quant.unpacked_width(packed.shape[-1], output.bits)
+        ring = output.ring.new(*packed.shape[:3], dstate, packed.device)
+    return DSQState(packed, channel_scale, state_scale, rng, output.bits, output.stochastic, ring)
 
 
 def _require_finite(state: DSQState, layer: str) -> None:

@@ -16,7 +16,8 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "state_bits": (8, 4, 2, None),
     "state_scales": ("dynamic", "calibrated"),
     "rounding": ("nearest", "stochastic"),
-    "flush_interval": (1,),
+    "flush_interval": (1, 2, 4, 8, 16),
+    "ring_bits": (16, 8),
     "inner_backend": ("inductor", "aot_eager", "eager"),
 }
 
@@ -32,7 +33,9 @@ class QMambaConfig:
             ``"calibrated"`` reads ``state_scale`` from the artifact named by ``calibration``.
         rounding: ``"nearest"`` (ties to even) or ``"stochastic"`` (Philox, reproducible from ``seed``).
         seed: seed of stochastic rounding.
-        flush_interval: steps between two requantizations of the state.
+        flush_interval: decode steps from one requantization of the state to the next. Above 1 the inputs of the steps
+            in between wait in a ring, and the state is only read.
+        ring_bits: bits of an input in that ring.
         calibration: path of a calibration artifact, or ``None``.
         skip_layers: module paths (or prefixes of them) to leave alone, such as ``("lm_head",)``.
         check_finite: raise as soon as a state is not finite, naming its layer (one reduction a step).
@@ -47,6 +50,7 @@ class QMambaConfig:
     rounding: str = "nearest"
     seed: int = 0
     flush_interval: int = 1
+    ring_bits: int = 16
     calibration: str | None = None
     skip_layers: tuple[str, ...] = ()
     check_finite: bool = False

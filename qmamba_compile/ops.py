@@ -3,18 +3,23 @@
 Shapes: batch b, nheads h, headdim p, ngroups g, dstate n, seqlen l. ``x`` [b, h, p], ``dt`` [b, h] before bias and
 softplus, ``A`` [h] (negative decay rates), ``B`` and ``C`` [b, g, n], ``D`` and ``dt_bias`` [h].
 
+A checkpointed state comes with the tensors of its `recurrence.Ring`, one without gives None for each.
+
 A state scale comes in one of two arguments, so that each schema tells the truth about what it writes:
 ``state_scale`` [h, n] is calibrated and only read, ``state_scale_out`` [b, h, n] is dynamic, read and rewritten.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import quant
+from . import quant, recurrence, scan_ops  # noqa: F401  scan_ops defines an operator of its own
 from .cpu_templates import launch as cpu_kernels
+from .recurrence import Ring
 from .triton_templates import launch as gpu_kernels
 
 _library = torch.library.Library("qmamba", "DEF")
@@ -31,13 +36,17 @@ def _define(schema: str) -> None:
 _define("quantize_state(Tensor state, Tensor? state_scale, int bits, bool stochastic, int seed) -> Tensor[]")
 _define(
     "quantize_state_(Tensor(a!) packed, Tensor(b!) channel_scale, Tensor(c!)? state_scale_out, Tensor(d!) rng, "
-    "Tensor state, Tensor? state_scale, int bits, bool stochastic) -> ()"
+    "Tensor state, Tensor? state_scale, int bits, bool stochastic, Tensor(e!)? ring_position=None) -> ()"
 )
-_define("dequantize_state(Tensor packed, Tensor channel_scale, Tensor state_scale, int bits) -> Tensor")
+_define(
+    "dequantize_state(Tensor packed, Tensor channel_scale, Tensor state_scale, int bits, Tensor? ring_x=None, "
+    "Tensor? ring_B=None, Tensor? ring_decay=None, Tensor? ring_position=None, Tensor? ring_scale=None) -> Tensor"
+)
 _define(
     "ssm_update(Tensor(a!) packed, Tensor(b!) channel_scale, Tensor(c!)? state_scale_out, Tensor(d!) rng, Tensor x, "
     "Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? state_scale, bool dt_softplus, "
-    "int bits, bool stochastic) -> Tensor"
+    "int bits, bool stochastic, Tensor(e!)? ring_x=None, Tensor(f!)? ring_B=None, Tensor(g!)? ring_decay=None, "
+    "Tensor(h!)? ring_position=None, Tensor(i!)? ring_scale=None) -> Tensor"
 )
 _define(
     "chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
@@ -109,13 +118,15 @@ def quantize_state_(
     state_scale: Tensor | None,
     bits: int,
     stochastic: bool,
+    ring_position: Tensor | None = None,
 ) -> None:
-    """Requantize ``state`` [b, h, p, n] into the tensors of an existing packed state."""
-    if packed.is_cpu and cpu_kernels.quantize_state_(
+    """Requantize ``state`` [b, h, p, n] into the tensors of an existing packed state; its ring starts anew."""
+    if not packed.is_cpu or not cpu_kernels.quantize_state_(
         packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic
     ):
-        return
-    quantize_state_reference_(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic)
+        quantize_state_reference_(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic)
+    if ring_position is not None:
+        ring_position.zero_()
 
 
 def quantize_state_reference_(
@@ -127,37 +138,50 @@ def quantize_state_reference_(
     state_scale: Tensor | None,
     bits: int,
     stochastic: bool,
+    chosen: Tensor | None = None,
 ) -> None:
-    """`quantize_state_` in plain torch."""
+    """`quantize_state_` in plain torch, of the sequences that ``chosen`` [b] selects."""
     new_packed, new_channel_scale, new_state_scale = quant.quantize_state(
         state, bits, state_scale=state_scale, rng=rng if stochastic else None
     )
-    packed.copy_(new_packed)
-    channel_scale.copy_(new_channel_scale)
+    stores = [(packed, new_packed), (channel_scale, new_channel_scale)]
     if state_scale_out is not None:
-        state_scale_out.copy_(new_state_scale)
-    rng[:, 1] += 1
+        stores.append((state_scale_out, new_state_scale))
+    for target, value in stores:
+        if chosen is not None:
+            value = torch.where(chosen.view(-1, *[1] * (value.dim() - 1)), value, target)
+        target.copy_(value)
+    rng[:, 1] += 1 if chosen is None else chosen
 
 
 @_fake("quantize_state_")
-def _(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic) -> None:  # type: ignore[no-untyped-def]
+def _(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic, *ring) -> None:  # type: ignore[no-untyped-def]
     return None
 
 
 @_implement("dequantize_state")
-def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int) -> Tensor:
-    """float32 snapshot [b, h, p, n]."""
+def dequantize_state(
+    packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int, *ring_tensors: Tensor | None
+) -> Tensor:
+    """float32 snapshot [b, h, p, n] of the state now."""
+    state = None
     if packed.is_cpu:
         state = cpu_kernels.dequantize_state(packed, channel_scale, state_scale, bits)
-        if state is not None:
-            return state
-    return quant.dequantize_state(packed, channel_scale, state_scale, bits)
+    if state is None:
+        state = quant.dequantize_state(packed, channel_scale, state_scale, bits)
+    ring = _ring(ring_tensors)
+    return state if ring is None else recurrence.materialize(state, ring)
 
 
 @_fake("dequantize_state")
-def _(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int) -> Tensor:
+def _(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int, *ring: Tensor | None) -> Tensor:
     dstate = quant.unpacked_width(packed.shape[-1], bits)
     return packed.new_empty((*packed.shape[:-1], dstate), dtype=torch.float32)
+
+
+def _ring(tensors: tuple[Tensor | None, ...]) -> Ring | None:
+    """The ring whose tensors an operator was given, in the order of `Ring`; None when it was given none."""
+    return Ring(*tensors) if tensors and tensors[0] is not None else None  # type: ignore[arg-type]
 
 
 # --- one decode step -----------------------------------------------------------------------------------------------
@@ -179,100 +203,39 @@ def ssm_update_reference(
     dt_softplus: bool,
     bits: int,
     stochastic: bool,
+    *ring_tensors: Tensor | None,
 ) -> Tensor:
     """One step of the recurrence on a packed state, in plain torch: y [b, h, p].
 
     ``h = exp(dt*A) * h + (dt*B) x``, ``y = C.h + D x``; y is taken from h before h is requantized (Q-Mamba, Eq. 5-7).
+    With a ring, only sequences whose ring is full requantize h; the others keep their codes and append their inputs.
     """
+    ring = _ring(ring_tensors)
     scale = state_scale if state_scale_out is None else state_scale_out
     assert scale is not None
-    h = quant.dequantize_state(packed, channel_scale, scale, bits)
-    h, y = ssm_step_reference(h, x, dt, A, B, C, D, dt_bias, dt_softplus)
-    quantize_state_reference_(packed, channel_scale, state_scale_out, rng, h, state_scale, bits, stochastic)
-    return y
-
-
-def ssm_step_reference(
-    h: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """The float step: new state [b, h, p, n] and y [b, h, p]."""
-    repeats = x.shape[1] // B.shape[1]
-    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dA = torch.exp(dt * A.float())  # [b, h]
-    dB = dt[..., None] * B.float().repeat_interleave(repeats, dim=1)  # [b, h, n]
-    h = h * dA[..., None, None] + dB[:, :, None, :] * x.float()[..., None]
-    y = torch.einsum("bhpn,bhn->bhp", h, C.float().repeat_interleave(repeats, dim=1))
-    if D is not None:
-        y = y + x.float() * D.float()[:, None]
-    return h, y.to(x.dtype)
+    checkpoint = quant.dequantize_state(packed, channel_scale, scale, bits)
+    if ring is None:
+        h, y = recurrence.step(checkpoint, x, dt, A, B, C, D, dt_bias, dt_softplus)
+        quantize_state_reference_(packed, channel_scale, state_scale_out, rng, h, state_scale, bits, stochastic)
+        return y
+    dt, dA = recurrence.step_sizes(dt, A, dt_bias, dt_softplus)
+    total = recurrence.elapsed(ring) + dA
+    h = recurrence.materialize(checkpoint, ring, total) + recurrence.outer_product(x, dt, B)
+    full = ring.position == ring.x.shape[1]
+    quantize_state_reference_(packed, channel_scale, state_scale_out, rng, h, state_scale, bits, stochastic, full)
+    recurrence.append_(ring, x, dt, B, total)
+    return recurrence.read(h, x, C, D)
 
 
 @_implement("ssm_update")
-def ssm_update(
-    packed: Tensor,
-    channel_scale: Tensor,
-    state_scale_out: Tensor | None,
-    rng: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    state_scale: Tensor | None,
-    dt_softplus: bool,
-    bits: int,
-    stochastic: bool,
-) -> Tensor:
+def ssm_update(packed: Tensor, *arguments: Any) -> Tensor:
     """`ssm_update_reference` by the fastest kernel that this device has."""
     if packed.is_cpu or packed.is_cuda:
-        y = (cpu_kernels if packed.is_cpu else gpu_kernels).ssm_update(
-            packed,
-            channel_scale,
-            state_scale_out,
-            rng,
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            dt_bias,
-            state_scale,
-            dt_softplus,
-            bits,
-            stochastic,
-        )
+        kernels = cpu_kernels if packed.is_cpu else gpu_kernels
+        y = kernels.ssm_update(packed, *arguments[:14], _ring(arguments[14:]))
         if y is not None:
             return y
-    return ssm_update_reference(
-        packed,
-        channel_scale,
-        state_scale_out,
-        rng,
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        state_scale,
-        dt_softplus,
-        bits,
-        stochastic,
-    )
+    return ssm_update_reference(packed, *arguments)
 
 
 @_fake("ssm_update")
@@ -305,17 +268,29 @@ def chunk_scan(
         x: [b, l, h, p]; dt: [b, l, h]; B, C: [b, l, g, n]; initial_state: [b, h, p, n].
     """
     if x.is_cuda:
-        scanned = gpu_kernels.chunk_scan(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, dt_min, dt_max)
-        if scanned is not None:
-            return scanned
-    batch, seqlen, nheads, headdim = x.shape
-    ngroups, dstate = B.shape[2:]
-    repeats = nheads // ngroups
+        found = gpu_kernels.chunk_scan(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, dt_min, dt_max)
+        if found is not None:
+            return found
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     if dt_softplus:
         dt = F.softplus(dt)
     dt = dt.clamp(dt_min, dt_max)
-    dA = (dt * A.float()).view(batch, seqlen, ngroups, repeats)
+    dtA = dt * A.float()
+    if x.is_cpu:
+        found = cpu_kernels.chunk_scan(x, dt, dtA, B, C, D, initial_state)
+        if found is not None:
+            return found
+    return chunk_scan_reference(x, dt, dtA, B, C, D, initial_state)
+
+
+def chunk_scan_reference(
+    x: Tensor, dt: Tensor, dtA: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`chunk_scan` in plain torch, from the final dt [b, l, h] and its product with A."""
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    repeats = nheads // ngroups
+    dA = dtA.view(batch, seqlen, ngroups, repeats)
     x_heads = x.float().reshape(batch, seqlen, ngroups, repeats, headdim)
     dtx = x_heads * dt.view(batch, seqlen, ngroups, repeats, 1)
     B, C = B.float(), C.float()

@@ -123,7 +123,9 @@ def dynamic_state_scale(h: Tensor) -> Tensor:
     1024 bytes: +2.22 % / +0.91 % as in the paper, +1.68 % / +0.64 % exchanged. A maximum over p moves at every step,
     and with it all codes of a column. And channel_scale is now found in the same way as with calibrated scales.
     """
-    return store_scale((halving_sum(h.abs(), dim=-2) / h.shape[-2]).sqrt())
+    mean = halving_sum(h.abs(), dim=-2) / h.shape[-2]
+    # Through float64 the root is correctly rounded; torch's float32 root is MKL's, and off by one ulp at times.
+    return store_scale(mean.double().sqrt().float())
 
 
 def channel_scale_of(h: Tensor, state_scale: Tensor, bits: int) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from . import quant
+from . import quant, recurrence
 from .errors import StateError
+from .recurrence import Ring
 
 aten = torch.ops.aten
 
@@ -30,6 +31,7 @@ class DSQState(torch.Tensor):
         rng: int64 [b, 2], the key and the number of stores so far of each sequence.
         bits: bits of a code.
         stochastic: rounding of the next store.
+        ring: inputs of the steps since the codes were stored (`recurrence.Ring`), or None when every step stores.
     """
 
     packed: Tensor
@@ -38,6 +40,7 @@ class DSQState(torch.Tensor):
     rng: Tensor
     bits: int
     stochastic: bool
+    ring: Ring | None
 
     @staticmethod
     def __new__(
@@ -48,6 +51,7 @@ class DSQState(torch.Tensor):
         rng: Tensor,
         bits: int,
         stochastic: bool = False,
+        ring: Ring | None = None,
         outer_size: Sequence[int] | None = None,
         outer_stride: Sequence[int] | None = None,
     ) -> DSQState:
@@ -59,7 +63,11 @@ class DSQState(torch.Tensor):
             cls, outer_size, strides=outer_stride, dtype=torch.float32, device=packed.device, requires_grad=False
         )
         self.packed, self.channel_scale, self.state_scale, self.rng = packed, channel_scale, state_scale, rng
-        self.bits, self.stochastic = bits, stochastic
+        self.bits, self.stochastic, self.ring = bits, stochastic, ring
+        if ring is not None:
+            # Under the names that __tensor_flatten__ gives them.
+            for name, tensor in ring._asdict().items():
+                setattr(self, f"ring_{name}", tensor)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -74,8 +82,9 @@ class DSQState(torch.Tensor):
         state_scale: Tensor | None = None,
         stochastic: bool = False,
         seed: int = 0,
+        ring: Ring | None = None,
     ) -> DSQState:
-        """Quantize ``h`` [b, h, p, n]; ``state_scale`` [h, n] selects calibrated scales.
+        """Quantize ``h`` [b, h, p, n]; ``state_scale`` [h, n] selects calibrated scales, an empty ``ring`` checkpoints.
 
         Raises:
             StateError: dstate does not pack into whole bytes.
@@ -88,7 +97,12 @@ class DSQState(torch.Tensor):
         noise_rng = rng if stochastic else None
         packed, channel_scale, state_scale = quant.quantize_state(h, bits, state_scale=state_scale, rng=noise_rng)
         rng[:, 1] += 1
-        return cls(packed, channel_scale, state_scale, rng, bits, stochastic)
+        return cls(packed, channel_scale, state_scale, rng, bits, stochastic, ring)
+
+    @property
+    def flush_interval(self) -> int:
+        """Steps from one store of the codes to the next."""
+        return 1 if self.ring is None else self.ring.x.shape[1] + 1
 
     @property
     def dynamic(self) -> bool:
@@ -98,41 +112,50 @@ class DSQState(torch.Tensor):
     @property
     def packed_nbytes(self) -> int:
         """Bytes really held, shared calibrated scales included (``nbytes`` shows the float facade)."""
-        return sum(tensor.nbytes for tensor in (self.packed, self.channel_scale, self.state_scale, self.rng))
+        return sum(getattr(self, name).nbytes for name in self.__tensor_flatten__()[0])
 
     @property
     def bits_per_element(self) -> float:
-        """Bits per state element, everything that grows with the batch included."""
-        per_sequence = [self.packed, self.channel_scale, self.rng] + ([self.state_scale] if self.dynamic else [])
-        return 8 * sum(tensor.nbytes for tensor in per_sequence) / self.numel()
+        """Bits per state element, everything that grows with the batch included (all slots of the ring, too)."""
+        shared = 0 if self.dynamic else self.state_scale.nbytes
+        return 8 * (self.packed_nbytes - shared) / self.numel()
 
     def dequantize(self) -> Tensor:
-        """Plain float32 snapshot [b, h, p, n]."""
-        return quant.dequantize_state(self.packed, self.channel_scale, self.state_scale, self.bits)
+        """Plain float32 snapshot [b, h, p, n] of the state now, the inputs in the ring included."""
+        checkpoint = quant.dequantize_state(self.packed, self.channel_scale, self.state_scale, self.bits)
+        return checkpoint if self.ring is None else recurrence.materialize(checkpoint, self.ring)
+
+    materialize = dequantize
 
     # --- torch plumbing --------------------------------------------------------------------------------------------
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool]]:
-        return ["packed", "channel_scale", "state_scale", "rng"], (self.bits, self.stochastic)
+        names = ["packed", "channel_scale", "state_scale", "rng"]
+        if self.ring is not None:
+            names += [f"ring_{name}" for name, tensor in self.ring._asdict().items() if tensor is not None]
+        return names, (self.bits, self.stochastic)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], meta: tuple[int, bool], outer_size: Sequence[int], outer_stride: Sequence[int]
     ) -> DSQState:
+        ring = {name[5:]: tensor for name, tensor in inner.items() if name.startswith("ring_")}
         return DSQState(
             inner["packed"],
             inner["channel_scale"],
             inner["state_scale"],
             inner["rng"],
             *meta,
+            Ring(**ring) if ring else None,
             outer_size=outer_size,
             outer_stride=outer_stride,
         )
 
     def _stable_hash_for_caching(self) -> str:
-        return f"DSQState-{self.bits}-{self.stochastic}-{self.dynamic}-{tuple(self.shape)}-{self.device}"
+        ring = None if self.ring is None else (self.ring.x.dtype, tuple(self.ring.x.shape), tuple(self.ring.B.shape))
+        return f"DSQState-{self.bits}-{self.stochastic}-{self.dynamic}-{tuple(self.shape)}-{ring}-{self.device}"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -170,11 +193,12 @@ class DSQState(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         scales = "dynamic" if self.dynamic else "calibrated"
         rounding = "stochastic" if self.stochastic else "nearest"
-        return f"DSQState(shape={list(self.shape)}, bits={self.bits}, scales={scales}, rounding={rounding})"
+        stores = f", flush_interval={self.flush_interval}" if self.ring is not None else ""
+        return f"DSQState(shape={list(self.shape)}, bits={self.bits}, scales={scales}, rounding={rounding}{stores})"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         inner = (self.packed, self.channel_scale, self.state_scale, self.rng)
-        return DSQState, (*inner, self.bits, self.stochastic)
+        return DSQState, (*inner, self.bits, self.stochastic, self.ring)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DSQState:
         copied = _map(self, Tensor.clone, Tensor.clone)
@@ -182,7 +206,7 @@ class DSQState(torch.Tensor):
         return copied
 
 
-torch.serialization.add_safe_globals([DSQState])
+torch.serialization.add_safe_globals([DSQState, Ring])
 
 
 def require_packable(dstate: int, bits: int, layer: str) -> None:
@@ -213,17 +237,32 @@ def _map(
         on_batch(state.rng),
         state.bits,
         state.stochastic,
+        _map_rings(on_batch, state.ring),
     )
+
+
+def _map_rings(function: Callable[..., Tensor], *rings: Ring | None) -> Ring | None:
+    """A ring whose tensors are ``function`` of the rings' tensors; None when there are none."""
+    if rings[0] is None:
+        return None
+    tensors = zip(*(ring for ring in rings if ring is not None), strict=True)
+    return Ring(*(None if parts[0] is None else function(*parts) for parts in tensors))  # type: ignore[arg-type]
 
 
 def _same_layout(a: DSQState, b: DSQState) -> bool:
     """True when codes of ``a`` mean the same in ``b``."""
     if (a.bits, a.stochastic, a.dynamic, a.shape[1:]) != (b.bits, b.stochastic, b.dynamic, b.shape[1:]):
         return False
+    if _ring_layout(a) != _ring_layout(b):
+        return False
     # A trace cannot look at values: compiled code trusts that one layer's states share their calibrated scales.
     if a.dynamic or a.state_scale is b.state_scale or torch.compiler.is_compiling():
         return True
     return torch.equal(a.state_scale, b.state_scale.to(a.device))
+
+
+def _ring_layout(state: DSQState) -> Any:
+    return None if state.ring is None else (state.ring.x.dtype, state.ring.x.shape[1], state.ring.B.shape[1:])
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -299,6 +338,7 @@ def _cat(states: Sequence[Tensor], dim: int = 0) -> Any:
         torch.cat([s.rng for s in states]),  # type: ignore[attr-defined]
         first.bits,
         first.stochastic,
+        _map_rings(lambda *parts: torch.cat(parts), *(s.ring for s in states)),  # type: ignore[attr-defined]
     )
 
 
@@ -308,6 +348,8 @@ def _zero_(state: DSQState) -> DSQState:
     if state.dynamic:
         state.state_scale.fill_(quant.TINY_SCALE)
     state.rng[:, 1] = 0
+    if state.ring is not None:
+        state.ring.position.zero_()
     return state
 
 
@@ -324,8 +366,9 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
             raise StateError(
                 f"copy_ of {source!r} to {target!r}: layouts or scales differ; use copy_(source.dequantize())"
             )
-        for name in ("packed", "channel_scale", "rng") + (("state_scale",) if target.dynamic else ()):
-            getattr(target, name).copy_(getattr(source, name))
+        for name in target.__tensor_flatten__()[0]:
+            if name != "state_scale" or target.dynamic:
+                getattr(target, name).copy_(getattr(source, name))
         return target
     state_scale = None if target.dynamic else target.state_scale
     h = source.to(target.device).expand(target.shape)
@@ -337,6 +380,8 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
     if target.dynamic:
         target.state_scale.copy_(new_state_scale)
     target.rng[:, 1] += 1
+    if target.ring is not None:
+        target.ring.position.zero_()
     return target
 
 

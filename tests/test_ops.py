@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.mamba2 import modeling_mamba2
 
-from qmamba_compile import ops, quant
+from qmamba_compile import quant, recurrence
 from qmamba_compile.cpu_templates import launch
 
 qmamba = torch.ops.qmamba
@@ -119,6 +119,7 @@ def update_arguments(scheme, **changes):
 def test_every_operator_is_checked():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("qmamba::")}
     checked = {"quantize_state", "quantize_state_", "dequantize_state", "ssm_update", "chunk_scan", "w8a8_linear"}
+    checked |= {"ssm_scan_quantized", "ssm_scan_quantized_backward"}
     assert defined == checked, "a new operator needs an opcheck below"
 
 
@@ -157,6 +158,24 @@ def test_schema_of_the_scan(dtype, absent):
     torch.library.opcheck(qmamba.chunk_scan.default, tuple(inputs.values()))
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("bits, calibrated", [(4, 0), (8, 1), (3, 1), (None, 0)])
+def test_schemas_of_the_faithful_scan_and_its_gradient(bits, calibrated, kernel, monkeypatch):
+    if not kernel:
+        for name in ("ssm_scan", "ssm_scan_backward"):
+            monkeypatch.setattr(launch, name, lambda *args: None)
+    inputs = scan_inputs(seqlen=3)
+    names = [name for name in inputs if isinstance(inputs[name], torch.Tensor)]
+    learned = [inputs[name].clone().requires_grad_() for name in names]
+    state_scale = randn(8, 4, 8).abs() + 0.5 if calibrated else None
+    settings = (state_scale, True, 0.0, INFINITY, bits, False, 7, 1)
+    torch.library.opcheck(qmamba.ssm_scan_quantized.default, (*learned, *settings))
+    tensors = [inputs[name] for name in names]
+    torch.library.opcheck(
+        qmamba.ssm_scan_quantized_backward.default, (randn(9, 2, 3, 4, 5), None, *tensors, *settings, False, None)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optional", [False, True])
 def test_schema_of_the_linear(dtype, optional):
@@ -179,7 +198,7 @@ def test_a_step_is_the_recurrence(ngroups, absent, softplus):
         inputs["dt"] = inputs["dt"].abs() + 1.5  # a time step is positive
         inputs["dt_bias"] = None if inputs["dt_bias"] is None else inputs["dt_bias"].abs()
     wanted_y, wanted_state = scan_by_hand(**inputs)
-    state, y = ops.ssm_step_reference(inputs["initial_state"], **step_of(inputs, 0))
+    state, y = recurrence.step(inputs["initial_state"], **step_of(inputs, 0))
     assert_near(state, wanted_state, STEP_TOLERANCE)
     assert_near(y, wanted_y[:, 0], STEP_TOLERANCE)
 
@@ -187,7 +206,7 @@ def test_a_step_is_the_recurrence(ngroups, absent, softplus):
 def test_a_step_of_bfloat16_inputs_rounds_its_output_only():
     inputs = scan_inputs(seqlen=1, dtype=torch.bfloat16)
     wanted_y, wanted_state = scan_by_hand(**inputs)
-    state, y = ops.ssm_step_reference(inputs["initial_state"], **step_of(inputs, 0))
+    state, y = recurrence.step(inputs["initial_state"], **step_of(inputs, 0))
     assert state.dtype == torch.float32 and y.dtype == torch.bfloat16
     assert_near(state, wanted_state, STEP_TOLERANCE)
     assert_near(y, wanted_y[:, 0], 2.0**-8)  # bfloat16 has 8 significant bits
@@ -225,7 +244,7 @@ def test_an_update_equals_the_plain_functions_one_after_the_other(no_kernels):
         step = step_of(inputs, 0)
         arguments[4:9] = [step[name] for name in ("x", "dt", "A", "B", "C")]
         h = quant.dequantize_state(packed, channel_scale, state_scale, 4)
-        h, wanted = ops.ssm_step_reference(h, **step)
+        h, wanted = recurrence.step(h, **step)
         packed, channel_scale, _ = quant.quantize_state(h, 4, state_scale=state_scale, rng=rng)
         rng[:, 1] += 1
         assert torch.equal(qmamba.ssm_update(*arguments), wanted)
@@ -270,7 +289,7 @@ def test_the_scan_is_as_many_steps(seqlen, ngroups, start, dtype):
     h = torch.zeros(2, 4, 5, 8) if inputs["initial_state"] is None else inputs["initial_state"]
     for t in range(seqlen):
         step = step_of(inputs, t)
-        h, wanted = ops.ssm_step_reference(h, **(step | {"x": step["x"].float()}))
+        h, wanted = recurrence.step(h, **(step | {"x": step["x"].float()}))
         assert_near(y[:, t], wanted, 10 * SCAN_TOLERANCE)  # of this token's largest value, which may be a small one
     assert_near(final, h, SCAN_TOLERANCE)
 
@@ -379,7 +398,7 @@ def test_the_step_is_that_of_transformers(ngroups, absent):
         dt_bias=per_channel(step["dt_bias"]),
         dt_softplus=True,
     )
-    state, y = ops.ssm_step_reference(inputs["initial_state"], **step)
+    state, y = recurrence.step(inputs["initial_state"], **step)
     assert_near(state, wanted_state, STEP_TOLERANCE)
     assert_near(y, wanted_y, STEP_TOLERANCE)
 

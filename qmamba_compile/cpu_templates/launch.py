@@ -11,13 +11,13 @@ import logging
 import struct
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import quant
 from ..errors import ConfigError
+from ..recurrence import Ring
 from . import build
-from .render import Spec
+from .render import LANES, Spec
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +29,23 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ABSENT = (0, 0, 0, 0)
 
 
+_MAX_LANES = max(LANES.values())
+
+
 @functools.cache
 def kernel(
-    name: str, headdim: int, dstate: int, bits: int | None, dynamic: bool, stochastic: bool
+    name: str,
+    headdim: int,
+    dstate: int,
+    bits: int | None,
+    dynamic: bool,
+    stochastic: bool,
+    flush_interval: int = 1,
+    ring: str | None = None,
 ) -> build.Kernel | None:
     """The loaded kernel for this machine, ``None`` when there is no compiler or no kernel for these extents."""
     try:
-        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, isa=build.best_isa())
+        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, build.best_isa(), flush_interval, ring)
     except ConfigError as error:
         log.warning("no C++ kernel, the slower torch reference runs instead: %s", error)
         return None
@@ -58,12 +68,15 @@ def ssm_update(
     dt_softplus: bool,
     bits: int,
     stochastic: bool,
+    ring: Ring | None = None,
 ) -> Tensor | None:
     """`ops.ssm_update` on the CPU: y [b, h, p]."""
     batch, nheads, headdim, width = packed.shape
     dynamic = state_scale_out is not None
-    function = kernel("ssm_update", headdim, width * 8 // bits, bits, dynamic, stochastic)
-    if function is None or not _writable(packed, channel_scale, state_scale_out, rng):
+    dstate = width * 8 // bits
+    interval, kept_as = (1, None) if ring is None else (ring.x.shape[1] + 1, str(ring.x.dtype).removeprefix("torch."))
+    function = kernel("ssm_update", headdim, dstate, bits, dynamic, stochastic, interval, kept_as)
+    if function is None or not _writable(packed, channel_scale, state_scale_out, rng, ring):
         return None
     if state_scale_out is not None:
         scale = state_scale_out
@@ -72,25 +85,14 @@ def ssm_update(
         assert state_scale is not None
         scale = _readable(state_scale, contiguous=True)
         scale_fields = (scale.data_ptr(), _DTYPES[scale.dtype], 0, 0)
+    ring_fields = () if ring is None else tuple(0 if part is None else part.data_ptr() for part in ring)
     inputs, kept = _inputs(x, B, C, D)
-    dt, decay = _step_sizes(dt, A, dt_bias, dt_softplus)
+    steps, _kept = _steps(dt, A, dt_bias, dt_softplus)
     y = torch.empty(x.shape, dtype=kept[0].dtype)
-    threads = _threads(batch * nheads * headdim * width * 8 // bits)
-    fields = (
-        packed.data_ptr(),
-        channel_scale.data_ptr(),
-        *scale_fields,
-        rng.data_ptr(),
-        *inputs,
-        dt.data_ptr(),
-        decay.data_ptr(),
-        y.data_ptr(),
-        batch,
-        nheads,
-        B.shape[1],
-        threads,
-    )
-    function(_pack(fields))
+    # A step that only reads its codes has a quarter of the work.
+    threads = _threads(batch * nheads * headdim * dstate // (1 if ring is None else 4))
+    pointers = (packed.data_ptr(), channel_scale.data_ptr(), *scale_fields, rng.data_ptr(), *ring_fields)
+    function(_pack((*pointers, *inputs, *steps, y.data_ptr(), batch, nheads, B.shape[1], threads)))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -111,11 +113,10 @@ def ssm_update_float(
     if function is None or state.dtype != torch.float32 or not state.is_contiguous():
         return None
     inputs, kept = _inputs(x, B, C, D)
-    dt, decay = _step_sizes(dt, A, dt_bias, dt_softplus)
+    steps, _kept = _steps(dt, A, dt_bias, dt_softplus)
     y = torch.empty(x.shape, dtype=kept[0].dtype)
-    threads = _threads(state.numel())
-    fields = (dt.data_ptr(), decay.data_ptr(), y.data_ptr(), batch, nheads, B.shape[1], threads)
-    function(_pack((state.data_ptr(), *inputs, *fields)))
+    extents = (batch, nheads, B.shape[1], _threads(state.numel()))
+    function(_pack((state.data_ptr(), *inputs, *steps, y.data_ptr(), *extents)))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -165,6 +166,188 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
     return state
 
 
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    dtA: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """`ops.chunk_scan` on the CPU: y and the final state. ``dt`` [b, l, h] is final, ``dtA`` its product with A."""
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function = kernel("chunk_scan", headdim, dstate, None, False, False)
+    if function is None:
+        return None
+    fields, kept = _sequences(x, B, C)
+    floats = [None if tensor is None else _contiguous_float(tensor) for tensor in (D, dt, dtA, initial_state)]
+    kept += [tensor for tensor in floats if tensor is not None]
+    y, state = torch.empty((batch, seqlen, nheads, headdim)), torch.empty((batch, nheads, headdim, dstate))
+    D_address, *addresses = _addresses(*floats, y, state)
+    fields += (D_address, 0, 0, 0, *addresses)
+    function(_pack((*fields, batch, seqlen, nheads, B.shape[2], _threads(seqlen * state.numel()))))
+    return y, state
+
+
+def ssm_scan(
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor] | None:
+    """The faithful scan on the CPU; ``dt`` and ``decay`` [b, l, h] as `scan_ops.step_sizes` gives them.
+
+    Args:
+        states: the state before the first token, as decode reads it, and with ``single_step`` its quantized copy.
+        scales: calibrated state_scale [h, n] and channel_scale [h, p].
+
+    Returns:
+        y and codes int8 [b, h, p, n], channel_scale [b, h, p], state_scale [b, h, n] (left as they were when dynamic is
+        off) after the last store; ``bits=None``: y and the state. No store happens before step ``flush_interval``.
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function, fields, kept = _scan_call(
+        "ssm_scan", x, dt, decay, B, C, D, states, scales, bits, stochastic, seed, flush_interval, single_step
+    )
+    if function is None:
+        return None
+    outputs = [torch.empty((batch, seqlen, nheads, headdim))]
+    if bits is None:
+        outputs.append(torch.empty((batch, nheads, headdim, dstate)))
+        addresses: tuple[int, ...] = (outputs[0].data_ptr(), outputs[1].data_ptr(), 0, 0, 0)
+    else:
+        outputs += [
+            torch.empty((batch, nheads, headdim, dstate), dtype=torch.int8),
+            torch.empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE),
+            torch.empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE),
+        ]
+        addresses = (outputs[0].data_ptr(), 0, *(output.data_ptr() for output in outputs[1:]))
+    function(_pack((*fields, *addresses, *[0] * _GRADIENT_FIELDS)))
+    del kept
+    return outputs
+
+
+def ssm_scan_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor] | None:
+    """Gradient of `ssm_scan` without D: of x, dt, decay, B and C for each head [b, l, h, n], and the first state."""
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function, fields, kept = _scan_call(
+        "ssm_scan_backward",
+        x,
+        dt,
+        decay,
+        B,
+        C,
+        None,
+        states,
+        scales,
+        bits,
+        stochastic,
+        seed,
+        flush_interval,
+        single_step,
+    )
+    if function is None:
+        return None
+    grad_y = _contiguous_float(grad_y)
+    grad_state = None if grad_state is None else _contiguous_float(grad_state)
+    tokens = (batch, seqlen, nheads)
+    shapes = [
+        (*tokens, headdim),
+        tokens,
+        tokens,
+        (*tokens, dstate),
+        (*tokens, dstate),
+        (batch, nheads, headdim, dstate),
+    ]
+    outputs = [torch.empty(shape) for shape in shapes]
+    function(_pack((*fields, *[0] * 5, *_addresses(grad_y, grad_state, *outputs))))
+    del kept
+    return outputs
+
+
+_GRADIENT_FIELDS = 8
+
+
+def _scan_call(
+    name: str,
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> tuple[build.Kernel | None, list[int], list[Tensor]]:
+    """The kernel, the fields that scan and gradient share, and the tensors that they point into."""
+    batch, seqlen, nheads, headdim = x.shape
+    function = kernel(name, headdim, B.shape[-1], bits, bits is not None and scales[0] is None, stochastic)
+    fields, kept = _sequences(x, B, C)
+    kept += (dt, decay)
+    readable = [None if tensor is None else _readable(tensor, contiguous=True) for tensor in (D, *scales)]
+    inputs = [_ABSENT if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], 0, 0) for tensor in readable]
+    floats = [None if tensor is None else _contiguous_float(tensor) for tensor in states]
+    kept += [tensor for tensor in (*readable, *floats) if tensor is not None]
+    fields += (*inputs[0], *_addresses(dt, decay, *floats), *inputs[1], *inputs[2])
+    threads = _threads(batch * nheads * headdim * B.shape[-1] * seqlen)
+    fields += (batch, seqlen, nheads, B.shape[2], seed, flush_interval, int(single_step and bits is not None), threads)
+    return function, fields, kept
+
+
+def _sequences(*tensors: Tensor) -> tuple[list[int], list[Tensor]]:
+    """``Sequence`` structs of tensors [b, l, heads or groups, columns], and what they point into."""
+    fields: list[int] = []
+    kept: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            tensor = tensor.float()
+        _, _, heads, columns = tensor.shape
+        if heads > 1 and tensor.stride(2) != columns * tensor.stride(3):
+            tensor = tensor.contiguous()
+        # A dimension of one element may have any stride.
+        column_stride = tensor.stride(3) if columns > 1 else tensor.stride(2) if heads > 1 else 1
+        kept.append(tensor)
+        fields += (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1), column_stride)
+    return fields, kept
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def _pack(fields: tuple[int, ...]) -> bytes:
     return _layout(len(fields)).pack(*fields)
 
@@ -179,8 +362,12 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= PARALLEL_ELEMENTS else 1
 
 
-def _writable(packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor) -> bool:
+def _writable(
+    packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None = None
+) -> bool:
     """The kernels write in place, so these cannot be copied into a layout that suits them."""
+    if ring is not None and not all(part is None or part.is_contiguous() for part in ring):
+        return False
     return (
         packed.is_contiguous()
         and channel_scale.is_contiguous()
@@ -205,17 +392,23 @@ def _contiguous_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def _step_sizes(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> tuple[Tensor, Tensor]:
-    """dt after bias and softplus, and exp(dt * A): float32 [b, h], contiguous.
-
-    By torch, as in the reference, and not in the kernel: exp and softplus of another library differ in the last bit,
-    and one such bit moves a scale sooner or later (measured: 3e-5 of the codes after 64 steps).
-    """
-    dt = _contiguous_float(dt) if dt_bias is None else dt.float() + dt_bias.float()
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = dt.contiguous()
-    return dt, (dt * A.float()).exp_()
+def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> tuple[list[int], list[Tensor]]:
+    """The ``Steps`` struct of ssm_update, and the tensors that it points into."""
+    batch, nheads = dt.shape
+    if dt.dtype not in _DTYPES:
+        dt = dt.float()
+    A = _contiguous_float(A)
+    kept = [dt, A]
+    if dt_bias is not None:
+        dt_bias = _contiguous_float(dt_bias)
+        kept.append(dt_bias)
+    stride = -(-nheads // _MAX_LANES) * _MAX_LANES
+    scratch = torch.empty(3, batch, stride)
+    kept.append(scratch)
+    row = scratch.data_ptr()
+    fields = [dt.data_ptr(), _DTYPES[dt.dtype], *dt.stride(), 0 if dt_bias is None else dt_bias.data_ptr()]
+    rows = [row + index * 4 * batch * stride for index in range(3)]
+    return [*fields, A.data_ptr(), int(dt_softplus), stride, *rows], kept
 
 
 def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[list[int], list[Tensor]]:

@@ -11,16 +11,47 @@ import re
 import time
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..artifact import Artifact
 from ..config import QMambaConfig
 from ..fx_utils import removable
+from ..recurrence import Ring, new_ring
 from ..report import Report
 
 logger = logging.getLogger(__name__)
 
 _dump_number = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class RingLayout:
+    """What the call wrapper makes the ring of a fresh state from; ``start`` differs from layer to layer, so that each
+    decode step stores an equal share of the states.
+    """
+
+    flush_interval: int
+    dtype: torch.dtype
+    ngroups: int
+    start: int
+
+    def new(self, batch: int, nheads: int, headdim: int, dstate: int, device: torch.device) -> Ring:
+        return new_ring(
+            batch,
+            nheads,
+            headdim,
+            self.ngroups,
+            dstate,
+            self.flush_interval,
+            dtype=self.dtype,
+            start=self.start,
+            device=device,
+        )
+
+    def nbytes(self, batch: int, nheads: int, headdim: int, dstate: int) -> int:
+        ring = self.new(batch, nheads, headdim, dstate, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in ring if tensor is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +62,7 @@ class StateOutput:
         position: where Dynamo expects the state in the outputs.
         layer: module path.
         state_scale: the calibrated scales; None when the graph returns dynamic ones.
+        ring: of a state that is not stored at every step.
     """
 
     position: int
@@ -38,6 +70,7 @@ class StateOutput:
     bits: int
     stochastic: bool
     state_scale: Tensor | None
+    ring: RingLayout | None = None
 
     @property
     def width(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, strip
+from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, shape_of, strip
 from ..report import Report
 from .base import GraphPass
 from .match_mamba2 import NoMatchError, is_final_state, match_step
@@ -31,7 +31,7 @@ class FuseSsmUpdate(GraphPass):
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
         for store in iter_calls(graph, "qmamba.quantize_state_"):
-            packed, channel_scale, state_scale_out, rng, new_state, state_scale, bits, stochastic = store.args
+            packed, channel_scale, state_scale_out, rng, new_state, state_scale, bits, stochastic, *_ = store.args
             if is_final_state(strip(new_state, "to")):
                 # A prompt that continues a packed state ends in one, too, and `fuse_chunk_scan` has dealt with it.
                 continue
@@ -64,7 +64,12 @@ class FuseSsmUpdate(GraphPass):
                 step.time.softplus,
                 bits,
                 stochastic,
+                # The ring of a checkpointed state, if it has one.
+                *old_states[0].args[4:],
             )
             replace_node(step.y, y)
             graph.erase_node(store)
-            report.rewrote(layer, f"{bits}-bit step")
+            interval = (
+                "" if len(old_states[0].args) == 4 else f", stored every {shape_of(old_states[0].args[4])[1] + 1}"
+            )
+            report.rewrote(layer, f"{bits}-bit step{interval}")

@@ -27,12 +27,13 @@ from ..fx_utils import (
     strip,
     value_of,
 )
+from ..recurrence import RING_DTYPES, Ring
 from ..report import Report
 from ..state import DSQState, require_packable
-from .base import GraphPass, StateOutput
+from .base import GraphPass, RingLayout, StateOutput
 from .match_mamba2 import is_final_state, is_step
 
-_INNER = ("packed", "channel_scale", "state_scale", "rng")
+RING = tuple(f"ring_{name}" for name in Ring._fields)
 
 
 class QuantizeState(GraphPass):
@@ -76,7 +77,7 @@ class QuantizeState(GraphPass):
         state, source = value_of(node), node.meta["qmamba_input"]
         inner: dict[str, fx.Node] = {}
         last = node
-        for name in _INNER:
+        for name in state.__tensor_flatten__()[0]:
             getter = operator.attrgetter(name)
             inner[name] = last = add_input(
                 graph, last, f"{node.name}_{name}", InputSource(source.index, getter), getattr(state, name)
@@ -105,7 +106,7 @@ class QuantizeState(GraphPass):
             layer,
             f"{state.bits}-bit state, {stores} store(s)",
             bytes_before=_float_nbytes(state),
-            bytes_after=sum(nbytes_of(inner[name]) for name in _INNER if name != "state_scale" or state.dynamic),
+            bytes_after=sum(nbytes_of(part) for name, part in inner.items() if name != "state_scale" or state.dynamic),
         )
 
     def _store(self, copy: fx.Node, node: fx.Node, inner: dict[str, fx.Node], state: DSQState) -> None:
@@ -124,6 +125,7 @@ class QuantizeState(GraphPass):
             None if state.dynamic else scale,
             state.bits,
             state.stochastic,
+            inner.get("ring_position"),
         )
         copy.graph.erase_node(copy)
 
@@ -167,11 +169,26 @@ class QuantizeState(GraphPass):
         # Positions in the flattened outputs; earlier states have already widened theirs.
         dynamo_position = position - sum(s.width - 1 for s in self.context.state_outputs if s.position < position)
         output.args = (tuple(returned[:position] + parts + returned[position + 1 :]),)
-        self.context.state_outputs.append(StateOutput(dynamo_position, layer, bits, stochastic, scale))
+        ring = self._ring_layout(final)
+        self.context.state_outputs.append(StateOutput(dynamo_position, layer, bits, stochastic, scale, ring))
         bytes_before, bytes_after = nbytes_of(final), sum(nbytes_of(part) for part in parts)
+        stored = f"stored every {ring.flush_interval} steps" if ring is not None else "stored at every step"
+        if ring is None and self.config.flush_interval > 1:
+            stored += ": the scan, which names B, was not fused"
+        if ring is not None:
+            bytes_after += ring.nbytes(*(hint(size) for size in shape_of(final)))
         graph.erase_node(copy)
         graph.erase_node(fresh)
-        report.rewrote(layer, f"{bits}-bit state", bytes_before=bytes_before, bytes_after=bytes_after)
+        report.rewrote(layer, f"{bits}-bit state, {stored}", bytes_before=bytes_before, bytes_after=bytes_after)
+
+    def _ring_layout(self, final: fx.Node) -> RingLayout | None:
+        """The ring of a state that is not stored at every step; its ngroups are those of the scan's B."""
+        scan = strip(final, "getitem")
+        if self.config.flush_interval == 1 or op_name(scan) != "qmamba.chunk_scan":
+            return None
+        interval = self.config.flush_interval
+        start = len(self.context.state_outputs) % interval
+        return RingLayout(interval, RING_DTYPES[self.config.ring_bits], shape_of(scan.args[3])[2], start)
 
     def _calibrated_scale(
         self, graph: fx.Graph, layer: str, shape: tuple[Any, ...]
@@ -204,7 +221,8 @@ def _float_nbytes(state: DSQState) -> int:
 
 def _read(reader: fx.Node, inner: dict[str, fx.Node], bits: int) -> fx.Node:
     scales = (inner["channel_scale"], inner["state_scale"])
-    return insert_call(reader, torch.ops.qmamba.dequantize_state.default, inner["packed"], *scales, bits)
+    ring = [inner.get(name) for name in RING] if "ring_x" in inner else []
+    return insert_call(reader, torch.ops.qmamba.dequantize_state.default, inner["packed"], *scales, bits, *ring)
 
 
 def _layer_seed(seed: int, layer: str) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import quant
 from ..errors import ConfigError
+from ..recurrence import Ring
 from . import tuning
 from .render import COMBINE_BLOCK, LINEAR_ROWS, Spec, load, target_of
 
@@ -84,6 +85,7 @@ def ssm_update(
     dt_softplus: bool,
     bits: int,
     stochastic: bool,
+    ring: Ring | None = None,
     *,
     z: Tensor | None = None,
     slots: Tensor | None = None,
@@ -99,7 +101,7 @@ def ssm_update(
         dt_min, dt_max: limits of dt after softplus.
     """
     architecture = target(x.device.type, x.device.index)
-    if architecture is None or not _states_fit(packed, channel_scale, state_scale_out, rng):
+    if architecture is None or ring is not None or not _states_fit(packed, channel_scale, state_scale_out, rng):
         return None
     batch, nheads, headdim = x.shape
     dstate = quant.unpacked_width(packed.shape[-1], bits)

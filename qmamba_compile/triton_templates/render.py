@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import quant
+from ..recurrence import EXP_CONSTANTS
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def render(spec: AnySpec) -> str:
     else:
         name = "chunk_scan"
         constants = {"padded_n": max(16, _padded(spec.dstate))}
-    return _environment().get_template(f"{name}.py.jinja").render(spec=spec, **constants)
+    return _environment().get_template(f"{name}.py.jinja").render(spec=spec, exp=EXP_CONSTANTS, **constants)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmamba_compile import ops, quant
+from qmamba_compile import ops, quant, recurrence
 from qmamba_compile.cpu_templates import build, launch
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
@@ -183,7 +183,7 @@ def test_float_state_is_the_float_step() -> None:
     problem = Problem()
     inputs = problem.inputs()
     state = problem.randn(2, 4, 8, 64)
-    wanted_state, wanted = ops.ssm_step_reference(state.clone(), *inputs, True)
+    wanted_state, wanted = recurrence.step(state.clone(), *inputs, True)
     y = launch.ssm_update_float(state, *inputs, True)
     assert y is not None
     assert torch.equal(state, wanted_state)

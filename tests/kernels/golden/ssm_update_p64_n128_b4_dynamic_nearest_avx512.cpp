@@ -1,24 +1,25 @@
 // ssm_update_p64_n128_b4_dynamic_nearest_avx512: one decode step of the SSM on a packed state.
 //
-//     h = decay * h + (dt * B) x        y = C . h + D x
+//     h = exp(dt * A) * h + (dt * B) x        y = C . h + D x
 //
 // Tensors (b batch, h nheads, p = 64 headdim, g ngroups, n = 128 dstate; contiguous unless strides are named):
 //     packed          [b, h, p, 64] uint8    read, then rewritten
 //     channel_scale   [b, h, p] bfloat16      read, then rewritten
 //     state_scale     [b, h, n] bfloat16      read, then rewritten
-//     rng             [b, 2] int64            key and step; step + 1 at the end
+//     rng             [b, 2] int64            key and step; step + 1 at a store
 //     x               [b, h, p] strides (batch_stride, head_stride, 1)
 //     B, C            [b, g, n] strides (batch_stride, head_stride of a group, 1)
-//     D               [h] or null
-//     dt, decay       [b, h] float32          dt after bias and softplus, and exp(dt * A)
+//     dt              [b, h] strides (batch_stride, head_stride)
+//     A, D, dt_bias   [h]; D and dt_bias may be null
 //     y               [b, h, p], x's dtype    written
+//     steps           [3, b, stride] float32  scratch: dt, its sum times A, the decay
 //
 // Work: one (batch, head) at a time, shared among OpenMP threads.
 // A head's new state waits in 32768 bytes of scratch, since its state scales are known only after its last row.
 //
 // A byte holds columns c, c + 64, lowest bits first, each code plus 8.
 //
-// Promises: the operations of quant.py and ops.ssm_step_reference in their order, none fused: codes and scales are the
+// Promises: the operations of quant.py and recurrence.py in their order, none fused: codes and scales are the
 // reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused multiply-adds.
 #include <math.h>
 #include <stdint.h>
@@ -89,11 +90,15 @@ inline Floats splat(float value) { return Floats{} + value; }
 
 inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
+// Lanes of two vectors; those of the second count on from the first's.
 #if defined(__clang__)
-#define ROTATED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLED_SHORTS SHUFFLED
 #else
-#define ROTATED(x, ...) __builtin_shuffle(x, (Ints){__VA_ARGS__})
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#define SHUFFLED_SHORTS(a, b, ...) __builtin_shuffle(a, b, (Shorts){__VA_ARGS__})
 #endif
+#define ROTATED(x, ...) SHUFFLED(x, x, __VA_ARGS__)
 
 // Sum of all lanes by halving: lane i and lane i + step. Every lane ends with the same sum.
 inline float sum_lanes(Floats x) {
@@ -138,6 +143,66 @@ struct Input {
                 memcpy(to, (const float*)data + from, RUN * sizeof(float));
             } else {
                 for (int i = 0; i < RUN; ++i) to[i] = from_bfloat16(((const uint16_t*)data)[from + i]);
+            }
+        }
+    }
+};
+
+inline Floats exact_exp(Floats x) {
+    const Floats shifted = x * 1.44269502f + 12582912.0f;
+    const Floats whole = shifted - 12582912.0f;
+    Floats rest = x - whole * 0.693359375f;
+    rest = rest - whole * -0.000212194442f;
+    Floats series = splat(0.000198756912f);
+    series = series * rest + 0.00139819994f;
+    series = series * rest + 0.00833345205f;
+    series = series * rest + 0.0416657962f;
+    series = series * rest + 0.166666657f;
+    series = series * rest + 0.5f;
+    series = series * (rest * rest) + rest + 1.0f;
+    const Floats power = (Floats)(((Ints)shifted - 0x4b400000 + 127) << 23);
+    const Floats y = x > 88.0f ? splat(INFINITY) : series * power;
+    return x < -87.0f ? Floats{} : y;
+}
+
+inline Floats exact_softplus(Floats x) {
+    const Floats z = exact_exp((Floats)((Words)x | 0x80000000u));
+    const Floats s = z / (z + 2.0f);
+    const Floats square = s * s;
+    Floats series = splat(0.0666666701f);
+    series = series * square + 0.0769230798f;
+    series = series * square + 0.0909090936f;
+    series = series * square + 0.111111112f;
+    series = series * square + 0.142857149f;
+    series = series * square + 0.200000003f;
+    series = series * square + 0.333333343f;
+    series = series * square + 1.0f;
+    const Floats positive = x < 0.0f ? Floats{} : x;
+    return positive + series * (s + s);
+}
+
+// Step sizes of every sequence and head, in rows of `stride` floats (nheads rounded up to whole vectors).
+struct Steps {
+    Input dt_in;                  // [b, h] as the caller has it
+    const float *dt_bias, *A;     // [h]; no bias when null
+    int64_t softplus, stride;
+    float *dt, *total, *decay;    // written: dt, dt * A, and e to that
+
+    void compute(int64_t batch, int64_t nheads) const {
+        for (int64_t b = 0; b < batch; ++b) {
+            float *dt = this->dt + b * stride, *total = this->total + b * stride, *decay = this->decay + b * stride;
+            for (int64_t head = 0; head < nheads; ++head) {
+                dt[head] = dt_in.at(b * dt_in.batch_stride + head * dt_in.head_stride);
+                if (dt_bias) dt[head] += dt_bias[head];
+                decay[head] = A[head];
+            }
+            for (int64_t at = 0; at < stride; at += LANES) {
+                Floats step = load<Floats>(dt + at);
+                if (softplus) step = exact_softplus(step);
+                store(dt + at, step);
+                const Floats sum = step * load<Floats>(decay + at);
+                store(total + at, sum);
+                store(decay + at, exact_exp(sum));
             }
         }
     }
@@ -230,21 +295,22 @@ struct Arguments {
     uint16_t* state_scale;
     int64_t* rng;
     Input x, B, C, D;
-    const float *dt, *decay;
+    Steps steps;
     void* y;
     int64_t batch, nheads, ngroups, threads;
 };
 
 struct alignas(64) Scratch {
-    float dB[ROW], C[ROW], x[HEADDIM], y[HEADDIM];
+    float B[ROW], C[ROW], dB[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
     float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
     float rows[HEADDIM * ROW];
 };
 
-// Unpack a row, update it, leave it in `row`; returns C . h.
+// Unpack row p, update it, leave it in `row`; returns C . h.
 inline float update_row(
-    const uint8_t* packed, float channel_scale, float decay, float x, const Scratch& s, float* row
+    const uint8_t* packed, float channel_scale, float decay, int p, const Scratch& s, float* row
 ) {
+    const float x = s.x[p];
     Floats y = {};
     const Floats table = CODES * channel_scale;
 #pragma GCC unroll 16
@@ -264,20 +330,17 @@ inline float update_row(
     return sum_lanes(y);
 }
 
-void update_head(const Arguments& a, int64_t item, Scratch& s) {
-    const int64_t b = item / a.nheads, head = item % a.nheads, group = head / (a.nheads / a.ngroups);
-    const float decay = a.decay[item];
-    a.B.read_columns(b * a.B.batch_stride + group * a.B.head_stride, s.dB);
-    a.C.read_columns(b * a.C.batch_stride + group * a.C.head_stride, s.C);
-    for (int i = 0; i < ROW; ++i) s.dB[i] *= a.dt[item];
-    for (int p = 0; p < HEADDIM; ++p) s.x[p] = a.x.at(b * a.x.batch_stride + head * a.x.head_stride + p);
+void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
+    const int64_t item = b * a.nheads + head;
+    const float decay = a.steps.decay[b * a.steps.stride + head];
+    for (int i = 0; i < ROW; ++i) s.dB[i] = s.B[i] * a.steps.dt[b * a.steps.stride + head];
     uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     uint16_t* state_scale = a.state_scale + item * DSTATE;
     Input{state_scale, 1, 0, 0}.read_columns(0, s.state_scale);
     for (int p = 0; p < HEADDIM; ++p) {
         float* row = s.rows + p * ROW;
-        s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, s.x[p], s, row);
+        s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, p, s, row);
     }
     scale_columns(s.rows, state_scale, s.state_scale, s.inverse);
     for (int p = 0; p < HEADDIM; ++p) {
@@ -290,6 +353,14 @@ void update_head(const Arguments& a, int64_t item, Scratch& s) {
             pack_row<true>(row, inverse, packed + p * WIDTH);
         }
     }
+}
+
+void update_head(const Arguments& a, int64_t item, Scratch& s) {
+    const int64_t b = item / a.nheads, head = item % a.nheads, group = head / (a.nheads / a.ngroups);
+    for (int p = 0; p < HEADDIM; ++p) s.x[p] = a.x.at(b * a.x.batch_stride + head * a.x.head_stride + p);
+    a.B.read_columns(b * a.B.batch_stride + group * a.B.head_stride, s.B);
+    a.C.read_columns(b * a.C.batch_stride + group * a.C.head_stride, s.C);
+    store_head(a, b, head, s);
     const float D = a.D.data ? a.D.at(head) : 0.0f;
     for (int p = 0; p < HEADDIM; ++p) {
         const float y = a.D.data ? s.y[p] + s.x[p] * D : s.y[p];
@@ -307,6 +378,7 @@ extern "C" void ssm_update_p64_n128_b4_dynamic_nearest_avx512(const void* packed
     Arguments a;
     memcpy(&a, packed_arguments, sizeof a);
     const int64_t items = a.batch * a.nheads;
+    a.steps.compute(a.batch, a.nheads);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         Scratch scratch = {};

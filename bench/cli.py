@@ -1,0 +1,176 @@
+"""What every question's command line shares: options, errors, the record, interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.console
+import typer
+
+from qmamba_compile import ConfigError, QMambaError
+
+from .measure import Gate, Summary, Work, checked_speedup, interleave, measure_roof
+from .record import Record, Row, console, machine_record, print_header, print_rows
+from .shapes import SHAPES
+
+ShapeName = Annotated[str, typer.Option(help=f"Model shape: {', '.join(SHAPES)}.")]
+Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
+Batch = Annotated[int, typer.Option(min=1, help="Batch size.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 is what torch chooses.")]
+Repeats = Annotated[int, typer.Option(min=2, help="Rounds: samples of each variant.")]
+Variants = Annotated[str, typer.Option(help="Names separated by commas, or 'all'. Default: the usual set.")]
+Options = Annotated[list[str], typer.Option("--option", help="name=value of QMambaConfig: one more variant with it.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the record here, again after each group.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the record to this .png.")]
+
+REFUSED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+"""Exit statuses: a numerics check failed; an argument is not allowed; Ctrl-C."""
+
+
+def run(question: str, main: Callable[..., Any]) -> None:
+    """Entry point of a question: ``main`` as a command line, its errors as one line."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=main.__doc__)(main)
+    try:
+        app(prog_name=f"python -m bench {question}")
+    except Exception as problem:
+        cause = getattr(problem, "inner_exception", problem)  # torch wraps what a backend raises
+        if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
+            raise
+        _print_error(f"{type(cause).__name__}: {cause}")
+        sys.exit(BAD_INPUT)
+
+
+def _print_error(text: str) -> None:
+    rich.console.Console(stderr=True).print(text, style="red", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def recording(
+    question: str,
+    arguments: Mapping[str, Any],
+    *,
+    threads: int,
+    json: Path | None,
+    plot: Path | None,
+    roof: bool = True,
+) -> Iterator[Record]:
+    """A record that is written, printed and drawn, whole or as far as it got before Ctrl-C."""
+    import torch
+
+    if plot is not None:
+        from .plot import require_matplotlib
+
+        require_matplotlib(plot)
+    if threads:
+        torch.set_num_threads(threads)
+    machine = machine_record()
+    with console.status("measuring the roofs"):
+        record = Record(question, dict(arguments), machine, measure_roof() if roof else None, path=json)
+    print_header(record)
+    interrupted = False
+    try:
+        yield record
+        record.complete = True
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        record.write()
+    where = f"{len(record.rows)} rows" + (f" in {json}" if json else "")
+    if plot is not None and record.rows:
+        from .plot import draw
+
+        draw([record], plot)
+        where += f", drawn to {plot}"
+    console.print(f"\n{'interrupted: ' if interrupted else ''}{where}", style="dim", highlight=False)
+    if interrupted:
+        sys.exit(INTERRUPTED)
+    if record.refused:
+        _print_error("a numerics check failed: no ratio is shown for it")
+        sys.exit(REFUSED)
+
+
+def compare(
+    record: Record,
+    group: Mapping[str, Any],
+    calls: Mapping[str, Callable[[], Any]],
+    gates: Mapping[str, Gate],
+    work: Mapping[str, Work],
+    *,
+    repeats: int,
+    against: Iterable[str],
+    block_seconds: float = 0.0,
+    values: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[Row]:
+    """Time ``calls`` interleaved, add their rows to the record and print them.
+
+    Args:
+        against: variants that the others are compared with, where they were measured.
+        block_seconds: least duration of one sample.
+    """
+    samples: dict[str, list[float]] = {}
+    rows: list[Row] = []
+    try:
+        with console.status(f"timing {len(calls)} variants, {', '.join(f'{k} {v}' for k, v in group.items())}"):
+            interleave(calls, rounds=repeats, block_seconds=block_seconds, samples=samples)
+    finally:
+        for name in calls if samples else ():
+            taken = samples[name]
+            speedups = {
+                base: checked_speedup(samples[base], gates[base], taken, gates[name])
+                for base in against
+                if base in samples and base != name
+            }
+            rows.append(
+                Row(
+                    dict(group),
+                    name,
+                    Summary.of(taken),
+                    work[name],
+                    None if record.roof is None else record.roof.seconds(work[name]),
+                    gates[name],
+                    speedups,
+                    dict((values or {}).get(name, {})),
+                )
+            )
+        record.add(rows)
+        print_rows(rows)
+    return rows
+
+
+# --- parsing -------------------------------------------------------------------------------------------------------
+
+
+def parse_numbers(text: str, flag: str) -> list[int]:
+    """Positive integers separated by commas.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{flag} {text!r} is not allowed; use positive integers separated by commas, such as 1,8,32")
+    return numbers
+
+
+def choose(text: str, known: Iterable[str], unusual: Iterable[str] = ()) -> list[str]:
+    """The variants that ``--variants`` names; by default all but the ``unusual`` ones.
+
+    Raises:
+        ConfigError: one of them is unknown.
+    """
+    if text in ("", "all"):
+        return [name for name in known if text == "all" or name not in unusual]
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--variants {name!r} is unknown; allowed: {', '.join(known)}")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,176 @@
+"""How fast is one SSM step on a packed state, against Inductor and against an equally fused float32 loop of our own?
+
+One call runs through as many states as the model has layers, so that each is as cold as in a model. The float
+variants run the function of transformers that the model's own decode step runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qmamba_compile import DSQState, ops
+from qmamba_compile.cpu_templates.launch import ssm_update_float
+
+from . import cli
+from .measure import Gate, Work
+from .record import Record, console
+from .shapes import Shape, shape_named
+
+EAGER = "eager-float32"
+INDUCTOR = "inductor-float32"
+FUSED = "fused-float32"
+OURS_REFERENCE = "ours-h4-torch-reference"
+VARIANTS = (
+    EAGER,
+    INDUCTOR,
+    FUSED,
+    "ours-h8",
+    "ours-h4",
+    "ours-h4-stochastic",
+    "ours-h4-calibrated",
+    "ours-h8-calibrated",
+    OURS_REFERENCE,
+)
+
+CHECKED_STEPS = 4
+# Requantizing a random normal state CHECKED_STEPS times leaves 1 % of noise at 8 bits, 11 % at 4 and 17 % at 4 when
+# rounded stochastically.
+_EXACT, _H8, _H4 = 1e-5, 0.02, 0.3
+
+
+def main(
+    shape: cli.ShapeName = "130m",
+    batch: cli.Batches = "1,8,32",
+    variants: cli.Variants = "",
+    repeats: cli.Repeats = 15,
+    threads: cli.Threads = 0,
+    json: cli.JsonFile = None,
+    plot: cli.PlotFile = None,
+) -> None:
+    """Seconds of one SSM step of all layers, from conv output and dt to y."""
+    dimensions = shape_named(shape)
+    batches = cli.parse_numbers(batch, "--batch")
+    chosen = list(dict.fromkeys([EAGER, *cli.choose(variants, VARIANTS)]))
+    arguments = {"shape": shape, "batch": batches, "variants": chosen, "repeats": repeats}
+    torch._dynamo.config.recompile_limit = 64
+    with torch.no_grad(), cli.recording("ssm", arguments, threads=threads, json=json, plot=plot) as found:
+        for size in batches:
+            _measure(found, dimensions, size, chosen, repeats)
+            torch._dynamo.reset()
+
+
+class _Inputs:
+    """What a mixer hands to its SSM step, of random values; one set for all layers."""
+
+    def __init__(self, shape: Shape, batch: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        normal = functools.partial(torch.randn, generator=generator)
+        self.shape, self.batch = shape, batch
+        self.x = normal(batch, shape.nheads, shape.headdim)
+        self.dt = normal(batch, shape.nheads)
+        self.A = -torch.arange(1.0, shape.nheads + 1)
+        self.B = normal(batch, shape.ngroups, shape.dstate)
+        self.C = normal(batch, shape.ngroups, shape.dstate)
+        self.D = torch.ones(shape.nheads)
+        self.dt_bias = normal(shape.nheads) - 4
+        state = normal(batch, shape.nheads, shape.headdim, shape.dstate)
+        self.states = [state.roll(layer, dims=1).contiguous() for layer in range(shape.n_layers)]
+
+
+Step = Callable[[], list[Tensor]]
+
+
+def _measure(found: Record, shape: Shape, batch: int, chosen: Sequence[str], repeats: int) -> None:
+    inputs = _Inputs(shape, batch)
+    calls: dict[str, Step] = {}
+    gates: dict[str, Gate] = {}
+    work: dict[str, Work] = {}
+    reference: Tensor | None = None
+    for name in chosen:
+        with console.status(f"compiling and checking {name}, batch {batch}"):
+            calls[name], held, tolerance = _variant(name, inputs)
+            y = torch.stack([torch.stack(calls[name]()) for _ in range(CHECKED_STEPS)])
+        reference = y if reference is None else reference
+        gates[name] = Gate.of(y, reference, tolerance)
+        work[name] = Work(updated=held)
+    group = {"shape": shape.name, "layers": shape.n_layers, "batch": batch}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        cli.compare(found, group, calls, gates, work, repeats=repeats, against=(INDUCTOR, FUSED), block_seconds=0.05)
+
+
+def _variant(name: str, inputs: _Inputs) -> tuple[Step, int, float]:
+    """One step of all layers on states of its own, the bytes of these states, and the tolerance of its output."""
+    states = [state.clone() for state in inputs.states]
+    held = sum(state.nbytes for state in states)
+    i = inputs
+    if name in (EAGER, INDUCTOR):
+        update: Callable[[list[Tensor]], list[Tensor]] = functools.partial(_transformers_step, inputs)
+        if name == INDUCTOR:
+            update = torch.compile(update, dynamic=False)
+        return lambda: update(states), held, _EXACT
+    if name == FUSED:
+        arguments = (i.x, i.dt, i.A, i.B, i.C, i.D, i.dt_bias, True)
+        return lambda: [_written(ssm_update_float(state, *arguments)) for state in states], held, _EXACT
+    bits = 8 if "h8" in name else 4
+    scales = [s.abs().amax(dim=(0, 2)) for s in inputs.states] if name.endswith("calibrated") else [None] * len(states)
+    stochastic = name.endswith("stochastic")
+    packed = [
+        DSQState.from_float(state, bits, state_scale=scale, stochastic=stochastic)
+        for state, scale in zip(states, scales, strict=True)
+    ]
+    op = ops.ssm_update_reference if name == OURS_REFERENCE else torch.ops.qmamba.ssm_update.default
+    step = functools.partial(_packed_step, op, packed, inputs)
+    return step, sum(state.packed_nbytes for state in packed), _H8 if bits == 8 else _H4
+
+
+def _transformers_step(inputs: _Inputs, states: list[Tensor]) -> list[Tensor]:
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
+
+    i, shape = inputs, inputs.shape
+    # Expanded as the mixer expands them.
+    dt = i.dt[..., None].expand(-1, -1, shape.headdim)
+    A = i.A[:, None, None].expand(-1, shape.headdim, shape.dstate)
+    D = i.D[:, None].expand(-1, shape.headdim)
+    dt_bias = i.dt_bias[:, None].expand(-1, shape.headdim)
+    return [
+        mamba2_selective_state_update(state, i.x, dt, A, i.B, i.C, D, dt_bias=dt_bias, dt_softplus=True)
+        for state in states
+    ]
+
+
+def _packed_step(op: Callable[..., Tensor], states: list[DSQState], inputs: _Inputs) -> list[Tensor]:
+    i = inputs
+    return [
+        op(
+            s.packed,
+            s.channel_scale,
+            s.state_scale if s.dynamic else None,
+            s.rng,
+            i.x,
+            i.dt,
+            i.A,
+            i.B,
+            i.C,
+            i.D,
+            i.dt_bias,
+            None if s.dynamic else s.state_scale,
+            True,
+            s.bits,
+            s.stochastic,
+        )
+        for s in states
+    ]
+
+
+def _written(y: Tensor | None) -> Tensor:
+    if y is None:
+        raise RuntimeError("no C++ compiler: the fused float32 loop cannot be built; leave fused-float32 out")
+    return y
+
+
+if __name__ == "__main__":
+    cli.run("ssm", main)

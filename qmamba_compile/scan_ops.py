@@ -1,0 +1,511 @@
+"""The faithful scan, ``qmamba::ssm_scan_quantized``: a whole sequence with the state requantized as decode does it.
+
+Perplexity by a parallel scan never touches the state cache and says nothing about its precision. This operator runs
+the recurrence that decode runs, with the same codes at every step, at about the cost of a prefill, and has a
+straight-through gradient for ESR (Q-Mamba). It is for evaluation and calibration; no pass plants it. Beside `ops`, not
+in it, because its reference, its gradient and their arguments are as long as everything that the passes use.
+
+Shapes as in `ops`, with seqlen l: x [b, l, h, p], dt [b, l, h], B and C [b, l, g, n].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import quant, recurrence
+from .cpu_templates import launch as cpu_kernels
+
+_library = torch.library.Library("qmamba", "FRAGMENT")
+
+SCAN_BITS = (8, 4, 3, 2)
+"""Bits of a code. 3 is for evaluation: its codes stay one per byte, since no row of them fills whole bytes evenly."""
+
+_library.define(
+    "ssm_scan_quantized(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+    "Tensor? initial_state, Tensor? state_scale, bool dt_softplus, float dt_min, float dt_max, int? bits, "
+    "bool stochastic, int seed, int flush_interval, bool single_step=False, Tensor? channel_scale=None) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+class StraightThrough(torch.autograd.Function):
+    """``requantize(h)`` forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, requantize: Callable[[Tensor], Tensor]) -> Tensor:
+        return requantize(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class StateStore:
+    """Requantizes a state again and again, as a cache of ``bits`` bits would, and remembers what it last held.
+
+    Calling it with h [b, h, p, n] gives what decode would read back, float32.
+
+    Attributes:
+        codes: int8 [b, h, p, n]; channel_scale: [b, h, p]; state_scale: [b, h, n], or [h, n] when calibrated.
+        rng: [b, 2], key and number of stores; it advances whether or not the rounding is stochastic.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        rng: Tensor,
+        stochastic: bool,
+        state_scale: Tensor | None = None,
+        channel_scale: Tensor | None = None,
+    ) -> None:
+        self.bits, self.rng, self.stochastic = bits, rng, stochastic
+        self.calibrated = state_scale
+        self.fixed = None if channel_scale is None else quant.store_scale(channel_scale)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        h = h.detach().float()
+        state_scale = quant.dynamic_state_scale(h) if self.calibrated is None else self.calibrated
+        if self.fixed is None:
+            channel_scale = quant.channel_scale_of(h, state_scale, self.bits)
+        else:
+            # Codes clamp. What is not finite must show all the same, and a code cannot hold it.
+            channel_scale = torch.where(h.isfinite().all(dim=-1), self.fixed, math.nan)
+        noise = quant.uniform_noise(self.rng, h.shape[1:]) if self.stochastic else None
+        self.codes = quant.quantize_codes(h, channel_scale, state_scale, self.bits, noise=noise)
+        self.channel_scale, self.state_scale = channel_scale, state_scale
+        self.rng[:, 1] += 1
+        return self.codes.float() * state_scale.float()[..., None, :] * channel_scale.float()[..., None]
+
+    def outputs(self) -> list[Tensor]:
+        """packed, channel_scale, rng, and state_scale when dynamic."""
+        packed = self.codes if self.bits == 3 else quant.pack(self.codes, self.bits)
+        return [packed, self.channel_scale, self.rng] + ([self.state_scale] if self.calibrated is None else [])
+
+
+def step_sizes(
+    dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float
+) -> tuple[Tensor, Tensor]:
+    """dt after bias, softplus and limits, and exp(dt * A): float32 [b, l, h], the bits that decode computes."""
+    dt, _ = recurrence.step_sizes(dt, A, dt_bias, dt_softplus)
+    dt = dt.clamp(dt_min, dt_max).contiguous()
+    return dt, recurrence.exp(dt * A.float())
+
+
+def scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    dA: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    requantize: Callable[[Tensor], Tensor] | None,
+    flush_interval: int = 1,
+    single_step: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence with any quantizer, one token at a time, in plain torch; differentiable, straight through it.
+
+    ``h_t = dA_t * state_{t-1} + (dt_t * B_t) x_t`` and ``y_t = C_t . h_t``. With ``single_step`` the state is h_t of
+    the float recurrence and only y sees a quantized one: ``hbar_t = dA_t * Q(state_{t-1}) + (dt_t * B_t) x_t``.
+
+    Args:
+        dt, dA: [b, l, h], see `step_sizes`.
+        state: [b, h, p, n], as decode reads it before the first token (``single_step``: before it is quantized).
+        requantize: h [b, h, p, n] -> what is read back after a store; ``None`` keeps the float state.
+        flush_interval: requantize after every so many steps.
+
+    Returns:
+        y [b, l, h, p] without the D skip, and the last state.
+    """
+    repeats = x.shape[2] // B.shape[2]
+    x, outputs = x.to(dt.dtype), []
+
+    def stored(h: Tensor) -> Tensor:
+        return h if requantize is None else StraightThrough.apply(h, requantize)
+
+    for t in range(x.shape[1]):
+        decay = dA[:, t, :, None, None]
+        dB = dt[:, t, :, None] * B[:, t].to(dt.dtype).repeat_interleave(repeats, dim=1)
+        dBx = dB[:, :, None, :] * x[:, t, :, :, None]
+        h = (stored(state) if single_step else state) * decay + dBx
+        outputs.append(torch.einsum("bhpn,bhn->bhp", h, C[:, t].to(dt.dtype).repeat_interleave(repeats, dim=1)))
+        if single_step:
+            state = state * decay + dBx
+        elif (t + 1) % flush_interval == 0:
+            state = stored(h)
+        else:
+            state = h
+    return torch.stack(outputs, dim=1), state
+
+
+def ssm_scan_quantized_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool = False,
+    channel_scale: Tensor | None = None,
+) -> list[Tensor]:
+    """`ssm_scan_quantized` in plain torch."""
+    _check(bits, flush_interval, single_step, state_scale, channel_scale)
+    batch, _, nheads, headdim = x.shape
+    dt, dA = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
+    state = x.new_zeros((batch, nheads, headdim, B.shape[-1]), dtype=torch.float32)
+    if initial_state is not None:
+        state = initial_state.float()
+    store = None
+    if bits is not None:
+        store = StateStore(bits, quant.new_rng(batch, seed, x.device), stochastic, state_scale, channel_scale)
+        if not single_step:
+            state = StraightThrough.apply(state, store)
+    y, state = scan_reference(x, dt, dA, B, C, state, store, flush_interval, single_step)
+    if D is not None:
+        y = y + x.float() * D.float()[:, None]
+    if store is None:
+        return [y, state]
+    if single_step:
+        store(state)
+    return [y, *store.outputs()]
+
+
+@torch.library.impl(_library, "ssm_scan_quantized", "CompositeExplicitAutograd")
+def ssm_scan_quantized(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool = False,
+    channel_scale: Tensor | None = None,
+) -> list[Tensor]:
+    """Run a whole sequence with the state requantized as decode requantizes it.
+
+    Equal, bit for bit, to `ops.quantize_state` of ``initial_state`` followed by one `ops.ssm_update` a token (at
+    ``flush_interval`` 1): the same codes, scales and noise. Its gradient takes requantization for the identity, along
+    the quantized trajectory.
+
+    Args:
+        initial_state: [b, h, p, n], quantized first, as prefill hands it over; ``None`` is zeros.
+        state_scale: calibrated, [h, n]; ``None`` measures it at each store.
+        bits: one of `SCAN_BITS`, or ``None`` for a float state.
+        seed: key of the noise of stochastic rounding.
+        flush_interval: the state is requantized after every so many steps, and float32 in between.
+        single_step: ESR's simulation in the paper: the state stays float, and each y is read from a step that
+            began at its quantized copy.
+        channel_scale: calibrated, [h, p], for scales of which none is measured; codes clamp. Needs ``state_scale``.
+
+    Returns:
+        y [b, l, h, p] float32 and the state as decode holds it after the last store: packed (3 bits: int8 codes
+        [b, h, p, n]), channel_scale [b, h, p], rng [b, 2], and state_scale [b, h, n] when dynamic.
+        ``bits=None``: y and the state, float32.
+
+    Raises:
+        ValueError: arguments that contradict each other.
+    """
+    _check(bits, flush_interval, single_step, state_scale, channel_scale)
+    if x.is_cpu and x.shape[1] > 0:
+        step_dt, decay = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
+        states, store = _first_states(
+            initial_state, B, bits, stochastic, seed, single_step, state_scale, channel_scale, x.shape
+        )
+        scales = (state_scale, None if store is None else store.fixed)
+        found = cpu_kernels.ssm_scan(
+            x, step_dt, decay, B, C, D, states, scales, bits, stochastic, seed, flush_interval, single_step
+        )
+        if found is not None:
+            if store is None:
+                return found
+            stores = x.shape[1] // flush_interval
+            store.rng[:, 1] = 1 + stores
+            if stores:
+                store.codes, store.channel_scale, store.state_scale = found[1:]
+            return [found[0], *store.outputs()]
+    return ssm_scan_quantized_reference(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        initial_state,
+        state_scale,
+        dt_softplus,
+        dt_min,
+        dt_max,
+        bits,
+        stochastic,
+        seed,
+        flush_interval,
+        single_step,
+        channel_scale,
+    )
+
+
+def _first_states(
+    initial_state: Tensor | None,
+    B: Tensor,
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    single_step: bool,
+    state_scale: Tensor | None,
+    channel_scale: Tensor | None,
+    shape: torch.Size,
+) -> tuple[tuple[Tensor | None, Tensor | None], StateStore | None]:
+    """The state that the first token begins at (and its quantized copy, for a single step), and where it is stored."""
+    if bits is None:
+        return (initial_state, None), None
+    batch, _, nheads, headdim = shape
+    store = StateStore(bits, quant.new_rng(batch, seed, B.device), stochastic, state_scale, channel_scale)
+    state = initial_state
+    if state is None:
+        state = B.new_zeros((batch, nheads, headdim, B.shape[-1]), dtype=torch.float32)
+    read = store(state)
+    return ((state, read) if single_step else (read, None)), store
+
+
+@torch.library.register_fake("qmamba::ssm_scan_quantized", lib=_library)
+def _(x, dt, A, B, C, D, dt_bias, initial_state, state_scale, dt_softplus, dt_min, dt_max, bits, *args) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    batch, _, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    y = x.new_empty(x.shape, dtype=torch.float32)
+    if bits is None:
+        return [y, x.new_empty((batch, nheads, headdim, dstate), dtype=torch.float32)]
+    width = dstate if bits == 3 else quant.packed_width(dstate, bits)
+    outputs = [
+        y,
+        x.new_empty((batch, nheads, headdim, width), dtype=torch.uint8 if bits in (4, 2) else torch.int8),
+        x.new_empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE),
+        x.new_empty((batch, 2), dtype=torch.int64),
+    ]
+    return outputs + ([x.new_empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE)] if state_scale is None else [])
+
+
+# --- gradient ------------------------------------------------------------------------------------------------------
+
+_library.define(
+    "ssm_scan_quantized_backward(Tensor grad_y, Tensor? grad_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? dt_bias, Tensor? initial_state, Tensor? state_scale, bool dt_softplus, float dt_min, "
+    "float dt_max, int? bits, bool stochastic, int seed, int flush_interval, bool single_step, Tensor? channel_scale) "
+    "-> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+_CHUNK = 64
+"""Tokens whose states the plain gradient holds at once, beside one state of each chunk."""
+
+
+@torch.library.impl(_library, "ssm_scan_quantized_backward", "CompositeExplicitAutograd")
+def ssm_scan_quantized_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+    channel_scale: Tensor | None,
+) -> list[Tensor]:
+    """Gradient of `ssm_scan_quantized` as if every requantization were the identity, along the quantized trajectory.
+
+    The trajectory is computed anew from the inputs, in chunks: memory for one state a chunk and one chunk's states.
+
+    Args:
+        grad_y: [b, l, h, p]; grad_state: [b, h, p, n] of the float state (``bits=None``), or ``None`` for zeros.
+
+    Returns:
+        Gradients of x, dt, A, B, C, D [h], dt_bias [h] and initial_state, in their dtypes (the last three float32).
+    """
+    _check(bits, flush_interval, single_step, state_scale, channel_scale)
+    step_dt, decay = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
+    states, store = _first_states(
+        initial_state, B, bits, stochastic, seed, single_step, state_scale, channel_scale, x.shape
+    )
+    found = None
+    if x.is_cpu:
+        scales = (state_scale, None if store is None else store.fixed)
+        found = cpu_kernels.ssm_scan_backward(
+            grad_y,
+            grad_state,
+            x,
+            step_dt,
+            decay,
+            B,
+            C,
+            states,
+            scales,
+            bits,
+            stochastic,
+            seed,
+            flush_interval,
+            single_step,
+        )
+    if found is None:
+        state = x.new_zeros((*x.shape[:1], *x.shape[2:], B.shape[-1])) if states[0] is None else states[0]
+        if single_step and store is not None:
+            store.rng[:, 1] = 0  # the plain scan stores the first state itself
+        found = scan_backward_reference(
+            grad_y, grad_state, x, step_dt, decay, B, C, state, store, flush_interval, single_step
+        )
+    grad_x, grad_dt, grad_decay, grad_B, grad_C, grad_initial = found
+    groups = (*B.shape[:3], -1, B.shape[-1])
+    grad_B, grad_C = grad_B.view(groups).sum(3), grad_C.view(groups).sum(3)
+    if D is not None:
+        grad_x = grad_x + grad_y * D.float()[:, None]
+    through = grad_decay * decay
+    grad_dt = grad_dt + through * A.float()
+    raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    free = recurrence.softplus(raw) if dt_softplus else raw
+    grad_dt = torch.where((free >= dt_min) & (free <= dt_max), grad_dt, 0.0)
+    if dt_softplus:
+        grad_dt = grad_dt * torch.sigmoid(raw)
+    return [
+        grad_x.to(x.dtype),
+        grad_dt.to(dt.dtype),
+        (through * step_dt).sum((0, 1)).to(A.dtype),
+        grad_B.to(B.dtype),
+        grad_C.to(C.dtype),
+        (grad_y * x.float()).sum((0, 1, 3)),
+        grad_dt.sum((0, 1)),
+        grad_initial,
+    ]
+
+
+@torch.library.register_fake("qmamba::ssm_scan_quantized_backward", lib=_library)
+def _(grad_y, grad_state, x, dt, A, B, C, *args) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    batch, _, nheads, headdim = x.shape
+    shapes = [(nheads,), (nheads,), (batch, nheads, headdim, B.shape[-1])]
+    return [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C)] + [
+        x.new_empty(shape, dtype=torch.float32) for shape in shapes
+    ]
+
+
+def scan_backward_reference(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    store: StateStore | None,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor]:
+    """Gradient of `scan_reference` in plain torch: of x, dt, decay, B and C for each head [b, l, h, n], and state."""
+    seqlen, repeats = x.shape[1], x.shape[2] // B.shape[2]
+    x, B, C = x.float(), B.float().repeat_interleave(repeats, 2), C.float().repeat_interleave(repeats, 2)
+    # Each chunk's first state, and how many stores were made before it.
+    kept = []
+    begins = range(0, seqlen, _CHUNK)
+
+    def advance(state: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """The state that step t begins at as y sees it, and the state after it."""
+        seen = store(state) if single_step and store is not None else state
+        h = state * decay[:, t, :, None, None] + (dt[:, t, :, None] * B[:, t])[:, :, None, :] * x[:, t, :, :, None]
+        stored = store is not None and not single_step and (t + 1) % flush_interval == 0
+        return seen, store(h) if stored and store is not None else h
+
+    for begin in begins:
+        kept.append((state, None if store is None else store.rng.clone()))
+        for t in range(begin, min(begin + _CHUNK, seqlen)):
+            _, state = advance(state, t)
+    grads = [torch.empty_like(like) for like in (x, dt, decay, B, C)]
+    grad = torch.zeros_like(state) if grad_state is None else grad_state.float()
+    for begin, (state, rng) in reversed(list(zip(begins, kept, strict=True))):
+        if store is not None and rng is not None:
+            store.rng.copy_(rng)
+        states = []
+        for t in range(begin, min(begin + _CHUNK, seqlen)):
+            seen, after = advance(state, t)
+            states.append((t, state, seen))
+            state = after
+        for t, before, seen in reversed(states):
+            step = dt[:, t, :, None]  # [b, h, 1]
+            h = seen * decay[:, t, :, None, None] + (step * B[:, t])[:, :, None, :] * x[:, t, :, :, None]
+            from_y = C[:, t, :, None, :] * grad_y[:, t, :, :, None]  # [b, h, p, n]
+            grad_dtx = torch.einsum("bhpn,bhn->bhp", grad + from_y, B[:, t])
+            grads[0][:, t] = step * grad_dtx
+            grads[1][:, t] = (grad_dtx * x[:, t]).sum(-1)
+            grads[2][:, t] = (grad * before + from_y * seen).sum((-1, -2))
+            grads[3][:, t] = step * torch.einsum("bhpn,bhp->bhn", grad + from_y, x[:, t])
+            grads[4][:, t] = torch.einsum("bhpn,bhp->bhn", h, grad_y[:, t])
+            grad = (grad + from_y) * decay[:, t, :, None, None]
+    return [*grads, grad]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, ctx.channel_scale = (*inputs[:9], inputs[17])
+    ctx.save_for_backward(*tensors)
+    ctx.settings = inputs[9:17]
+    # Codes, scales and counters have no gradient.
+    ctx.mark_non_differentiable(*(output[1:] if inputs[12] is not None else []))
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    tensors, settings = ctx.saved_tensors, ctx.settings
+    x, bits = tensors[0], settings[3]
+    grad_y = grads[0] if grads[0] is not None else x.new_zeros(x.shape, dtype=torch.float32)
+    found = torch.ops.qmamba.ssm_scan_quantized_backward(
+        grad_y, grads[1] if bits is None else None, *tensors, *settings, ctx.channel_scale
+    )
+    wanted = [grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad, strict=False)]
+    # As many as there were arguments: the dispatcher drops those that equal their defaults from the end.
+    return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted)))
+
+
+torch.library.register_autograd("qmamba::ssm_scan_quantized", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _check(
+    bits: int | None, flush_interval: int, single_step: bool, state_scale: Tensor | None, channel_scale: Tensor | None
+) -> None:
+    if bits is not None and bits not in SCAN_BITS:
+        raise ValueError(f"bits={bits} is not allowed; use one of {SCAN_BITS} or None")
+    if flush_interval < 1:
+        raise ValueError(f"flush_interval={flush_interval} is not allowed; use 1 or more steps")
+    if single_step and flush_interval != 1:
+        raise ValueError(f"flush_interval={flush_interval}: a single step always begins at a quantized state; use 1")
+    if channel_scale is not None and state_scale is None:
+        raise ValueError("a calibrated channel_scale needs a calibrated state_scale")

@@ -1,0 +1,70 @@
+"""Variants of a whole model: shared weights, own graphs, bytes, and options by name."""
+
+import copy
+
+import pytest
+import torch
+
+from bench.shapes import shape_named
+from bench.variants import EAGER, OURS, VARIANTS, Models, Runner, random_ids, restore, state_bytes, with_options
+from qmamba_compile import ConfigError, DSQState
+
+
+def test_an_option_makes_one_more_variant():
+    known = with_options(["rounding=stochastic", "seed=7", "skip_layers=lm_head,backbone.layers.0"])
+    (name,) = set(known) - set(VARIANTS)
+    assert "rounding=stochastic" in name
+    assert known[name].options["rounding"] == "stochastic" and known[name].options["seed"] == 7
+    assert known[name].options["skip_layers"] == ("lm_head", "backbone.layers.0")
+    assert known[name].weights != VARIANTS[OURS].weights
+    assert with_options([]) == VARIANTS
+
+
+@pytest.mark.parametrize("text", ["rounding", "nonsense=1", "rounding=up", "state_bits=5"])
+def test_an_option_that_is_not_allowed_is_refused(text):
+    with pytest.raises(ConfigError) as refusal:
+        with_options([text])
+    assert text.partition("=")[0] in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models(shape_named("tiny"))
+
+
+@torch.no_grad()
+def test_caches_start_from_the_same_prompt_and_can_be_restored(models):
+    ids = random_ids(models.shape, 3, 1, seed=5)
+    for name in (EAGER, OURS):
+        options = {**VARIANTS[name].options, "inner_backend": "eager"} if name == OURS else {}
+        variant = VARIANTS[name]
+        runner = Runner(type(variant)(name, variant.weights, variant.backend, variant.tolerance, options), models)
+        cache = runner.cache(3)
+        saved = copy.deepcopy(cache)
+        first = runner.step(ids, cache)
+        assert first.shape == (3, models.shape.vocab_size)
+        assert not torch.equal(runner.step(ids, cache), first)
+        restore(cache, saved)
+        assert torch.equal(runner.step(ids, cache), first)
+        assert isinstance(cache.layers[0].recurrent_states[0], DSQState) == (name == OURS)
+
+
+@torch.no_grad()
+def test_bytes_of_weights_and_state(models):
+    shape = models.shape
+    linear = sum(s.in_features * s.out_features * s.count for s in shape.linears)
+    floats, ours = Runner(VARIANTS[EAGER], models), Runner(VARIANTS[OURS], models)
+    states = shape.n_layers * 4 * (shape.d_inner * shape.dstate + 4 * shape.conv_dim)
+    assert state_bytes(floats.cache(2)) == 2 * states
+    assert state_bytes(ours.cache(2)) < states
+    assert 4 * linear < floats.weight_bytes < 4.3 * linear
+    assert linear < ours.weight_bytes < 1.3 * linear
+    # The float embedding stays resident, but a step reads one row of it.
+    assert ours.held_bytes - ours.weight_bytes == 4 * shape.vocab_size * shape.d_model
+
+
+@torch.no_grad()
+def test_a_head_left_alone_is_read_as_the_embedding_it_is_tied_to(models):
+    skipping = Runner(list(with_options(["skip_layers=lm_head", "inner_backend=eager"]).values())[-1], models)
+    skipping.cache(1)
+    assert skipping.held_bytes == skipping.weight_bytes
