@@ -58,11 +58,20 @@ def _chosen(
     bits: int | None,
     dynamic: bool,
     stochastic: bool,
-    state_dtype: str,
+    state_dtype: str = "float32",
+    flush_interval: int = 1,
 ) -> Spec | None:
     try:
         return tuning.ssm_update(
-            architecture, programs, headdim, dstate, bits, dynamic, stochastic, state_dtype=state_dtype
+            architecture,
+            programs,
+            headdim,
+            dstate,
+            bits,
+            dynamic,
+            stochastic,
+            state_dtype=state_dtype,
+            flush_interval=flush_interval,
         )
     except ConfigError as error:
         log.warning("no Triton kernel, the torch reference runs instead: %s", error)
@@ -98,22 +107,28 @@ def ssm_update(
         z: [b, h, p]; y is multiplied by silu(z).
         slots: [b] integers; the state of batch entry i is entry slots[i] of the packed tensors, which then are a pool
             of any number of states. Negative: padding, nothing is written but zeros to y. No slot may occur twice.
+        ring: of a checkpointed state; sequences whose ring is full store their state, the others append to it.
         dt_min, dt_max: limits of dt after softplus.
     """
     architecture = target(x.device.type, x.device.index)
-    if architecture is None or ring is not None or not _states_fit(packed, channel_scale, state_scale_out, rng):
+    if architecture is None or not _states_fit(packed, channel_scale, state_scale_out, rng, ring):
         return None
     batch, nheads, headdim = x.shape
     dstate = quant.unpacked_width(packed.shape[-1], bits)
     dynamic = state_scale_out is not None
-    spec = _chosen(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic, "float32")
+    interval = 1 if ring is None else ring.x.shape[1] + 1
+    spec = _chosen(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic, flush_interval=interval)
     scale = state_scale_out if state_scale_out is not None else state_scale
     if spec is None or scale is None or not scale.is_contiguous():
         return None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state = (packed.view(torch.int32), channel_scale, scale, rng)
+    if ring is not None and interval > 1:
+        state += (ring.x, ring.B, ring.decay, ring.position)
     _launch(spec, state, slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
-    if stochastic:
+    if ring is not None and interval > 1:
+        load(spec).advance[batch,](rng, slots, ring.position, num_warps=1)
+    elif stochastic:
         _advance(rng, slots)
     return y
 
@@ -202,10 +217,14 @@ def _advance(rng: Tensor, slots: Tensor | None) -> None:
         rng[:, 1].index_add_(0, slots.clamp(min=0).long(), (slots >= 0).to(rng.dtype))
 
 
-def _states_fit(packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor) -> bool:
-    """The kernels write in place, so these cannot be copied into a layout that suits them."""
+def _states_fit(
+    packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None
+) -> bool:
+    """The kernels write in place, so these cannot be copied into a layout that suits them. No ring of int8."""
+    written = (packed, channel_scale, state_scale_out, rng, *(() if ring is None else ring))
     return (
-        all(t is None or t.is_contiguous() for t in (packed, channel_scale, state_scale_out, rng))
+        all(t is None or t.is_contiguous() for t in written)
+        and (ring is None or (ring.scale is None and ring.x.dtype in (torch.bfloat16, torch.float32)))
         and channel_scale.dtype is quant.SCALE_DTYPE
         and (state_scale_out is None or state_scale_out.dtype is quant.SCALE_DTYPE)
         and packed.shape[-1] % 4 == 0

@@ -60,6 +60,7 @@ class Spec:
         warps: warps of a program.
         target: one of `TARGETS`.
         state_dtype: one of `STATE_DTYPES`, for ``bits=None``.
+        flush_interval: L of a checkpointed state, which is stored once in L steps; 1 is a state without a ring.
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -74,6 +75,7 @@ class Spec:
     warps: int = 1
     target: str = "sm_90"
     state_dtype: str = "float32"
+    flush_interval: int = 1
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -94,6 +96,8 @@ class Spec:
             )
         if not _is_power_of_two(self.rows) or not _is_power_of_two(self.warps) or self.warps > 16:
             raise ConfigError(f"rows={self.rows}, warps={self.warps}: powers of two are allowed, and 16 warps at most")
+        if not 1 <= self.flush_interval <= 65 or (self.flush_interval > 1 and self.bits is None):
+            raise ConfigError(f"flush_interval={self.flush_interval}: 1 to 65 are allowed, and 1 for a float state")
         if self.dynamic and self.rows < self.headdim:
             raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
 
@@ -105,6 +109,8 @@ class Spec:
         else:
             words.append(f"b{self.bits}")
             words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
+        if self.flush_interval > 1:
+            words.append(f"every{self.flush_interval}")
         return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
 
     @property
@@ -272,6 +278,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
         "tile_mask_store": tile_mask,
         "padded_columns": _padded(spec.dstate),
+        "ring": spec.flush_interval - 1,
     }
     if spec.bits is None:
         return constants
@@ -284,6 +291,9 @@ def _constants(spec: Spec) -> dict[str, Any]:
     # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code).
     constant_bits = 0x4B400000
     return constants | {
+        "padded_ring": _padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
+        "n_mask": f", mask=n < {spec.dstate}, other=0.0" if _padded(spec.dstate) != spec.dstate else "",
+        "n_mask_store": f", mask=n < {spec.dstate}" if _padded(spec.dstate) != spec.dstate else "",
         "words": spec.words,
         "padded_words": _padded(spec.words),
         "padded_rows": spec.rows,

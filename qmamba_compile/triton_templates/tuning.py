@@ -66,6 +66,7 @@ def ssm_update(
     stochastic: bool,
     *,
     state_dtype: str = "float32",
+    flush_interval: int = 1,
 ) -> Spec:
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
@@ -95,7 +96,7 @@ def ssm_update(
         fewest = max(1, lanes * 16 // row_bytes)
         while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
             rows //= 2
-    return Spec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture, state_dtype)
+    return Spec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture, state_dtype, flush_interval)
 
 
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
