@@ -41,6 +41,10 @@ def target_of(architecture: str) -> str:
     raise ConfigError(f"architecture {architecture!r} has no kernels; they are written for {TARGETS}")
 
 
+READ_TILES = 4
+"""Tiles that a step which only reads a checkpointed state takes at a time. Instructions an element in that loop: 6.0 with
+1, 5.2 with 2, 4.6 with 4 (sm_90, 64 x 128, 4 bits); 4 also keep 64 bytes of each thread under way."""
+
 STATE_DTYPES = ("float32", "bfloat16")
 
 _HIGHEST_FIELD = 23
@@ -291,6 +295,8 @@ def _constants(spec: Spec) -> dict[str, Any]:
     # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code).
     constant_bits = 0x4B400000
     return constants | {
+        # Reading keeps no updated state in registers: more rows share what each tile costs.
+        "read_tile": min(spec.rows, READ_TILES * spec.tile),
         "padded_ring": _padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
         "n_mask": f", mask=n < {spec.dstate}, other=0.0" if _padded(spec.dstate) != spec.dstate else "",
         "n_mask_store": f", mask=n < {spec.dstate}" if _padded(spec.dstate) != spec.dstate else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from test_cpu_ssm_update import Problem
 from test_triton_ssm_update import SMALL, Y_TOLERANCE, poisoned_launch
 
-from qmamba_compile import ops, quant, recurrence
+from qmamba_compile import ops, recurrence
 from qmamba_compile.triton_templates import compiled, launch, tuning
-from qmamba_compile.triton_templates.render import load
+from qmamba_compile.triton_templates.render import READ_TILES, load, render
 
 
 def check(change: dict[str, Any], flush_interval: int, steps: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -127,22 +128,30 @@ def loops(assembly: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_reading_takes_half_the_instructions_of_storing(target: str) -> None:
-    spec = tuning.ssm_update(target, 64 * 80, 64, 128, 4, False, False, flush_interval=8)
+def test_a_reading_step_takes_half_the_instructions(target: str) -> None:
+    """Of the loop over a state's tiles; 0.48 of the storing step's on sm_90 when the bound was set."""
     types, constants = compiled.ssm_update_signature()
     types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
-    kernel = compiled.compile_kernel(load(spec), "ssm_update", types, constants, target, spec.warps)
-    found = compiled.facts(kernel)
-    assert found.spills == 0 and found.local_accesses == 0 and found.registers <= 168
-    # The first loop with 16-byte loads is the read step's: a tile of 32 elements a thread, and no store of the state.
-    read = next(loop for loop in loops(compiled.disassemble(kernel)) if any("LDG" in n and "128" in n for n in loop))
-    assert not any(name.startswith("STG") and "128" in name for name in read)
-    stored_step = compiled.ssm_update_facts(tuning.ssm_update(target, 64 * 80, 64, 128, 4, False, False))
-    elements = spec.rows * spec.dstate / 32
-    assert len(read) / 32 <= stored_step.instructions / elements / 2, len(read) / 32
+    found = {}
+    for interval in (1, 8):
+        spec = tuning.ssm_update(target, 64 * 80, 64, 128, 4, False, False, flush_interval=interval)
+        kernel = compiled.compile_kernel(load(spec), "ssm_update", types, constants, target, spec.warps)
+        facts = compiled.facts(kernel)
+        assert facts.spills == 0 and facts.local_accesses == 0 and facts.registers <= 168
+        # The first loop with 16-byte loads is the read step's, where there is one.
+        loop = next(loop for loop in loops(compiled.disassemble(kernel)) if count(loop, "LDG") > 0)
+        assert (count(loop, "STG") == 0) == (interval > 1)
+        rows = spec.tile * (READ_TILES if interval > 1 else 1)
+        found[interval] = len(loop) / (rows * spec.dstate / 32)
+    assert found[8] <= 0.55 * found[1], found
 
 
-def test_bits_of_the_state_are_what_they_were() -> None:
-    """The spec of a state without a ring renders no ring."""
-    assert "ring" not in load(tuning.ssm_update("interpreter", 1, 8, 32, 4, False, False)).__doc__
-    assert quant.STATE_BITS == (8, 4, 2)
+def count(loop: list[str], name: str) -> int:
+    """16-byte accesses of a kind in a loop."""
+    return sum(instruction.startswith(name) and "128" in instruction.split(".") for instruction in loop)
+
+
+def test_a_state_without_a_ring_renders_none() -> None:
+    plain = tuning.ssm_update("interpreter", 1, 8, 32, 4, False, False)
+    assert "ring" not in render(plain)
+    assert "ring" in render(dataclasses.replace(plain, flush_interval=2))

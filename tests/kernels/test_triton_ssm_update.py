@@ -109,7 +109,6 @@ def test_64_steps(interpreted: Interpreted, bits: int, dynamic: bool, stochastic
     interpreted(check, 64, row, 0.0 if dynamic else CODES_OFF)
 
 
-
 def check_same_h(row: dict[str, Any]) -> None:
     """A step that leaves h as it is (dt = 0) on codes that do not use the whole grid: requantization alone."""
     problem = Problem(**row)
