@@ -7,6 +7,7 @@ layers of a model do. A figure is the median of the replays, with their quartile
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -117,7 +118,7 @@ class Step:
             RuntimeError: there is no kernel for these arguments; a reference must not be measured in its place.
         """
         if self.variant.bits is None:
-            y = launch.ssm_update_float(*self.state, *self.inputs, True)
+            y = launch.ssm_update_float(*self.state, *self.inputs, dt_softplus=True)
         else:
             options = (self.calibrated, True, self.variant.bits, self.variant.stochastic)
             y = packed_step(*self.state, *self.inputs, *options)
@@ -141,7 +142,7 @@ def check_step(model: Model, variant: Variant, device: str, steps: int = _CHECK_
     for number in range(steps):
         step.inputs = Step.random(model, variant, 2, device, torch.bfloat16, seed=number).inputs
         if variant.bits is None:
-            state, expected = recurrence.step(step.state[0].float(), *step.inputs, True)
+            state, expected = recurrence.step(step.state[0].float(), *step.inputs, dt_softplus=True)
             y = step.run()
             unit = torch.finfo(step.state[0].dtype).eps
             beyond += int(((step.state[0].float() - state).abs() > 16 * unit * (1 + state.abs())).sum())
@@ -272,7 +273,7 @@ def baseline_call(step: Step, kernel: Callable[..., Tensor] | None) -> Callable[
     """The step of mamba-ssm on a float state, or its reference in plain torch."""
     (state,), (x, dt, A, B, C, D, bias) = step.state, step.inputs
     if kernel is None:
-        return lambda: state.copy_(recurrence.step(state.float(), *step.inputs, True)[0])
+        return lambda: state.copy_(recurrence.step(state.float(), *step.inputs, dt_softplus=True)[0])
     headdim, dstate = state.shape[-2:]
     # It takes per-head vectors expanded by strides of 0.
     arguments = (
@@ -329,8 +330,9 @@ def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
                 if deadline.passed():
                     return
                 x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-                w8a8 = [lambda q=q: torch.ops.qmamba.w8a8_linear(x, q, scale, None, None, None) for q in packed]  # noqa: B023
-                bf16 = [lambda w=w: torch.nn.functional.linear(x, w) for w in halves]  # noqa: B023
+                linear = torch.ops.qmamba.w8a8_linear
+                w8a8 = [functools.partial(linear, x, q, scale, None, None, None) for q in packed]
+                bf16 = [functools.partial(torch.nn.functional.linear, x, w) for w in halves]
                 for kind, calls in (("w8a8", w8a8), ("bf16", bf16)):
                     entry = {"model": model_name, "outputs": outputs, "inputs": inputs, "rows": rows, "kind": kind}
                     yield entry | {"seconds": dataclasses.asdict(time_graph(calls))}
@@ -350,7 +352,7 @@ def _network(model_name: str, layers: int, device: str) -> Any:
         n_groups=model.ngroups,
     )
     with torch.device(device):
-        network = transformers.Mamba2ForCausalLM(config)
+        network: Any = transformers.Mamba2ForCausalLM(config)
     return network.to(torch.bfloat16).eval().requires_grad_(False)
 
 
@@ -430,7 +432,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def ssm_speedups(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each of our packed steps over our own bf16 and float32 states of the same model and batch, where both are there."""
+    """Each of our packed steps over float states of the same model and batch, where both are there."""
     times = {(e["model"], e["batch"], e["state"], e["kernel"]): e["seconds"]["median"] for e in entries}
     found = []
     for (model, batch, state, kernel), seconds in times.items():

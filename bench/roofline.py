@@ -1,8 +1,8 @@
 """``python -m bench.roofline``: the generated GPU kernels against the published peaks of GPUs, on paper.
 
 Bytes are counted from the tensors of a step, instructions from compiled code; neither needs a GPU. The time of a roof
-is a lower bound: the largest of the roofs is what the kernel would take if nothing else stood in its way. No figure here
-was measured.
+is a lower bound: the largest of the roofs is what the kernel would take if nothing else stood in its way. No figure
+here was measured.
 """
 
 from __future__ import annotations

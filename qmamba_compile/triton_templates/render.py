@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import quant
-from ..recurrence import EXP_CONSTANTS
 from ..errors import ConfigError
+from ..recurrence import EXP_CONSTANTS
 
 if TYPE_CHECKING:
     import jinja2
@@ -42,8 +42,8 @@ def target_of(architecture: str) -> str:
 
 
 READ_TILES = 4
-"""Tiles that a step which only reads a checkpointed state takes at a time. Instructions an element in that loop: 6.0 with
-1, 5.2 with 2, 4.6 with 4 (sm_90, 64 x 128, 4 bits); 4 also keep 64 bytes of each thread under way."""
+"""Tiles that a step which only reads a checkpointed state takes at a time. Instructions an element in that loop: 6.0
+with 1, 5.2 with 2, 4.6 with 4 (sm_90, 64 x 128, 4 bits); 4 also keep 64 bytes of each thread under way."""
 
 STATE_DTYPES = ("float32", "bfloat16")
 
