@@ -114,9 +114,9 @@ def _make_state(output: StateOutput, parts: list[Tensor]) -> DSQState:
 
 
 def _require_finite(state: DSQState, layer: str) -> None:
-    bad = ~state.channel_scale.isfinite()
+    bad = state.nonfinite()
     if bool(bad.any()):
-        batch, head = (int(i) for i in bad.nonzero()[0][:2])
+        batch, head = (int(i) for i in bad.nonzero()[0])
         raise NonFiniteStateError(
             f"{layer}: the SSM state of sequence {batch}, head {head} is NaN or infinite; "
             "the inputs or weights of this layer overflowed (check_finite=False lets NaN run through to the logits)"

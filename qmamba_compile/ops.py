@@ -56,6 +56,11 @@ _define(
     "w8a8_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale) "
     "-> Tensor"
 )
+_define(
+    "norm_w8a8_linear(Tensor x, Tensor? gate, Tensor norm_weight, float epsilon, int group_size, Tensor qdata, "
+    "Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale) -> Tensor"
+)
+_define("conv_update(Tensor(a!) conv_state, Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
 
 
 def _implement(name: str):  # type: ignore[no-untyped-def]
@@ -337,6 +342,22 @@ def w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
 ) -> Tensor:
+    """`w8a8_linear_reference` by the fastest kernel that this device has."""
+    if x.is_cpu:
+        y = cpu_kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+        if y is not None:
+            return y
+    return w8a8_linear_reference(x, qdata, scale, bias, act_pre_scale, act_scale)
+
+
+def w8a8_linear_reference(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor:
     """int8 x int8 linear [..., k] -> [..., o] with int32 accumulation.
 
     Args:
@@ -369,3 +390,78 @@ def w8a8_linear(
 @_fake("w8a8_linear")
 def _(x: Tensor, qdata: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+@_implement("norm_w8a8_linear")
+def norm_w8a8_linear(
+    x: Tensor,
+    gate: Tensor | None,
+    norm_weight: Tensor,
+    epsilon: float,
+    group_size: int,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor:
+    """`w8a8_linear` of `rms_norm_reference`, by the fastest kernel that this device has: [..., k] -> [..., o]."""
+    if x.is_cpu:
+        y = cpu_kernels.norm_w8a8_linear(
+            x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale
+        )
+        if y is not None:
+            return y
+    normed = rms_norm_reference(x, gate, norm_weight, epsilon, group_size)
+    return w8a8_linear(normed, qdata, scale, bias, act_pre_scale, act_scale)
+
+
+def rms_norm_reference(x: Tensor, gate: Tensor | None, norm_weight: Tensor, epsilon: float, group_size: int) -> Tensor:
+    """RMSNorm of x [..., k], or of ``x * silu(gate)``, over groups of ``group_size`` features, in plain torch.
+
+    In float32 up to the root mean square, then in x's dtype times ``norm_weight`` [k], as transformers has it.
+    """
+    h = x.float()
+    if gate is not None:
+        h = h * F.silu(gate.float())
+    groups = h.unflatten(-1, (-1, group_size))
+    groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + epsilon)
+    return norm_weight * groups.flatten(-2).to(x.dtype)
+
+
+@_fake("norm_w8a8_linear")
+def _(x, gate, norm_weight, epsilon, group_size, qdata, *args) -> Tensor:  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]), dtype=torch.promote_types(x.dtype, norm_weight.dtype))
+
+
+# --- causal convolution of a decode step ---------------------------------------------------------------------------
+
+
+@_implement("conv_update")
+def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """`conv_update_reference` by the fastest kernel that this device has."""
+    if xBC.is_cpu:
+        y = cpu_kernels.conv_update(conv_state, xBC, weight, bias, silu)
+        if y is not None:
+            return y
+    return conv_update_reference(conv_state, xBC, weight, bias, silu)
+
+
+def conv_update_reference(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """One step of the depthwise causal convolution, in plain torch: y [b, d, 1].
+
+    Args:
+        conv_state: [b, d, s], the latest inputs of each of d channels; shifted in place by the new one.
+        xBC: the new inputs [b, d, 1].
+        weight: [d, 1, d_conv], ``d_conv <= s + 1``; its dtype is that of y.
+        silu: whether y goes through it.
+    """
+    window = torch.cat([conv_state, xBC], dim=-1).to(weight.dtype)
+    conv_state.copy_(window[..., 1:])
+    y = F.conv1d(window[..., -weight.shape[-1] :], weight, bias, groups=weight.shape[0])
+    return F.silu(y) if silu else y
+
+
+@_fake("conv_update")
+def _(conv_state: Tensor, xBC: Tensor, weight: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
+    return xBC.new_empty(xBC.shape, dtype=weight.dtype)

@@ -127,6 +127,18 @@ class DSQState(torch.Tensor):
 
     materialize = dequantize
 
+    def nonfinite(self) -> Tensor:
+        """Heads [b, h] whose state is NaN or infinite: its scale says so, or an input in the ring."""
+        bad = ~self.channel_scale.isfinite().all(dim=-1)
+        if self.ring is not None and self.flush_interval > 1:
+            ring = self.ring
+            inputs = (ring.x if ring.scale is None else ring.scale[..., None]).isfinite().all(dim=-1)
+            decays = ring.decay.isfinite()
+            slots = torch.arange(ring.decay.shape[1], device=self.device)
+            filled = (slots < ring.position[:, None])[..., None]  # [b, R, 1]
+            bad = bad | (filled & ~(inputs & decays)).any(dim=1)
+        return bad
+
     # --- torch plumbing --------------------------------------------------------------------------------------------
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -348,8 +360,9 @@ def _zero_(state: DSQState) -> DSQState:
     if state.dynamic:
         state.state_scale.fill_(quant.TINY_SCALE)
     state.rng[:, 1] = 0
-    if state.ring is not None:
-        state.ring.position.zero_()
+    for tensor in state.ring or ():
+        if tensor is not None:
+            tensor.zero_()
     return state
 
 

@@ -23,6 +23,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tens
 from qmamba_compile import Artifact, DSQState, NonFiniteStateError, SkipReason, backend, report, write_artifact
 from qmamba_compile.artifact import Header, fingerprint
 from qmamba_compile.fx_utils import op_name
+from qmamba_compile.passes import PIPELINE
 from qmamba_compile.passes.int8_weight import held_nbytes
 
 INNER = ("packed", "channel_scale", "state_scale", "rng")
@@ -146,7 +147,7 @@ def test_all_switches_off_gives_inductor_dynamos_own_graph(make_model, tokens, m
         return gm.forward
 
     monkeypatch.setattr(backend, "_inner_compiler", lambda config, mode: capture)
-    off = {name: False for name in ("quantize_linear", "quantize_state", "fuse_ssm_update", "fuse_chunk_scan")}
+    off = {rewrite.name(): False for rewrite in PIPELINE}
     model = make_model()
     for chosen in ({"backend": capture}, {"backend": "qmamba", "options": off}):
         torch._dynamo.reset()
@@ -159,14 +160,15 @@ def test_all_switches_off_gives_inductor_dynamos_own_graph(make_model, tokens, m
     assert {type(p) for p in model.parameters()} == {nn.Parameter}
 
 
-@pytest.mark.parametrize("switch", ["quantize_linear", "quantize_state", "fuse_ssm_update", "fuse_chunk_scan"])
+@pytest.mark.parametrize("switch", [rewrite.name() for rewrite in PIPELINE])
 def test_each_switch_takes_away_its_own_rewrite(make_model, tokens, compiled, decode, switch):
     model, prompt, more = make_model(num_hidden_layers=1), tokens(2, 9), tokens(2, 2)
     expected, _ = decode(model, prompt, more)
     logits, _ = decode(compiled(model, state_bits=8, **{switch: False}), prompt, more)
     ran = {entry.rewrite for done in report.recent for entry in done.entries}
-    names = {"quantize_linear", "quantize_state", "fuse_ssm_update", "fuse_chunk_scan"}
+    names = {rewrite.name() for rewrite in PIPELINE}
     gone = {switch} | ({"fuse_ssm_update"} if switch == "quantize_state" else set())
+    gone |= {"fuse_norm_linear"} if switch == "quantize_linear" else set()
     assert ran == names - gone
     # int8 linears move the logits, of magnitude 5, by about 0.1.
     assert (logits - expected).abs().max() < (0.02 if switch == "quantize_linear" else 0.4)

@@ -36,8 +36,11 @@ def test_explain_counts_what_the_toy_model_has(toy):
         "fuse_chunk_scan": (2, 2),
         "quantize_state": (2, 2),
         "fuse_ssm_update": (0, 0),
+        "fuse_conv_update": (0, 0),
         "quantize_linear": (5, 5),
+        "fuse_norm_linear": (5, 5),
     }
+    assert decode["passes"]["fuse_conv_update"]["rewritten"] == 2
     assert decode["passes"]["fuse_ssm_update"]["rewritten"] == 2
 
 

@@ -29,7 +29,8 @@ STEP_TOLERANCE = 5e-6
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    for name in ("ssm_update", "quantize_state_", "dequantize_state"):
+    kernels = ("ssm_update", "quantize_state_", "dequantize_state", "w8a8_linear", "norm_w8a8_linear", "conv_update")
+    for name in kernels:
         monkeypatch.setattr(launch, name, lambda *args: None)
 
 
@@ -119,7 +120,7 @@ def update_arguments(scheme, **changes):
 def test_every_operator_is_checked():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("qmamba::")}
     checked = {"quantize_state", "quantize_state_", "dequantize_state", "ssm_update", "chunk_scan", "w8a8_linear"}
-    checked |= {"ssm_scan_quantized", "ssm_scan_quantized_backward"}
+    checked |= {"ssm_scan_quantized", "ssm_scan_quantized_backward", "norm_w8a8_linear", "conv_update"}
     assert defined == checked, "a new operator needs an opcheck below"
 
 
@@ -184,6 +185,18 @@ def test_schema_of_the_linear(dtype, optional):
     bias, pre_scale, act_scale = randn(2, 16) if optional else None, *extras[1:]
     x = randn(4, 2, 3, 24, dtype=dtype)
     torch.library.opcheck(qmamba.w8a8_linear.default, (x, qdata, scale, bias, pre_scale, act_scale))
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_schemas_of_the_operators_around_a_linear(optional, no_kernels):
+    _, qdata, scale = int8_weight(12, 16)
+    x, gate, bias = randn(1, 2, 3, 16), randn(2, 2, 3, 16), randn(3, 12)
+    norm = (x, gate if optional else None, randn(4, 16), 1e-5, 8)
+    torch.library.opcheck(
+        qmamba.norm_w8a8_linear.default, (*norm, qdata, scale, bias if optional else None, None, None)
+    )
+    convolution = (randn(5, 2, 6, 4), randn(6, 2, 6, 1), randn(7, 6, 1, 4), randn(8, 6) if optional else None)
+    torch.library.opcheck(qmamba.conv_update.default, (*convolution, optional))
 
 
 # --- one step ------------------------------------------------------------------------------------------------------

@@ -11,43 +11,69 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmamba_compile import quant
+from qmamba_compile import quant, recurrence
 from qmamba_compile.errors import StateError
+from qmamba_compile.recurrence import new_ring
 from qmamba_compile.state import DSQState, require_packable
 
 BATCH, NHEADS, HEADDIM, DSTATE = 4, 2, 8, 16
-INNER = ("packed", "channel_scale", "state_scale", "rng")
+NGROUPS, FLUSH_INTERVAL = 1, 4
 
-# bits, calibrated, stochastic
+# bits, calibrated, stochastic, dtype of the ring
 LAYOUTS = [(8, 0, 0), (8, 1, 1), (4, 0, 0), (4, 0, 1), (4, 1, 0), (4, 1, 1), (2, 0, 1), (2, 1, 0)]
+LAYOUTS += [(4, 0, 0, torch.bfloat16), (4, 1, 1, torch.int8), (8, 1, 0, torch.float32)]
 
 
 def make_float(seed=0, batch=BATCH):
     return torch.randn(batch, NHEADS, HEADDIM, DSTATE, generator=torch.Generator().manual_seed(seed))
 
 
-def make_state(bits=4, calibrated=False, stochastic=False, seed=0, batch=BATCH):
+def make_state(bits=4, calibrated=False, stochastic=False, ring=None, seed=0, batch=BATCH):
     scale = torch.linspace(0.5, 2, NHEADS * DSTATE).view(NHEADS, DSTATE) if calibrated else None
+    if ring is not None:
+        ring = make_ring(ring, seed, batch)
     state = DSQState.from_float(
-        make_float(seed, batch), bits, state_scale=scale, stochastic=bool(stochastic), seed=5 + seed
+        make_float(seed, batch), bits, state_scale=scale, stochastic=bool(stochastic), seed=5 + seed, ring=ring
     )
     state.rng[:, 1] += torch.arange(batch)  # sequences of different ages
     return state
 
 
-@pytest.fixture(params=LAYOUTS, ids=lambda p: f"{p[0]}-{'calibrated' if p[1] else 'dynamic'}-{'sn'[not p[2]]}")
+def make_ring(dtype, seed=0, batch=BATCH):
+    """A ring that each sequence has filled to another position."""
+    ring = new_ring(batch, NHEADS, HEADDIM, NGROUPS, DSTATE, FLUSH_INTERVAL, dtype=dtype)
+    generator = torch.Generator().manual_seed(100 + seed)
+    for number in range(FLUSH_INTERVAL - 1):
+        x, dt, B = (
+            torch.randn(shape, generator=generator)
+            for shape in ((batch, NHEADS, HEADDIM), (batch, NHEADS), (batch, NGROUPS, DSTATE))
+        )
+        recurrence.append_(ring, x, dt.abs(), B, torch.full((batch, NHEADS), -0.1 * (number + 1)))
+    ring.position.copy_(torch.arange(batch) % FLUSH_INTERVAL)
+    return ring
+
+
+@pytest.fixture(
+    params=LAYOUTS,
+    ids=lambda p: "-".join([str(p[0]), "calibrated" if p[1] else "dynamic", "sn"[not p[2]], *map(str, p[3:])]),
+)
 def state(request):
     return make_state(*request.param)
 
 
+def names(state):
+    return state.__tensor_flatten__()[0]
+
+
 def inner(state):
-    return {name: getattr(state, name) for name in INNER}
+    return {name: getattr(state, name) for name in names(state)}
 
 
 def assert_same_bytes(actual, expected):
     assert type(actual) is DSQState and type(expected) is DSQState
     assert (actual.bits, actual.stochastic, actual.shape) == (expected.bits, expected.stochastic, expected.shape)
-    for name in INNER:
+    assert names(actual) == names(expected)
+    for name in names(expected):
         found, wanted = getattr(actual, name), getattr(expected, name)
         assert found.dtype == wanted.dtype and torch.equal(found, wanted), name
 
@@ -56,7 +82,7 @@ def assert_rows(actual, state, rows):
     """``actual`` holds these sequences of ``state``, code for code."""
     assert type(actual) is DSQState
     assert actual.shape == (len(rows), NHEADS, HEADDIM, DSTATE)
-    for name in INNER:
+    for name in names(state):
         wanted = getattr(state, name)
         if name != "state_scale" or state.dynamic:
             wanted = torch.stack([wanted[row] for row in rows])
@@ -86,7 +112,10 @@ def test_from_float_holds_what_the_reference_packs(state):
     assert torch.equal(state.packed, packed) and torch.equal(state.channel_scale, channel_scale)
     assert torch.equal(state.state_scale, state_scale)
     assert state.rng[:, 0].eq(5).all() and state.rng[:, 1].tolist() == [1, 2, 3, 4]
-    assert torch.equal(state.dequantize(), quant.dequantize_state(packed, channel_scale, state_scale, state.bits))
+    checkpoint = quant.dequantize_state(packed, channel_scale, state_scale, state.bits)
+    now = checkpoint if state.ring is None else recurrence.materialize(checkpoint, state.ring)
+    assert torch.equal(state.dequantize(), now)
+    assert state.ring is None or not torch.equal(checkpoint[1:], now[1:])
 
 
 def test_from_float_takes_no_autograd_graph_along():
@@ -115,6 +144,16 @@ def test_repr_says_what_it_is():
         == ("DSQState(shape=[4, 2, 8, 16], bits=4, scales=dynamic, rounding=nearest)")
     )
     assert "bits=2, scales=calibrated, rounding=stochastic" in str(make_state(2, True, True))
+
+
+@pytest.mark.parametrize("ring_bits", [16, 8])
+def test_bits_per_element_count_the_ring(ring_bits):
+    ring = new_ring(2, 24, 64, 1, 128, 8, dtype=recurrence.RING_DTYPES[ring_bits])
+    state = DSQState.from_float(torch.randn(2, 24, 64, 128), 4, ring=ring)
+    # Seven slots of x, B and S, with a scale at 8 bits; 32 bits of position a sequence.
+    slots = 7 * (ring_bits * (24 * 64 + 128) + (32 if ring_bits == 16 else 64) * 24)
+    expected = 4 + 16 / 128 + 16 / 64 + (128 + 32 + slots) / (24 * 64 * 128)
+    assert state.bits_per_element == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("dstate", "limit"), [(64, 4.6), (128, 4.4)])
@@ -198,7 +237,7 @@ def test_copies_are_independent_and_slices_share(state):
         before = {key: tensor.clone() for key, tensor in inner(state).items()}
         duplicate.copy_(make_float(9))
         assert all(torch.equal(tensor, before[key]) for key, tensor in inner(state).items())
-        for name in INNER:
+        for name in names(state):
             assert getattr(duplicate, name).data_ptr() != getattr(state, name).data_ptr(), name
     # A slice is a view, as of any tensor: what is written to it arrives.
     expected = state.clone()
@@ -229,8 +268,12 @@ def test_zero_makes_an_empty_state(state):
     assert state.rng[:, 0].eq(5).all()
     if not state.dynamic:
         assert torch.equal(state.state_scale, kept_scale)
-    fresh = make_state(state.bits, not state.dynamic, state.stochastic)
+    ring = None if state.ring is None else state.ring.x.dtype
+    fresh = make_state(state.bits, not state.dynamic, state.stochastic, ring)
     fresh.rng[:, 1] = 0
+    for tensor in () if ring is None else fresh.ring:
+        if tensor is not None:
+            tensor.zero_()
     fresh.copy_(make_float(2))
     assert_same_bytes(state.copy_(make_float(2)), fresh)
 
@@ -265,7 +308,8 @@ def test_a_mask_with_any_pattern_selects_like_the_float_state():
 
 
 def test_copy_from_a_state_copies_codes_and_never_requantizes(state, monkeypatch):
-    target = make_state(state.bits, not state.dynamic, state.stochastic, seed=1)
+    ring = None if state.ring is None else state.ring.x.dtype
+    target = make_state(state.bits, not state.dynamic, state.stochastic, ring, seed=1)
     monkeypatch.setattr(quant, "quantize_state", None)
     monkeypatch.setattr(quant, "dequantize_state", None)
     returned = target.copy_(state)
@@ -302,7 +346,7 @@ def test_copy_to_a_plain_tensor_is_a_read(state):
     assert torch.equal(plain.bfloat16().copy_(state), state.dequantize().bfloat16())
 
 
-@pytest.mark.parametrize("change", [{"bits": 8}, {"stochastic": True}, {"calibrated": True}])
+@pytest.mark.parametrize("change", [{"bits": 8}, {"stochastic": True}, {"calibrated": True}, {"ring": torch.bfloat16}])
 def test_copy_between_different_layouts_is_refused(change):
     state, other = make_state(), make_state(**change)
     with pytest.raises(StateError, match=r"layouts or scales differ; use copy_\(source\.dequantize\(\)\)"):
@@ -507,7 +551,7 @@ def test_moves_stay_packed_when_compiled(calibrated, move):
 
 def test_metadata_holds_constants_only():
     names, meta = make_state(2, stochastic=True).__tensor_flatten__()
-    assert tuple(names) == INNER and meta == (2, True)
+    assert names == ["packed", "channel_scale", "state_scale", "rng"] and meta == (2, True)
     hashes = {make_state(*layout)._stable_hash_for_caching() for layout in LAYOUTS}
     assert len(hashes) == len(LAYOUTS)
     assert make_state(seed=0)._stable_hash_for_caching() == make_state(seed=1)._stable_hash_for_caching()

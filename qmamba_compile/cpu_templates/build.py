@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import ConfigError, KernelBuildError
-from .render import LANES, Spec, render
+from .render import LANES, LayerSpec, Spec, render
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,12 @@ def available_isas() -> tuple[str, ...]:
 
 
 @functools.cache
+def has_vnni() -> bool:
+    """True when this machine has AVX-512 with vpdpbusd."""
+    return "avx512" in available_isas() and bool(torch.cpu._is_vnni_supported())
+
+
+@functools.cache
 def find_compiler() -> str | None:
     """The C++ compiler that Inductor uses. ``None``, and one warning, where there is none."""
     from torch._inductor import exc
@@ -86,7 +92,7 @@ def find_compiler() -> str | None:
         return None
 
 
-def build(spec: Spec) -> pathlib.Path | None:
+def build(spec: Spec | LayerSpec) -> pathlib.Path | None:
     """Path of the compiled kernel, from the cache where it has been built before; ``None`` without a compiler.
 
     Raises:
@@ -100,7 +106,8 @@ def build(spec: Spec) -> pathlib.Path | None:
 
     source = render(spec)
     openmp = () if sys.platform == "darwin" else ("-fopenmp",)
-    flags = (*_FLAGS, *_ISA_FLAGS[spec.isa], *openmp, "-shared", "-fPIC")
+    vnni = ("-mavx512vnni",) if isinstance(spec, LayerSpec) and spec.vnni else ()
+    flags = (*_FLAGS, *_ISA_FLAGS[spec.isa], *vnni, *openmp, "-shared", "-fPIC")
     identity = "\n".join((source, *flags, compiler, get_compiler_version_info(compiler), platform.machine()))
     name = f"{spec.slug()}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     folder = pathlib.Path(cache_dir(), "qmamba")
@@ -119,14 +126,14 @@ def build(spec: Spec) -> pathlib.Path | None:
         if result.returncode != 0:
             raise KernelBuildError(
                 f"{spec.slug()}: {compiler} rejected {kept}\n{' '.join(command)}\n{result.stderr.strip()}\n"
-                "Set CXX to another compiler, or fuse_ssm_update=False to do without the kernel"
+                "Set CXX to another compiler" + (", or fuse_ssm_update=False" if isinstance(spec, Spec) else "")
             )
         built.replace(library)
     log.info("built %s", library)
     return library
 
 
-def load(spec: Spec) -> Kernel | None:
+def load(spec: Spec | LayerSpec) -> Kernel | None:
     """The kernel of ``spec``, built if need be; ``None`` without a compiler.
 
     Raises:

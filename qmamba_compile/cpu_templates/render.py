@@ -37,6 +37,12 @@ MAX_FLUSH_INTERVAL = 64
 MAX_ELEMENTS = 2**16
 """Largest headdim * dstate: 256 KiB of scratch on a thread's stack. Mamba2 models have 2**13 to 2**15."""
 
+_PANEL_BYTES = 24 * 2**10
+"""Weight rows that all tokens are multiplied with at a time; with a few tokens they fill a 32 KiB L1 cache."""
+
+_CHUNK_BYTES = 2**19
+"""Codes of tokens that stay in the L2 cache while all weights pass by."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -114,10 +120,44 @@ class Spec:
         return "_".join([*words, self.isa])
 
 
-def render(spec: Spec) -> str:
+LAYER_KERNELS = ("w8a8_linear", "conv_update")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What a kernel is compiled for whose extents are all arguments of the call: one library serves every layer.
+
+    Attributes:
+        kernel: one of `LAYER_KERNELS`; the template's name.
+        isa: one of `LANES`.
+        vnni: vpdpbusd may be used (``w8a8_linear`` with ``isa="avx512"`` only).
+
+    Raises:
+        ConfigError: a value that no kernel can be made for.
+    """
+
+    kernel: str
+    isa: str = "avx512"
+    vnni: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kernel not in LAYER_KERNELS:
+            raise ConfigError(f"kernel={self.kernel!r} is not known; use one of {LAYER_KERNELS}")
+        if self.isa not in LANES:
+            raise ConfigError(f"isa={self.isa!r} is not known; use one of {tuple(LANES)}")
+        if self.vnni and (self.kernel, self.isa) != ("w8a8_linear", "avx512"):
+            raise ConfigError(f"vnni=True is not allowed with {self.kernel!r} and isa={self.isa!r}")
+
+    def slug(self) -> str:
+        """Name of the kernel's function and the beginning of its file's name."""
+        return f"{self.kernel}_{self.isa}{'_vnni' if self.vnni else ''}"
+
+
+def render(spec: Spec | LayerSpec) -> str:
     """C++ source of the kernel that ``spec`` names."""
     template = _environment().get_template(f"{spec.kernel}.cpp.jinja")
-    return template.render(spec=spec, **_constants(spec))
+    constants = _constants(spec) if isinstance(spec, Spec) else _layer_constants(spec)
+    return template.render(spec=spec, has_state=isinstance(spec, Spec), **constants)
 
 
 @functools.cache
@@ -184,23 +224,7 @@ def _ring_constants(spec: Spec) -> dict[str, object]:
         "C_limit": min(32767, (2**31 - 1) // (largest_code * spec.dstate)),
         "even_shorts": ", ".join(map(str, range(0, 4 * lanes, 2))),
         "odd_shorts": ", ".join(map(str, range(1, 4 * lanes, 2))),
-        "folds": _folds(lanes),
     }
-
-
-def _folds(lanes: int) -> list[dict[str, object]]:
-    """Shuffles that add up ``lanes`` vectors, two at a time, until lane r holds the sum of vector r."""
-    folds = []
-    count = lanes // 2
-    while count:
-        low = [
-            start + lane
-            for start in range(0, lanes, 2 * count)
-            for lane in (*range(count), *range(lanes, lanes + count))
-        ]
-        folds.append({"count": count, "low": ", ".join(map(str, low)), "high": ", ".join(str(i + count) for i in low)})
-        count //= 2
-    return folds
 
 
 def _literals(values: float | tuple[float, ...]) -> str | list[str]:
@@ -209,6 +233,22 @@ def _literals(values: float | tuple[float, ...]) -> str | list[str]:
         return [str(_literals(value)) for value in values]
     text = f"{struct.unpack('f', struct.pack('f', values))[0]:.9g}"
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
+def _layer_constants(spec: LayerSpec) -> dict[str, object]:
+    lanes = LANES[spec.isa]
+    return {
+        "lanes": lanes,
+        "slots": 0,
+        "rotations": _rotations(lanes),
+        "step": 64 if spec.vnni else 2 * lanes if spec.isa != "portable" else 16,
+        # 16 sums, 4 rows of weights and a token fill the 32 registers of AVX-512; the others have 16.
+        "rows": 4,
+        "tokens": 4 if spec.isa == "avx512" else 2,
+        "panel_bytes": _PANEL_BYTES,
+        "chunk_bytes": _CHUNK_BYTES,
+        "tiny_scale": repr(quant.TINY_SCALE),
+    }
 
 
 def _rotations(lanes: int) -> list[list[int]]:

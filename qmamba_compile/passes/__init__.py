@@ -3,7 +3,9 @@
 fuse_chunk_scan   (fusion)    prefill's scan becomes one operator
 quantize_state    (semantic)  prefill hands the state over packed, decode keeps it packed
 fuse_ssm_update   (fusion)    a decode step runs on the packed state
+fuse_conv_update  (fusion)    a decode step's causal convolution becomes one operator
 quantize_linear   (semantic)  linears become int8 W8A8
+fuse_norm_linear  (fusion)    the norm before a linear becomes part of it
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from ..fx_utils import iter_calls, op_name, parameter_path, placeholders, shape_
 from ..report import Report
 from .base import GraphPass, PassContext, StateOutput
 from .fuse_chunk_scan import FuseChunkScan
+from .fuse_conv_update import FuseConvUpdate
+from .fuse_norm_linear import FuseNormLinear
 from .fuse_ssm_update import FuseSsmUpdate
 from .match_mamba2 import is_step, scan_anchors
 from .quantize_linear import QuantizeLinear
@@ -23,7 +27,14 @@ from .quantize_state import QuantizeState
 
 __all__ = ["PIPELINE", "GraphPass", "PassContext", "StateOutput", "phase_of", "run_pipeline"]
 
-PIPELINE: tuple[type[GraphPass], ...] = (FuseChunkScan, QuantizeState, FuseSsmUpdate, QuantizeLinear)
+PIPELINE: tuple[type[GraphPass], ...] = (
+    FuseChunkScan,
+    QuantizeState,
+    FuseSsmUpdate,
+    FuseConvUpdate,
+    QuantizeLinear,
+    FuseNormLinear,
+)
 
 
 def phase_of(graph: fx.Graph) -> str:

@@ -127,7 +127,7 @@ def _full_index(index: Any, rank: int) -> list[Any]:
     return items[:at] + [slice(None)] * missing + items[at + 1 :]
 
 
-def _same_size(a: Any, b: Any) -> bool:
+def same_size(a: Any, b: Any) -> bool:
     """True when two possibly symbolic sizes are known to be equal, without a guard."""
     return statically_known_true(a == b)
 
@@ -277,7 +277,7 @@ def _initial_state(previous: fx.Node) -> fx.Node:
     """The state [b, h, p, n] behind the first of the carried states [b, 1, h, p, n]."""
     state, _ = _broadcast_path(previous)
     shape, carried = shape_of(state), shape_of(previous)
-    if len(shape) != 4 or not all(map(_same_size, shape, (carried[0], *carried[2:]))):
+    if len(shape) != 4 or not all(map(same_size, shape, (carried[0], *carried[2:]))):
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"the initial state has shape {list(shape)}, not [b, h, p, n]")
     return state
 
@@ -467,7 +467,7 @@ def _checked_step(match: StepMatch) -> StepMatch:
             raise NoMatchError(SkipReason.NOT_PER_HEAD, f"{name} has shape {list(shape_of(node))}, expected [{nheads}]")
     dt = strip(match.time.dt, *_CASTS, "expand")
     shape = shape_of(dt)
-    if len(shape) != 3 or shape[1:] != (nheads, 1) or not _same_size(shape[0], batch):
+    if len(shape) != 3 or shape[1:] != (nheads, 1) or not same_size(shape[0], batch):
         raise NoMatchError(SkipReason.NOT_PER_HEAD, f"dt has shape {list(shape)}, expected [b, {nheads}, 1]")
     # What softplus gives is positive, so a lower limit of zero does nothing then.
     no_limit = (0, -math.inf) if match.time.softplus else (-math.inf,)

@@ -1,0 +1,264 @@
+// conv_update_avx2: one decode step of the depthwise causal convolution, its state shifted in place.
+//
+// Tensors (b batch, d channels, s length of the state, t taps <= s + 1; all of one dtype, float32 or bfloat16):
+//     state       [b, d, s]               read, then rewritten: shifted by the new input
+//     x           [b, d] strides          read: the new inputs
+//     weight      [d, t], bias [d] or null
+//     y           [b, d]                  written; silu of the sum when `silu` is set
+//
+// Work: one thread; a step of the largest Mamba2 moves half a megabyte a sequence.
+//
+// Promises: the state is the reference's. y is summed in float32, oldest input first, and rounded where torch rounds.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 8;  // floats of one vector
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline __m128i in_low_half(Bytes bytes) {
+    int64_t word;
+    memcpy(&word, &bytes, sizeof word);
+    return _mm_cvtsi64_si128(word);
+}
+inline Ints widen(Bytes bytes) { return (Ints)_mm256_cvtepu8_epi32(in_low_half(bytes)); }
+inline Ints widen_signed(Bytes bytes) { return (Ints)_mm256_cvtepi8_epi32(in_low_half(bytes)); }
+inline Bytes narrow(Ints lanes) {
+    const __m256i low_bytes = (__m256i)(lanes & 0xff);
+    const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low_bytes), _mm256_extracti128_si256(low_bytes, 1));
+    const int64_t word = _mm_cvtsi128_si64(_mm_packus_epi16(pairs, pairs));
+    Bytes bytes;
+    memcpy(&bytes, &word, sizeof bytes);
+    return bytes;
+}
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
+// Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
+template <class Vector, class Element>
+inline Vector load(const Element* from) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    return *(const Anywhere*)from;
+}
+
+template <class Vector, class Element>
+inline void store(Element* to, Vector vector) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    *(Anywhere*)to = vector;
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
+
+#if defined(__clang__)
+#define ROTATED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define ROTATED(x, ...) __builtin_shuffle(x, (Ints){__VA_ARGS__})
+#endif
+
+// Sum of all lanes by halving: lane i and lane i + step. Every lane ends with the same sum.
+inline float sum_lanes(Floats x) {
+    x += ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0);
+    return x[0];
+}
+
+inline float from_bfloat16(uint16_t stored) {
+    const uint32_t word = (uint32_t)stored << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+// Round to nearest, ties to even; NaN becomes the NaN that torch stores.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+// An input as the caller has it: its last dimension is contiguous. dtype: 0 float32, 1 bfloat16.
+struct Input {
+    const void* data;
+    int64_t dtype;
+    int64_t batch_stride;
+    int64_t head_stride;
+
+    float at(int64_t index) const {
+        return dtype == 0 ? ((const float*)data)[index] : from_bfloat16(((const uint16_t*)data)[index]);
+    }
+};
+
+struct alignas(64) Line {
+    uint8_t bytes[64];
+};
+
+inline Words widen_halves(Halves halves) { return (Words)_mm256_cvtepu16_epi32((__m128i)halves); }
+inline Halves narrow_to_halves(Words words) {
+    const __m128i low = _mm256_castsi256_si128((__m256i)words), high = _mm256_extracti128_si256((__m256i)words, 1);
+    return (Halves)_mm_packus_epi32(low, high);
+}
+
+// The first `count` lanes from memory, at least one; zero behind them.
+template <class Vector, class Element>
+inline Vector load_first(const Element* from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector vector = {};
+    memcpy(&vector, from, count * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_first(Element* to, Vector vector, int64_t count) {
+    if (count >= LANES) {
+        store(to, vector);
+    } else {
+        memcpy(to, &vector, count * sizeof(Element));
+    }
+}
+
+// Values from `index` of a tensor; `left` of them exist.
+inline Floats read(const Input& input, int64_t index, int64_t left) {
+    if (input.dtype == 0) return load_first<Floats>((const float*)input.data + index, left);
+    return (Floats)(widen_halves(load_first<Halves>((const uint16_t*)input.data + index, left)) << 16);
+}
+
+// What torch makes of float32 values on the way to bfloat16, in the high halves of the lanes.
+inline Words to_bfloat16(Floats values) {
+    const Words words = (Words)values;
+    const Words rounded = (words + 0x7fffu + (words >> 16 & 1)) & 0xffff0000u;
+    return values == values ? rounded : Words{} + 0x7fc00000u;
+}
+
+// Round to the precision of a dtype.
+inline Floats round_to(Floats values, int64_t dtype) { return dtype == 0 ? values : (Floats)to_bfloat16(values); }
+
+inline void write(void* output, int64_t dtype, int64_t index, Floats values, int64_t left) {
+    if (dtype == 0) {
+        store_first((float*)output + index, values, left);
+    } else {
+        store_first((uint16_t*)output + index, narrow_to_halves(to_bfloat16(values) >> 16), left);
+    }
+}
+
+// e^x by 2^n * e^r with |r| <= log(2) / 2 and the Taylor polynomial of degree 7 (error below 1e-8): within 2 units in
+// the last place. Beyond the range of normal float32 it stays at the end of that range; NaN stays NaN.
+inline Floats exponential(Floats x) {
+    x = x > 88.0f ? splat(88.0f) : x < -87.0f ? splat(-87.0f) : x;
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits
+    const Floats n = shifted - 12582912.0f;
+    // log(2) in two parts, the first short enough for n times it to be exact.
+    const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats sum = splat(1.0f / 5040.0f);
+    sum = multiply_add(sum, r, splat(1.0f / 720.0f));
+    sum = multiply_add(sum, r, splat(1.0f / 120.0f));
+    sum = multiply_add(sum, r, splat(1.0f / 24.0f));
+    sum = multiply_add(sum, r, splat(1.0f / 6.0f));
+    sum = multiply_add(sum, r, splat(1.0f / 2.0f));
+    sum = multiply_add(sum * r, r, r) + 1.0f;
+    return sum * (Floats)(((Words)shifted - 0x4b400000u + 127u) << 23);
+}
+
+inline Floats silu(Floats x) { return x / (exponential(-x) + 1.0f); }
+
+struct Arguments {
+    void* state;
+    Input x, weight, bias;
+    void* y;
+    int64_t batch, channels, length, taps, silu;
+};
+
+inline float from_stored(float value) { return value; }
+inline float from_stored(uint16_t value) { return from_bfloat16(value); }
+
+// Shift the state of a channel and return its sum.
+template <class Element>
+inline float step_channel(Element* state, Element x, const Element* weight, int64_t length, int64_t taps) {
+    // With length == taps - 1 the oldest input of the window is the one that leaves the state.
+    float sum = taps > length ? from_stored(state[0]) * from_stored(weight[0]) : 0.0f;
+    for (int64_t i = 0; i + 1 < length; ++i) state[i] = state[i + 1];
+    state[length - 1] = x;
+    const int64_t inside = taps > length ? length : taps;
+    for (int64_t i = 0; i < inside; ++i) {
+        sum += from_stored(state[length - inside + i]) * from_stored(weight[taps - inside + i]);
+    }
+    return sum;
+}
+
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define PICKED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICKED(a, b, ...) __builtin_shuffle(a, b, (FourInts){__VA_ARGS__})
+#endif
+
+// Four taps on a state of four, for four channels: what Mamba2 has. The same sums in the same order.
+inline Four step_four_channels(float* state, const float* x, int64_t x_stride, const float* weight) {
+    Four products[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const Four now = PICKED(load<Four>(state + 4 * i), Four{} + x[i * x_stride], 1, 2, 3, 4);
+        store(state + 4 * i, now);
+        products[i] = now * load<Four>(weight + 4 * i);
+    }
+    const Four low0 = PICKED(products[0], products[1], 0, 4, 1, 5), low1 = PICKED(products[2], products[3], 0, 4, 1, 5);
+    const Four high0 = PICKED(products[0], products[1], 2, 6, 3, 7);
+    const Four high1 = PICKED(products[2], products[3], 2, 6, 3, 7);
+    return PICKED(low0, low1, 0, 1, 4, 5) + PICKED(low0, low1, 2, 3, 6, 7) + PICKED(high0, high1, 0, 1, 4, 5) +
+           PICKED(high0, high1, 2, 3, 6, 7);
+}
+
+template <class Element>
+void step(const Arguments& a) {
+    const bool four = sizeof(Element) == 4 && a.length == 4 && a.taps == 4;
+    const Element* weight = (const Element*)a.weight.data;
+    for (int64_t b = 0; b < a.batch; ++b) {
+        const Element* x = (const Element*)a.x.data + b * a.x.batch_stride;
+        Element* state = (Element*)a.state + b * a.channels * a.length;
+        for (int64_t d = 0; d < a.channels; d += LANES) {
+            const int64_t count = a.channels - d < LANES ? a.channels - d : LANES;
+            float sums[LANES] = {};
+            int64_t lane = 0;
+            for (; four && lane + 4 <= count; lane += 4) {
+                float* old = (float*)state + (d + lane) * 4;
+                const float* input = (const float*)x + (d + lane) * a.x.head_stride;
+                const float* taps = (const float*)weight + (d + lane) * 4;
+                store(sums + lane, step_four_channels(old, input, a.x.head_stride, taps));
+            }
+            for (; lane < count; ++lane) {
+                const Element* taps = weight + (d + lane) * a.taps;
+                const Element input = x[(d + lane) * a.x.head_stride];
+                sums[lane] = step_channel(state + (d + lane) * a.length, input, taps, a.length, a.taps);
+            }
+            Floats y = load<Floats>(sums);
+            if (a.bias.data) y += read(a.bias, d, count);
+            y = round_to(y, a.x.dtype);
+            if (a.silu) y = silu(y);
+            write(a.y, a.x.dtype, b * a.channels + d, y, count);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void conv_update_avx2(const void* packed_arguments) {
+    Arguments a;
+    memcpy(&a, packed_arguments, sizeof a);
+    if (a.x.dtype == 0) {
+        step<float>(a);
+    } else {
+        step<uint16_t>(a);
+    }
+}

@@ -1,0 +1,389 @@
+// w8a8_linear_avx512_vnni: y = x W^T on int8 codes, with the quantization of x (and the norm before it) in front.
+//
+// Tensors (m tokens, k in_features, o out_features: arguments of the call, so one library serves every layer):
+//     x           [m, k] row stride       read
+//     gate        [m, k] row stride       or null: x * silu(gate) is what the norm gets
+//     norm        [k]                     or null: weight of the RMSNorm in front, over groups of group_size features
+//     smooth      [k], x's dtype          or null: SmoothQuant factors that multiply the (normed) x
+//     act_scale   [1] float32             or null: static scale; otherwise each token has its own
+//     qdata       [o, k] int8, scale [o] float32, bias [o] or null
+//     y           [m, o]                  written; float32 or bfloat16
+//
+// Work: tokens are quantized once to codes [m, k]. Then each OpenMP thread takes panels of weight rows, small enough to
+// stay in the L1 cache, and runs all tokens over a panel, 4 x 4 results at a time. Weights are read as they lie.
+//
+// vpdpbusd wants one unsigned operand: weights + 128 (a flipped sign bit). What this adds, 128 * the sum of a token's
+// codes, is taken off at the end; so no sums of weights are kept. The int32 sums wrap, as torch's do.
+//
+// Promises: without a norm, codes, integer sums and result are those of the torch reference, bit for bit. The norm sums
+// squares in another order, and its exp is within 2 units in the last place: a code may differ by one at a tie.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;  // floats of one vector
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline Ints widen(Bytes bytes) { return (Ints)_mm512_cvtepu8_epi32((__m128i)bytes); }
+inline Ints widen_signed(Bytes bytes) { return (Ints)_mm512_cvtepi8_epi32((__m128i)bytes); }
+inline Bytes narrow(Ints lanes) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)lanes); }
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Entry of the table that the low four bits of each lane name.
+inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
+
+// Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
+template <class Vector, class Element>
+inline Vector load(const Element* from) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    return *(const Anywhere*)from;
+}
+
+template <class Vector, class Element>
+inline void store(Element* to, Vector vector) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    *(Anywhere*)to = vector;
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
+
+#if defined(__clang__)
+#define ROTATED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define ROTATED(x, ...) __builtin_shuffle(x, (Ints){__VA_ARGS__})
+#endif
+
+// Sum of all lanes by halving: lane i and lane i + step. Every lane ends with the same sum.
+inline float sum_lanes(Floats x) {
+    x += ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
+    return x[0];
+}
+
+inline float from_bfloat16(uint16_t stored) {
+    const uint32_t word = (uint32_t)stored << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+// Round to nearest, ties to even; NaN becomes the NaN that torch stores.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+// An input as the caller has it: its last dimension is contiguous. dtype: 0 float32, 1 bfloat16.
+struct Input {
+    const void* data;
+    int64_t dtype;
+    int64_t batch_stride;
+    int64_t head_stride;
+
+    float at(int64_t index) const {
+        return dtype == 0 ? ((const float*)data)[index] : from_bfloat16(((const uint16_t*)data)[index]);
+    }
+};
+
+struct alignas(64) Line {
+    uint8_t bytes[64];
+};
+
+inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
+inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
+
+// The first `count` lanes from memory, at least one; zero behind them.
+template <class Vector, class Element>
+inline Vector load_first(const Element* from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector vector = {};
+    memcpy(&vector, from, count * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_first(Element* to, Vector vector, int64_t count) {
+    if (count >= LANES) {
+        store(to, vector);
+    } else {
+        memcpy(to, &vector, count * sizeof(Element));
+    }
+}
+
+// Values from `index` of a tensor; `left` of them exist.
+inline Floats read(const Input& input, int64_t index, int64_t left) {
+    if (input.dtype == 0) return load_first<Floats>((const float*)input.data + index, left);
+    return (Floats)(widen_halves(load_first<Halves>((const uint16_t*)input.data + index, left)) << 16);
+}
+
+// What torch makes of float32 values on the way to bfloat16, in the high halves of the lanes.
+inline Words to_bfloat16(Floats values) {
+    const Words words = (Words)values;
+    const Words rounded = (words + 0x7fffu + (words >> 16 & 1)) & 0xffff0000u;
+    return values == values ? rounded : Words{} + 0x7fc00000u;
+}
+
+// Round to the precision of a dtype.
+inline Floats round_to(Floats values, int64_t dtype) { return dtype == 0 ? values : (Floats)to_bfloat16(values); }
+
+inline void write(void* output, int64_t dtype, int64_t index, Floats values, int64_t left) {
+    if (dtype == 0) {
+        store_first((float*)output + index, values, left);
+    } else {
+        store_first((uint16_t*)output + index, narrow_to_halves(to_bfloat16(values) >> 16), left);
+    }
+}
+
+// e^x by 2^n * e^r with |r| <= log(2) / 2 and the Taylor polynomial of degree 7 (error below 1e-8): within 2 units in
+// the last place. Beyond the range of normal float32 it stays at the end of that range; NaN stays NaN.
+inline Floats exponential(Floats x) {
+    x = x > 88.0f ? splat(88.0f) : x < -87.0f ? splat(-87.0f) : x;
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits
+    const Floats n = shifted - 12582912.0f;
+    // log(2) in two parts, the first short enough for n times it to be exact.
+    const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats sum = splat(1.0f / 5040.0f);
+    sum = multiply_add(sum, r, splat(1.0f / 720.0f));
+    sum = multiply_add(sum, r, splat(1.0f / 120.0f));
+    sum = multiply_add(sum, r, splat(1.0f / 24.0f));
+    sum = multiply_add(sum, r, splat(1.0f / 6.0f));
+    sum = multiply_add(sum, r, splat(1.0f / 2.0f));
+    sum = multiply_add(sum * r, r, r) + 1.0f;
+    return sum * (Floats)(((Words)shifted - 0x4b400000u + 127u) << 23);
+}
+
+inline Floats silu(Floats x) { return x / (exponential(-x) + 1.0f); }
+
+constexpr int STEP = 64;  // codes of one product instruction
+constexpr int ROWS = 4, TOKENS = 4;
+constexpr int64_t PANEL_BYTES = 24576;
+constexpr int64_t CHUNK_BYTES = 524288;
+constexpr float TINY_SCALE = 7.888609052210118e-31f;
+
+struct Arguments {
+    Input x, gate, norm, smooth, bias;
+    const float* act_scale;
+    const int8_t* qdata;
+    const float* scale;
+    void* y;
+    int64_t y_dtype, tokens, k, o, group_size;
+    double epsilon;
+    int64_t threads;
+};
+
+// Tokens as the products read them: rows of `width` codes, zero from k on.
+struct Tokens {
+    int8_t* codes;
+    float* scale;
+    int32_t* excess;
+    int64_t width;
+};
+
+typedef __m512i Codes;
+inline Codes load_weights(const int8_t* from) {
+    return _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128));
+}
+inline Codes load_codes(const int8_t* from) { return _mm512_loadu_si512(from); }
+inline Ints add_products(Ints sums, Codes weights, Codes codes) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, weights, codes);
+}
+
+typedef int32_t Four __attribute__((vector_size(16)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
+// Sums of the lanes of four vectors.
+inline Four sum_lanes_of_four(const Ints* v) {
+    __m256i half[4];
+    for (int i = 0; i < 4; ++i) {
+        half[i] = _mm256_add_epi32(
+            _mm512_castsi512_si256((__m512i)v[i]), _mm512_extracti64x4_epi64((__m512i)v[i], 1));
+    }
+    const __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
+    return (Four)_mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+}
+
+// y of `R` rows (from `row`) and `T` tokens (from `token`).
+template <int R, int T>
+inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int64_t token) {
+    const int8_t* weights = a.qdata + row * a.k;
+    const int8_t* codes = t.codes + token * t.width;
+    Ints sums[T][4] = {};
+    int64_t i = 0;
+    for (; i + STEP <= a.k; i += STEP) {
+        Codes w[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            w[r] = load_weights(weights + r * a.k + i);
+            // The rows after these, R * k bytes ahead: the hardware alone reads too little ahead. One token, 768x3352,
+            // one thread: 140 us without, 120 with; four tokens: 187 and 158.
+            __builtin_prefetch(weights + (r + R) * a.k + i, 0, 2);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < T; ++m) {
+            const Codes c = load_codes(codes + m * t.width + i);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) sums[m][r] = add_products(sums[m][r], w[r], c);
+        }
+    }
+    if (i < a.k) {
+        for (int r = 0; r < R; ++r) {
+            int8_t rest[STEP] = {};
+            memcpy(rest, weights + r * a.k + i, a.k - i);
+            const Codes w = load_weights(rest);
+            for (int m = 0; m < T; ++m) {
+                sums[m][r] = add_products(sums[m][r], w, load_codes(codes + m * t.width + i));
+            }
+        }
+    }
+    FourFloats scale = {}, bias = {};
+    for (int r = 0; r < R; ++r) {
+        scale[r] = a.scale[row + r];
+        if (a.bias.data) bias[r] = a.bias.at(row + r);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < T; ++m) {
+        const Four product = sum_lanes_of_four(sums[m]) - t.excess[token + m];
+        FourFloats y = __builtin_convertvector(product, FourFloats) * t.scale[token + m] * scale;
+        if (a.bias.data) y += bias;
+        const int64_t at = (token + m) * a.o + row;
+        if (a.y_dtype == 0) {
+            memcpy((float*)a.y + at, &y, R * sizeof(float));
+        } else {
+            for (int r = 0; r < R; ++r) ((uint16_t*)a.y)[at + r] = to_bfloat16(y[r]);
+        }
+    }
+}
+
+template <int T>
+inline void multiply_tokens(const Arguments& a, const Tokens& t, int64_t row, int64_t end, int64_t token) {
+    // Results of the next tokens: rows of y lie too far apart for the hardware to foresee them. 512 tokens, 768x3352,
+    // one thread: 8.0 ms without, 6.0 with.
+    const int64_t element = a.y_dtype == 0 ? 4 : 2;
+    for (int64_t next = token + T; next < token + 2 * T && next < a.tokens; ++next) {
+        const char* y = (const char*)a.y + (next * a.o + row) * element;
+        for (int64_t at = 0; at < (end - row) * element; at += 64) __builtin_prefetch(y + at, 1);
+    }
+    for (; row + ROWS <= end; row += ROWS) multiply_block<ROWS, T>(a, t, row, token);
+    for (; row < end; ++row) multiply_block<1, T>(a, t, row, token);
+}
+
+// Tokens `token` to `last` over weight rows `row` to `end`.
+inline void multiply_panel(const Arguments& a, const Tokens& t, int64_t row, int64_t end, int64_t token, int64_t last) {
+    for (; token + TOKENS <= last; token += TOKENS) multiply_tokens<TOKENS>(a, t, row, end, token);
+    if (token + 2 <= last) {
+        multiply_tokens<2>(a, t, row, end, token);
+        token += 2;
+    }
+    if (token < last) multiply_tokens<1>(a, t, row, end, token);
+}
+
+// x, or x * silu(gate), over groups of features by their root mean square, times the weight of the norm.
+void norm_token(const Arguments& a, int64_t token, float* row) {
+    for (int64_t begin = 0; begin < a.k; begin += a.group_size) {
+        const int64_t end = begin + a.group_size;
+        Floats squares = {};
+        for (int64_t i = begin; i < end; i += LANES) {
+            Floats value = read(a.x, token * a.x.batch_stride + i, end - i);
+            if (a.gate.data) value *= silu(read(a.gate, token * a.gate.batch_stride + i, end - i));
+            squares += value * value;
+            store_first(row + i, value, end - i);
+        }
+        const float inverse = 1.0f / sqrtf(sum_lanes(squares) / (float)a.group_size + (float)a.epsilon);
+        for (int64_t i = begin; i < end; i += LANES) {
+            const Floats value = round_to(load_first<Floats>(row + i, end - i) * inverse, a.x.dtype);
+            store_first(row + i, round_to(value * read(a.norm, i, end - i), a.y_dtype), end - i);
+        }
+    }
+}
+
+// Write the codes of a token, whose values wait in `row`; returns their sum.
+inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* codes) {
+    Ints sums = {};
+    for (int64_t i = 0; i < k; i += LANES) {
+        const Floats scaled = load<Floats>(row + i) * inverse;
+        // A scale of the token's own leaves nothing to limit, a static one does. Adding 1.5 * 2^23 rounds half to even,
+        // and the low bits of the sum are the rounded value.
+        const Floats limited = scaled > 127.0f ? splat(127.0f) : scaled < -127.0f ? splat(-127.0f) : scaled;
+        const Ints code = (Ints)(limited + 12582912.0f) - 0x4b400000;
+        sums += code;
+        store((uint8_t*)codes + i, narrow(code));
+    }
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+    return sum;
+}
+
+// Norm and quantize one token. `row`: scratch of `width` floats, zero from k on.
+void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* row) {
+    if (a.norm.data) {
+        norm_token(a, token, row);
+    } else {
+        const int64_t x = token * a.x.batch_stride;
+        for (int64_t i = 0; i < a.k; i += LANES) store(row + i, read(a.x, x + i, a.k - i));
+    }
+    Ints largest = {};
+    for (int64_t i = 0; i < a.k; i += LANES) {
+        Floats value = load<Floats>(row + i);
+        if (a.smooth.data) {
+            value = round_to(value * read(a.smooth, i, a.k - i), a.y_dtype);
+            store(row + i, value);
+        }
+        largest = larger(largest, (Ints)magnitude(value));
+    }
+    // As integers, magnitudes are in order, and what is not finite is above all that is.
+    int32_t bits = 0;
+    for (int lane = 0; lane < LANES; ++lane) bits = largest[lane] > bits ? largest[lane] : bits;
+    float top;
+    memcpy(&top, &bits, sizeof top);
+    // A comparison with NaN is false, so a scale that is NaN stays NaN.
+    float scale = a.act_scale ? *a.act_scale : top / 127.0f;
+    if (!a.act_scale && scale < TINY_SCALE) scale = TINY_SCALE;
+    const float inverse = 1.0f / scale;
+    const bool finite = isfinite(a.act_scale ? top * inverse : scale);
+    const int32_t sum = finite ? quantize_row(row, a.k, inverse, t.codes + token * t.width) : 0;
+    t.scale[token] = finite ? scale : NAN;
+    t.excess[token] = (int32_t)((uint32_t)sum << 7);
+}
+
+}  // namespace
+
+extern "C" void w8a8_linear_avx512_vnni(const void* packed_arguments) {
+    Arguments a;
+    memcpy(&a, packed_arguments, sizeof a);
+    const int64_t width = (a.k + STEP - 1) / STEP * STEP;
+    std::vector<Line> codes((a.tokens * width + 63) / 64), row_scale(a.tokens / 16 + 1), excess(a.tokens / 16 + 1);
+    const Tokens t = {(int8_t*)codes.data(), (float*)row_scale.data(), (int32_t*)excess.data(), width};
+    const int64_t panel = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
+    const int64_t panels = (a.o + panel - 1) / panel;
+    const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        {
+            std::vector<Line> row((width + 15) / 16);
+#pragma omp for schedule(static)
+            for (int64_t token = 0; token < a.tokens; ++token) prepare_token(a, t, token, (float*)row.data());
+        }
+        for (int64_t token = 0; token < a.tokens; token += chunk) {
+            const int64_t last = token + chunk < a.tokens ? token + chunk : a.tokens;
+#pragma omp for schedule(static) nowait
+            for (int64_t index = 0; index < panels; ++index) {
+                const int64_t row = index * panel, end = row + panel < a.o ? row + panel : a.o;
+                multiply_panel(a, t, row, end, token, last);
+            }
+        }
+    }
+}

@@ -1,0 +1,379 @@
+"""The generated C++ linear: the torch reference bit for bit, on every instruction set and at every size."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qmamba_compile import ops
+from qmamba_compile.cpu_templates import build, launch
+from qmamba_compile.cpu_templates.render import LayerSpec, render
+from qmamba_compile.errors import ConfigError
+
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SPECS = [LayerSpec("w8a8_linear", isa) for isa in ("avx512", "avx2", "portable")]
+SPECS.append(LayerSpec("w8a8_linear", "avx512", vnni=True))
+RUNNABLE = [spec for spec in SPECS if spec.isa in build.available_isas() and (build.has_vnni() or not spec.vnni)]
+
+
+@contextlib.contextmanager
+def only(spec: LayerSpec) -> Iterator[None]:
+    """Launch the kernel of ``spec``, with outputs that hold NaN before it writes."""
+    empty = torch.empty
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QMAMBA_CPU_ISA", spec.isa)
+        patch.setattr(build, "has_vnni", lambda: spec.vnni)
+        patch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+        launch.layer_kernel.cache_clear()
+        yield
+    launch.layer_kernel.cache_clear()
+
+
+@pytest.fixture(params=RUNNABLE, ids=LayerSpec.slug)
+def spec(request: pytest.FixtureRequest) -> Iterator[LayerSpec]:
+    with only(request.param):
+        yield request.param
+
+
+def problem(
+    tokens: int = 3,
+    k: int = 131,
+    o: int = 37,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    smooth: torch.dtype | None = None,
+    static: bool = False,
+    seed: int = 0,
+) -> list[Any]:
+    """Arguments of the operator; the weight has every code, -128 included, which only other quantizers make."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    qdata = torch.randint(-128, 128, (o, k), generator=generator).to(torch.int8)
+    return [
+        (randn(tokens, k) * 3).to(dtype),
+        qdata,
+        randn(o, 1).abs() / 100,
+        randn(o).to(dtype) if bias else None,
+        (randn(k).abs() + 0.1).to(smooth) if smooth else None,
+        torch.tensor(0.03) if static else None,  # clips
+    ]
+
+
+def check(arguments: list[Any]) -> Tensor:
+    y = launch.w8a8_linear(*arguments)
+    expected = ops.w8a8_linear_reference(*arguments)
+    assert y is not None and y.dtype == expected.dtype and y.shape == expected.shape
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
+    assert expected.nan_to_num().abs().max() > 0
+    return y
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 18), 33, 130])
+def test_every_number_of_tokens(spec: LayerSpec, tokens: int) -> None:
+    check(problem(tokens))
+
+
+@pytest.mark.parametrize("k", [2, 15, 16, 31, 63, 64, 65, 768])
+@pytest.mark.parametrize("o", [1, 2, 3, 4, 5, 129])
+def test_every_remainder_of_a_vector_and_a_block(spec: LayerSpec, k: int, o: int) -> None:
+    for tokens in (1, 3):
+        check(problem(tokens, k, o))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
+        {"bias": True},
+        {"bias": True, "dtype": torch.bfloat16},
+        {"bias": True, "dtype": torch.float16},
+        {"smooth": torch.float32},
+        {"smooth": torch.bfloat16},
+        {"smooth": torch.bfloat16, "dtype": torch.bfloat16},
+        {"smooth": torch.float32, "dtype": torch.bfloat16},
+        {"smooth": torch.float16, "dtype": torch.float16},
+        {"static": True},
+        {"static": True, "smooth": torch.float32, "bias": True, "tokens": 9},
+        {"static": True, "dtype": torch.bfloat16},
+    ],
+    ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()),
+)
+def test_options(spec: LayerSpec, change: dict[str, Any]) -> None:
+    check(problem(**change))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_comes_out_as_nan_alone(spec: LayerSpec, bad: float, static: bool) -> None:
+    arguments = problem(tokens=6, bias=True, static=static)
+    for row, column in ((1, 0), (4, 130)):  # the first value, and the last one of an incomplete vector
+        arguments[0][row, column] = bad
+    y = check(arguments)
+    assert y.isnan().all(dim=1).tolist() == [False, True, False, False, True, False]
+
+
+def test_zeros_and_extremes(spec: LayerSpec) -> None:
+    arguments = problem(tokens=5)
+    for row, factor in enumerate((0.0, -0.0, 1e-38, 1e37, 1e-45)):
+        arguments[0][row] *= factor
+    y = check(arguments)
+    assert (y[:2] == 0).all()
+
+
+def test_ties_round_to_even(spec: LayerSpec) -> None:
+    arguments = problem(tokens=1, k=64)
+    arguments[0][0] = torch.arange(-32, 32) + 0.5
+    arguments[0][0, 0] = 127  # a scale of exactly one
+    y = check(arguments)
+    codes = arguments[0].round()
+    assert torch.equal(y, (codes.double() @ arguments[1].double().T).float() * arguments[2].T)
+
+
+def test_largest_sums_do_not_saturate(spec: LayerSpec) -> None:
+    """127 * -128 in every product: an int16 sum of four of them overflows, an int32 sum of 2**16 nearly does."""
+    qdata = torch.full((5, 2**16), -128, dtype=torch.int8)
+    x = torch.full((3, 2**16), 127.0)
+    y = launch.w8a8_linear(x, qdata, torch.ones(5, 1), None, None, None)
+    assert y is not None and (y == -(127.0 * 128 * 2**16)).all()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda x: x[:, :131], id="columns of a wider tensor"),
+        pytest.param(lambda x: x[::2, 7:138], id="every other row, unaligned"),
+        pytest.param(lambda x: x[:, ::2], id="every other column"),
+        pytest.param(lambda x: x.t()[:131].t(), id="transposed twice"),
+        pytest.param(lambda x: x[:, None, :131], id="three dimensions"),
+        pytest.param(lambda x: x.view(2, 3, 262)[..., 131:], id="a split of a projection"),
+        pytest.param(lambda x: x[0, :131], id="one vector"),
+        pytest.param(lambda x: x[:1, :131].expand(4, 131), id="expanded"),
+        pytest.param(lambda x: x[:0, :131], id="no tokens"),
+    ],
+)
+def test_layouts_of_x(spec: LayerSpec, view: Any) -> None:
+    x = torch.randn(6, 262, generator=torch.Generator().manual_seed(1))
+    arguments = problem()
+    arguments[0] = view(x)
+    before = x.clone()
+    y = launch.w8a8_linear(*arguments)
+    assert y is not None and torch.equal(y, ops.w8a8_linear_reference(*arguments))
+    assert y.shape == (*arguments[0].shape[:-1], 37) and torch.equal(x, before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    which=st.sampled_from(RUNNABLE),
+    tokens=st.integers(1, 40),
+    k=st.integers(2, 300),
+    o=st.integers(1, 150),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+    smooth=st.sampled_from([None, torch.float32, torch.bfloat16]),
+    static=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_problem(which: LayerSpec, **options: Any) -> None:
+    with only(which):
+        check(problem(**options))
+
+
+def test_panels_and_chunks(spec: LayerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that take several panels of weights and several chunks of tokens, neither of them whole."""
+    check(problem(tokens=707, k=768, o=103))
+    check(problem(tokens=5, k=7001, o=7))  # four rows are more than a panel
+
+
+def test_threads_do_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tokens in (1, 40):
+        arguments = problem(tokens, o=900)
+        one = launch.w8a8_linear(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "PARALLEL_WEIGHTS", 1)
+            patch.setattr(torch, "get_num_threads", lambda: 3)
+            assert torch.equal(launch.w8a8_linear(*arguments), one)
+
+
+def test_what_the_kernel_does_not_read_is_left_to_the_reference() -> None:
+    arguments = problem(o=38)
+    expected = ops.w8a8_linear_reference(*arguments)
+    for position in (1, 2):
+        strided = list(arguments)
+        strided[position] = arguments[position].repeat_interleave(2, dim=0)[::2]
+        assert launch.w8a8_linear(*strided) is None
+        assert torch.equal(torch.ops.qmamba.w8a8_linear(*strided), expected)
+
+
+def test_the_operator_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "w8a8_linear_reference", None)
+    arguments = problem()
+    y = torch.ops.qmamba.w8a8_linear(*arguments)
+    monkeypatch.undo()
+    assert torch.equal(y, ops.w8a8_linear_reference(*arguments))
+
+
+def test_vnni_is_chosen_where_the_machine_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(build, "load", built.append)
+    monkeypatch.delenv("QMAMBA_CPU_ISA", raising=False)
+    for isas, vnni in ((("avx512",), True), (("avx512",), False), (("avx2",), True)):
+        monkeypatch.setattr(build, "available_isas", lambda isas=isas: isas)
+        monkeypatch.setattr(build, "has_vnni", lambda vnni=vnni: vnni)
+        launch.layer_kernel.cache_clear()
+        launch.layer_kernel("w8a8_linear")
+    launch.layer_kernel.cache_clear()
+    assert [(spec.isa, spec.vnni) for spec in built] == [("avx512", True), ("avx512", False), ("avx2", False)]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [({"kernel": "ssm_update"}, "ssm_update"), ({"isa": "mmx"}, "mmx"), ({"vnni": True, "isa": "avx2"}, "avx2")],
+)
+def test_spec_refuses(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        dataclasses.replace(SPECS[0], **change)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=LayerSpec.slug)
+def test_rendered_text_is_readable(spec: LayerSpec) -> None:
+    text = render(spec)
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert "\n\n\n" not in text and "{%" not in text and "{{" not in text.replace("{{}", "")
+    assert len({other.slug() for other in SPECS}) == len(SPECS)
+
+
+@pytest.mark.parametrize("spec", [SPECS[-1], SPECS[-2]], ids=LayerSpec.slug)
+def test_golden_text(spec: LayerSpec) -> None:
+    """After a wanted change: ``QMAMBA_UPDATE_GOLDEN=1 pytest`` on this file, and read the diff."""
+    golden = GOLDEN / f"{spec.slug()}.cpp"
+    if os.environ.get("QMAMBA_UPDATE_GOLDEN"):
+        golden.write_text(render(spec))
+    assert render(spec) == golden.read_text()
+
+
+# --- with a norm in front ------------------------------------------------------------------------------------------
+
+NORM_TOLERANCE = 0.02
+"""Of the largest y. A last bit of the root mean square or of silu moves a code by one at a tie: 1/127 of a product."""
+
+
+def norm_problem(
+    tokens: int = 3,
+    groups: int = 1,
+    group_size: int = 131,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    gate: bool = False,
+    **options: Any,
+) -> list[Any]:
+    k = groups * group_size
+    x, *rest = problem(tokens, k, dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(4)
+    # As in the model: a part of a projection's row.
+    z = torch.randn(tokens, 2 * k, generator=generator).to(dtype)[:, :k] * 3 if gate else None
+    weight = (torch.rand(k, generator=generator) + 0.5).to(weight_dtype or dtype)
+    return [x, z, weight, 1e-5, group_size, *rest]
+
+
+def check_norm(arguments: list[Any]) -> Tensor:
+    y = launch.norm_w8a8_linear(*arguments)
+    expected = ops.w8a8_linear_reference(ops.rms_norm_reference(*arguments[:5]), *arguments[5:])
+    assert y is not None and y.dtype == expected.dtype and y.shape == expected.shape
+    assert torch.equal(y.isnan(), expected.isnan())
+    error = (y.float() - expected.float()).nan_to_num().abs().max() / expected.nan_to_num().abs().max()
+    assert error <= NORM_TOLERANCE, f"y is off by {error}"
+    return y
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"gate": True},
+        {"gate": True, "tokens": 1, "group_size": 1536},
+        {"gate": True, "groups": 3, "group_size": 37},
+        {"groups": 8, "group_size": 16},
+        {"groups": 5, "group_size": 1},
+        {"tokens": 70, "gate": True},
+        {"dtype": torch.bfloat16, "gate": True},
+        {"weight_dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "gate": True},
+        {"bias": True, "smooth": torch.float32},
+        {"static": True},
+    ],
+    ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()) or "base",
+)
+def test_norm_in_front(spec: LayerSpec, change: dict[str, Any]) -> None:
+    check_norm(norm_problem(**change))
+
+
+def test_norm_is_exact_where_its_arithmetic_is(spec: LayerSpec) -> None:
+    """Values +-2^i, as many of each sign and size, have a mean of squares, a root and codes without rounding."""
+    x = torch.tensor([2.0, -2.0] * 32).repeat(3, 1) * torch.tensor([[1.0], [4.0], [0.5]])
+    arguments = [x, None, torch.ones(64), 0.0, 32, *problem(k=64)[1:]]
+    y = check_norm(arguments)
+    expected = ops.w8a8_linear_reference(x.sign(), *arguments[5:])
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_stays_nan_behind_a_norm(spec: LayerSpec, bad: float, place: int) -> None:
+    arguments = norm_problem(tokens=5, gate=True)
+    arguments[place][3, 130] = bad
+    y = check_norm(arguments)
+    assert y[3].isnan().all() and y[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_silu_over_its_whole_range(spec: LayerSpec) -> None:
+    """A static scale of 1/127 and a weight of one code show silu itself, to a code."""
+    gate = torch.cat([torch.linspace(-120, 120, 500), torch.tensor([-1e30, 1e30, 0.0, -0.0])])
+    ones = torch.ones_like(gate)[None]
+    eye = torch.eye(len(gate)).to(torch.int8)
+    y = launch.norm_w8a8_linear(ones, gate[None], ones[0], 1e-5, 1, eye, ones.T.clone(), None, None, None)
+    expected = ops.rms_norm_reference(ones, gate[None], ones[0], 1e-5, 1)
+    assert y is not None and (y - expected).abs().max() <= 1.01 / 254
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    which=st.sampled_from(RUNNABLE),
+    tokens=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    group_size=st.integers(2, 90),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    gate=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_norm(which: LayerSpec, **options: Any) -> None:
+    with only(which):
+        check_norm(norm_problem(**options))
+
+
+def test_norm_operator_falls_back() -> None:
+    arguments = norm_problem(dtype=torch.float16, gate=True)
+    assert launch.norm_w8a8_linear(*arguments) is None
+    expected = ops.w8a8_linear_reference(ops.rms_norm_reference(*arguments[:5]), *arguments[5:])
+    assert torch.equal(torch.ops.qmamba.norm_w8a8_linear(*arguments), expected)
+
+
+def test_norm_operator_is_declared_truthfully() -> None:
+    for gate in (True, False):
+        torch.library.opcheck(torch.ops.qmamba.norm_w8a8_linear.default, tuple(norm_problem(gate=gate, bias=True)))
