@@ -85,8 +85,8 @@ class Step:
     """A state and the inputs of one `ssm_update`, on a device."""
 
     variant: Variant
-    state: tuple[Any, ...]
-    inputs: tuple[Any, ...]
+    state: Any
+    inputs: Any
     calibrated: Tensor | None
 
     @classmethod
@@ -118,7 +118,7 @@ class Step:
             RuntimeError: there is no kernel for these arguments; a reference must not be measured in its place.
         """
         if self.variant.bits is None:
-            y = launch.ssm_update_float(*self.state, *self.inputs, dt_softplus=True)
+            y = launch.ssm_update_float(*self.state, *(*self.inputs, True))
         else:
             options = (self.calibrated, True, self.variant.bits, self.variant.stochastic)
             y = packed_step(*self.state, *self.inputs, *options)
@@ -142,7 +142,7 @@ def check_step(model: Model, variant: Variant, device: str, steps: int = _CHECK_
     for number in range(steps):
         step.inputs = Step.random(model, variant, 2, device, torch.bfloat16, seed=number).inputs
         if variant.bits is None:
-            state, expected = recurrence.step(step.state[0].float(), *step.inputs, dt_softplus=True)
+            state, expected = recurrence.step(step.state[0].float(), *(*step.inputs, True))
             y = step.run()
             unit = torch.finfo(step.state[0].dtype).eps
             beyond += int(((step.state[0].float() - state).abs() > 16 * unit * (1 + state.abs())).sum())
@@ -273,7 +273,7 @@ def baseline_call(step: Step, kernel: Callable[..., Tensor] | None) -> Callable[
     """The step of mamba-ssm on a float state, or its reference in plain torch."""
     (state,), (x, dt, A, B, C, D, bias) = step.state, step.inputs
     if kernel is None:
-        return lambda: state.copy_(recurrence.step(state.float(), *step.inputs, dt_softplus=True)[0])
+        return lambda: state.copy_(recurrence.step(state.float(), *(*step.inputs, True))[0])
     headdim, dstate = state.shape[-2:]
     # It takes per-head vectors expanded by strides of 0.
     arguments = (
@@ -333,7 +333,8 @@ def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
                 linear = torch.ops.qmamba.w8a8_linear
                 w8a8 = [functools.partial(linear, x, q, scale, None, None, None) for q in packed]
                 bf16 = [functools.partial(torch.nn.functional.linear, x, w) for w in halves]
-                for kind, calls in (("w8a8", w8a8), ("bf16", bf16)):
+                timed: list[tuple[str, list[Any]]] = [("w8a8", w8a8), ("bf16", bf16)]
+                for kind, calls in timed:
                     entry = {"model": model_name, "outputs": outputs, "inputs": inputs, "rows": rows, "kind": kind}
                     yield entry | {"seconds": dataclasses.asdict(time_graph(calls))}
 
