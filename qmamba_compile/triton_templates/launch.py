@@ -122,7 +122,7 @@ def ssm_update(
     if spec is None or scale is None or not scale.is_contiguous():
         return None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    state = (packed.view(torch.int32), channel_scale, scale, rng)
+    state: tuple[Tensor, ...] = (packed.view(torch.int32), channel_scale, scale, rng)
     if ring is not None and interval > 1:
         state += (ring.x, ring.B, ring.decay, ring.position)
     _launch(spec, state, slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
