@@ -57,14 +57,15 @@ def test_step_of_a_model_at_batch_64(target: str, model: str) -> None:
     check_registers_and_accesses(spec)
 
 
-# Instructions an element, as compiled by Triton 3.9 when the bound was set, plus 5 percent. sm_90, 64 rows: 11.3.
+# Instructions an element, as compiled by Triton 3.6 and 3.9 when the bound was set: the larger one plus 2 to 5 percent.
+# sm_90, 4 bits, calibrated: 11.5.
 BOUNDS = {
-    ("4 calibrated", 64): {"sm_80": 12.0, "sm_90": 12.0, "sm_100": 10.6, "gfx942": 16.8},
-    ("8 calibrated", 64): {"sm_80": 14.8, "sm_90": 15.0, "sm_100": 13.0, "gfx942": 23.5},
-    ("4 dynamic", 64): {"sm_80": 26.5, "sm_90": 26.5, "sm_100": 23.0, "gfx942": 56.0},
+    ("4 calibrated", 64): {"sm_80": 12.0, "sm_90": 12.0, "sm_100": 10.6, "gfx942": 18.5},
+    ("8 calibrated", 64): {"sm_80": 14.8, "sm_90": 15.0, "sm_100": 13.0, "gfx942": 24.8},
+    ("4 dynamic", 64): {"sm_80": 28.5, "sm_90": 28.5, "sm_100": 24.0, "gfx942": 56.0},
     ("4 stochastic", 64): {"sm_90": 35.0},
-    ("float32", 64): {"sm_90": 10.4, "sm_100": 9.4},
-    ("bfloat16", 64): {"sm_90": 10.2, "sm_100": 8.7},
+    ("float32", 64): {"sm_90": 10.4, "sm_100": 10.1},
+    ("bfloat16", 64): {"sm_90": 10.2, "sm_100": 10.1},
 }
 
 
@@ -87,7 +88,7 @@ def test_instructions_per_element(kind: str, target: str, bound: float) -> None:
     )
     if scales != "stochastic":
         check_registers_and_accesses(spec)
-    assert 0.8 * bound < per_element(spec) <= bound, per_element(spec)
+    assert 0.75 * bound < per_element(spec) <= bound, per_element(spec)
 
 
 @pytest.mark.parametrize("headdim, dstate", [(32, 16), (128, 256), (64, 64), (40, 96)])
