@@ -253,3 +253,19 @@ def test_what_the_kernels_do_not_take_is_left_to_the_reference(interpreted: Inte
 def test_without_a_gpu_there_is_no_target() -> None:
     problem = Problem(**SMALL)
     assert launch.ssm_update(*problem.state, *problem.inputs(), None, True, 4, False) is None
+
+
+def check_scale_ties() -> None:
+    """2 bits: a row's scale is its largest magnitude, rounded to bfloat16, here from exactly half way."""
+    problem = Problem(**SMALL | {"bits": 2}, dynamic=False, D=False, dt_bias=False, dt_softplus=False)
+    problem.state[0].fill_(quant.zero_byte(2))
+    problem.calibrated = torch.ones_like(problem.calibrated)
+    x, dt, A, B, C, *_ = problem.inputs()
+    x = 1 + (2 * torch.arange(x.numel()).view(x.shape) + 1) * 2.0**-8
+    problem.step(poisoned_launch, problem.state, (x, torch.ones_like(dt), A, torch.ones_like(B), C, None, None))
+    assert torch.equal(problem.state[1], x.to(torch.bfloat16))
+    assert len(set((problem.state[1].float() > x).flatten().tolist())) == 2
+
+
+def test_scales_round_half_to_even(interpreted: Interpreted) -> None:
+    interpreted(check_scale_ties)
