@@ -116,16 +116,63 @@ def render(
     bits: Annotated[int, typer.Option(help="8, 4 or 2.")] = 4,
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
-    target: Annotated[str, typer.Option(help="cpu, or an instruction set: avx512, avx2, portable.")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="cpu, or an instruction set (avx512, avx2, portable), or a GPU (sm_90, gfx942, ...).")
+    ] = "cpu",
+    heads: Annotated[int, typer.Option(help="GPU: batch * nheads, by which block sizes are chosen.")] = 5120,
+    stats: Annotated[bool, typer.Option("--stats", help="GPU: what the compiler made of it, instead of text.")] = False,
 ) -> None:
     """Print the source that is generated for a kernel."""
+    if target.startswith(("sm_", "gfx")):
+        return _render_triton(
+            kernel, headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic", target, heads, stats
+        )
     from .cpu_templates import build
     from .cpu_templates.render import Spec
     from .cpu_templates.render import render as render_source
 
+    if stats:
+        raise ConfigError(f"--stats needs a GPU as --target, such as sm_90; {target!r} is not one")
     isa = build.best_isa() if target == "cpu" else target
     spec = Spec(kernel, headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic", isa)
     sys.stdout.write(render_source(spec))
+
+
+def _render_triton(
+    kernel: str,
+    headdim: int,
+    dstate: int,
+    bits: int,
+    dynamic: bool,
+    stochastic: bool,
+    target: str,
+    heads: int,
+    stats: bool,
+) -> None:
+    from .triton_templates import compiled, tuning
+    from .triton_templates import render as triton_render
+
+    if kernel != "ssm_update":
+        raise ConfigError(f"kernel={kernel!r} is not printed for GPUs; use ssm_update")
+    target = triton_render.target_of(target)
+    spec = tuning.ssm_update(target, heads, headdim, dstate, bits, dynamic, stochastic)
+    if not stats:
+        sys.stdout.write(triton_render.render(spec))
+        return
+    found = compiled.ssm_update_facts(spec)
+    elements = spec.rows * spec.dstate / (tuning.LANES.get(target, 32) * spec.warps)
+    table = rich.table.Table(title=spec.slug(), title_justify="left", box=None, show_header=False, title_style="bold")
+    table.add_row("registers of a thread", str(found.registers))
+    table.add_row("spilled bytes", str(found.spills))
+    table.add_row("shared memory of a program", str(found.shared_bytes))
+    table.add_row("instructions of a warp", str(found.instructions))
+    table.add_row("instructions an element", f"{found.instructions / elements:.2f}")
+    table.add_row("instructions a byte of the packed state", f"{found.instructions / elements * 8 / bits:.2f}")
+    for (kind, width), count in sorted(found.accesses.items()):
+        table.add_row(f"{width}-byte {kind}s of a warp", str(count))
+    mix = [f"{name} {count}" for name, count in found.mix.items() if count >= elements / 16]
+    table.add_row("most frequent", ", ".join(mix))
+    _out.print(table)
 
 
 @app.command()

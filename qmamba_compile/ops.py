@@ -20,6 +20,7 @@ from torch import Tensor
 from . import quant, recurrence, scan_ops  # noqa: F401  scan_ops defines an operator of its own
 from .cpu_templates import launch as cpu_kernels
 from .recurrence import Ring
+from .triton_templates import launch as gpu_kernels
 
 _library = torch.library.Library("qmamba", "DEF")
 
@@ -234,8 +235,9 @@ def ssm_update_reference(
 @_implement("ssm_update")
 def ssm_update(packed: Tensor, *arguments: Any) -> Tensor:
     """`ssm_update_reference` by the fastest kernel that this device has."""
-    if packed.is_cpu:
-        y = cpu_kernels.ssm_update(packed, *arguments[:14], _ring(arguments[14:]))
+    if packed.is_cpu or packed.is_cuda:
+        kernels = cpu_kernels if packed.is_cpu else gpu_kernels
+        y = kernels.ssm_update(packed, *arguments[:14], _ring(arguments[14:]))
         if y is not None:
             return y
     return ssm_update_reference(packed, *arguments)
@@ -270,6 +272,10 @@ def chunk_scan(
     Args:
         x: [b, l, h, p]; dt: [b, l, h]; B, C: [b, l, g, n]; initial_state: [b, h, p, n].
     """
+    if x.is_cuda:
+        found = gpu_kernels.chunk_scan(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, dt_min, dt_max)
+        if found is not None:
+            return found
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     if dt_softplus:
         dt = F.softplus(dt)
@@ -359,6 +365,10 @@ def w8a8_linear_reference(
         act_pre_scale: SmoothQuant factors [k] that multiply x, or ``None``.
         act_scale: static activation scale (one number); ``None`` quantizes each token by its own largest magnitude.
     """
+    if x.is_cuda:
+        y = gpu_kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+        if y is not None:
+            return y
     rows = x.reshape(-1, x.shape[-1])
     if act_pre_scale is not None:
         rows = rows * act_pre_scale

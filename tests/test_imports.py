@@ -105,7 +105,9 @@ def test_heavy_and_outer_modules_stay_where_they_belong(path):
         top = module.split(".")[0]
         assert top not in ("calibrate", "bench", "tests", "demo"), f"{where}: the package never imports {top}"
         if top in ("triton", "jinja2"):
-            assert path.name == "render.py", f"{where}: only render.py imports {top}"
+            # `compiled` asks Triton's compilers what they make of a rendered kernel.
+            allowed = path.name == "render.py" or path == ROOT / "triton_templates" / "compiled.py"
+            assert allowed, f"{where}: only render.py imports {top}"
         if "compile_fx" in module.split(".") or "compile_fx" in names:
             assert path == ROOT / "backend.py", f"{where}: only backend.py imports compile_fx"
 

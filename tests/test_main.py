@@ -114,3 +114,30 @@ def test_generate_streams_text_and_errors_are_one_line():
     assert good.stdout.startswith("def main(") and len(good.stdout) >= 29
     bad = subprocess.run([*command, "explain", "--model", "./nowhere"], capture_output=True, text=True)
     assert bad.returncode == 2 and "Traceback" not in bad.stderr and "no such folder" in bad.stderr
+
+
+def test_render_prints_a_triton_kernel():
+    result = invoke("render", "ssm_update", "--target", "sm_90", "--state-scales", "calibrated")
+    assert result.exit_code == 0, result.output
+    compile(result.stdout, "rendered", "exec")
+    assert "lop3.b32" in result.stdout and "p64_n128_b4_calibrated_nearest" in result.stdout
+
+
+def test_render_says_what_the_compiler_made_of_it():
+    result = invoke("render", "ssm_update", "--target", "sm_90", "--state-scales", "calibrated", "--stats")
+    assert result.exit_code == 0, result.output
+    assert "registers of a thread" in result.stdout and "16-byte loads of a warp" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["ssm_update", "--target", "sm_70"], "sm_70"),
+        (["dequantize_state", "--target", "sm_90"], "dequantize_state"),
+        (["ssm_update", "--stats"], "--stats"),
+        (["ssm_update", "--target", "gfx942", "--dstate", "20"], "dstate=20"),
+    ],
+)
+def test_render_refuses(arguments, named):
+    result = invoke("render", *arguments)
+    assert isinstance(result.exception, errors.ConfigError) and named in str(result.exception)

@@ -1,1 +1,1 @@
-"""Templates of the generated Triton kernels. Nothing is here yet: on CUDA the references in `ops` run."""
+"""Generated Triton kernels: `render` writes and loads them, `tuning` chooses, `launch` calls, `compiled` inspects."""

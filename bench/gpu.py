@@ -1,0 +1,573 @@
+"""``python -m bench.gpu``: the kernels on the GPU of this machine. Correctness first; no speed without it.
+
+Times are of CUDA graphs, replayed; each graph walks over as many copies of its tensors as overflow the L2 cache, as the
+layers of a model do. A figure is the median of the replays, with their quartiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.console
+import rich.table
+import torch
+import typer
+from torch import Tensor
+
+from bench.roofline import MODELS, VARIANTS, Model, Variant, step_bytes
+from qmamba_compile import ops, quant, recurrence
+from qmamba_compile.triton_templates import launch
+
+_out = rich.console.Console(width=140)
+
+SECTIONS = ("ssm", "linear", "decode", "prefill")
+SSM_BATCHES = (1, 4, 16, 64, 128, 256)
+LINEAR_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+DECODE_BATCHES = (1, 8, 32, 64, 128)
+PREFILL_TOKENS = (1024, 4096, 16384)
+
+NO_GPU = 2
+"""Exit status on a machine without a GPU; 1 is a kernel that is wrong."""
+
+CODES_OFF = 1e-5
+"""Share of codes that may be off by one: exp and fused multiply-adds of the GPU differ from torch's in the last bit."""
+
+SCALES_OFF = 1e-3
+"""Share of codes whose scale may differ in its last of 8 bits for the same reason: about 2**-16 a scale and unit in the
+last place of what it serves."""
+
+_CHECK_STEPS = 64
+_L2_BYTES = 128 * 2**20
+"""More than the L2 cache of any GPU that the kernels are written for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and quartiles of ``replays``."""
+
+    median: float
+    low: float
+    high: float
+    replays: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+        return cls(median, low, high, len(seconds))
+
+
+class Deadline:
+    """What is left of the time that the command may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def passed(self) -> bool:
+        return time.monotonic() > self.end
+
+
+# --- problems ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Step:
+    """A state and the inputs of one `ssm_update`, on a device."""
+
+    variant: Variant
+    state: Any
+    inputs: Any
+    calibrated: Tensor | None
+
+    @classmethod
+    def random(cls, model: Model, variant: Variant, batch: int, device: str, dtype: torch.dtype, seed: int = 0) -> Step:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        nheads, groups, dstate = model.nheads, model.ngroups, model.dstate
+        sizes = [nheads * model.headdim, groups * dstate, groups * dstate, nheads]
+        x, B, C, dt = randn(batch, sum(sizes)).to(dtype).split(sizes, dim=-1)
+        x, B, C = (t.unflatten(-1, (n, -1)) for t, n in ((x, nheads), (B, groups), (C, groups)))
+        A = -torch.rand(nheads, generator=generator, device=device) * 4
+        inputs = (x, dt, A, B, C, randn(nheads), randn(nheads) - 2)
+        h = randn(batch, nheads, model.headdim, dstate)
+        if variant.bits is None:
+            return cls(variant, (h.to(getattr(torch, variant.state_dtype)),), inputs, None)
+        calibrated = None if variant.dynamic else quant.store_scale(h.abs().mean(dim=(0, 2)).sqrt())
+        rng = quant.new_rng(batch, seed, device)
+        packed, channel_scale, state_scale = quant.quantize_state(h, variant.bits, state_scale=calibrated)
+        state_scale_out = state_scale.clone() if variant.dynamic else None
+        return cls(variant, (packed, channel_scale, state_scale_out, rng), inputs, calibrated)
+
+    def run(self, packed_step: Callable[..., Tensor | None] = launch.ssm_update) -> Tensor:
+        """One step by our kernel.
+
+        Raises:
+            RuntimeError: there is no kernel for these arguments; a reference must not be measured in its place.
+        """
+        if self.variant.bits is None:
+            y = launch.ssm_update_float(*self.state, *(*self.inputs, True))
+        else:
+            options = (self.calibrated, True, self.variant.bits, self.variant.stochastic)
+            y = packed_step(*self.state, *self.inputs, *options)
+        if y is None:
+            raise RuntimeError(f"no kernel serves {self.variant.name} on this device")
+        return y
+
+    def copy(self) -> Step:
+        state = tuple(None if t is None else t.clone() for t in self.state)
+        return dataclasses.replace(self, state=state)
+
+
+# --- correctness ---------------------------------------------------------------------------------------------------
+
+
+def check_step(model: Model, variant: Variant, device: str, steps: int = _CHECK_STEPS) -> dict[str, Any]:
+    """Kernel and reference from the same state at each of ``steps`` steps: share of codes off, error of y."""
+    step = Step.random(model, variant, 2, device, torch.bfloat16)
+    off = beyond = seen = scales_off = 0
+    worst = 0.0
+    for number in range(steps):
+        step.inputs = Step.random(model, variant, 2, device, torch.bfloat16, seed=number).inputs
+        if variant.bits is None:
+            state, expected = recurrence.step(step.state[0].float(), *(*step.inputs, True))
+            y = step.run()
+            unit = torch.finfo(step.state[0].dtype).eps
+            beyond += int(((step.state[0].float() - state).abs() > 16 * unit * (1 + state.abs())).sum())
+        else:
+            reference = step.copy()
+            expected = reference.run(ops.ssm_update_reference)
+            y = step.run()
+            found, wanted = (quant.unpack(s.state[0], variant.bits).int() for s in (step, reference))
+            distance = (found - wanted).abs()
+            # A scale whose last of 8 bits differs moves the codes of its row or column: seldom, and by one at 4 bits.
+            same = (step.state[1] == reference.state[1])[..., None].expand_as(distance)
+            if variant.dynamic:
+                same = same & (step.state[2] == reference.state[2])[:, :, None, :]
+            scales_off += int((~same).sum())
+            off += int((distance[same] > 0).sum())
+            beyond += int((distance > (1 if variant.bits < 8 else 2)).sum())
+            seen += distance.numel()
+            beyond += int(not torch.equal(step.state[3], reference.state[3]))
+        worst = max(worst, float((y.float() - expected.float()).abs().max() / expected.float().abs().max()))
+    within = off <= CODES_OFF * max(seen, 1) and scales_off <= SCALES_OFF * max(seen, 1)
+    return {
+        "codes_off_by_one": off,
+        "codes_further_off": beyond,
+        "codes_under_another_scale": scales_off,
+        "codes": seen,
+        "y_error": worst,
+        "correct": beyond == 0 and within and worst <= 2 * torch.finfo(torch.bfloat16).eps,
+    }
+
+
+def check_linear(rows: int, outputs: int, inputs: int, device: str) -> dict[str, Any]:
+    """Kernel against the integer product in float64, which is exact."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator, device=device)
+    qdata, scale = quant.quantize_rows(torch.randn(outputs, inputs, generator=generator, device=device))
+    y = ops.w8a8_linear(x, qdata, scale, None, None, None)
+    codes, row_scale = quant.quantize_rows(x)
+    expected = (codes.double() @ qdata.double().t()).float() * row_scale * scale.view(1, -1)
+    error = float((y - expected).abs().max() / expected.abs().max())
+    return {"y_error": error, "correct": error <= 1e-6}
+
+
+def check_scan(model: Model, device: str, tokens: int = 300) -> dict[str, Any]:
+    """Our scan kernel against the recurrence, token by token."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x, dt = randn(1, tokens, model.nheads, model.headdim), randn(1, tokens, model.nheads)
+    B, C = randn(1, tokens, model.ngroups, model.dstate), randn(1, tokens, model.ngroups, model.dstate)
+    A, D, bias = -torch.rand(model.nheads, device=device) * 4, randn(model.nheads), randn(model.nheads) - 2
+    found = launch.chunk_scan(x, dt, A, B, C, D, bias, None, True, 0.0, float("inf"))
+    if found is None:
+        return {"correct": False, "reason": "no kernel serves these extents"}
+    h = torch.zeros(1, model.nheads, model.headdim, model.dstate, device=device)
+    ys = []
+    for t in range(tokens):
+        h, y = recurrence.step(h, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, bias, True)
+        ys.append(y)
+    expected = torch.stack(ys, dim=1)
+    error = float((found[0] - expected).abs().max() / expected.abs().max())
+    state_error = float((found[1] - h).abs().max() / h.abs().max())
+    # mamba-ssm's kernels, where they serve, multiply in TF32.
+    return {"y_error": error, "state_error": state_error, "correct": max(error, state_error) <= 5e-3}
+
+
+def check(device: str) -> dict[str, dict[str, Any]]:
+    """Everything that is measured below, by name."""
+    model = MODELS["130M"]
+    results = {f"ssm {name}": check_step(model, variant, device) for name, variant in VARIANTS.items()}
+    for rows in (1, 7, 16, 64):
+        results[f"linear {rows} rows"] = check_linear(rows, 768, 1536, device)
+    results["chunk_scan"] = check_scan(model, device)
+    return results
+
+
+# --- time ----------------------------------------------------------------------------------------------------------
+
+
+def time_graph(calls: list[Callable[[], Any]], seconds: float = 0.15) -> Timing:
+    """Seconds of one of ``calls``, captured together in a CUDA graph and replayed for about ``seconds``."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    found: list[float] = []
+    end = time.monotonic() + seconds
+    while len(found) < 5 or (time.monotonic() < end and len(found) < 1000):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop) * 1e-3 / len(calls))
+    return Timing.of(found[1:])
+
+
+def copy_bandwidth(device: str, size: int = 2**30) -> float:
+    """Bytes a second, read and written, of a copy of ``size`` bytes."""
+    source, sink = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / time_graph([lambda: sink.copy_(source)]).median
+
+
+def copies_beyond_l2(moved: int) -> int:
+    return max(1, min(256, -(-2 * _L2_BYTES // moved)))
+
+
+def mamba_ssm_step() -> Callable[..., Tensor] | None:
+    """mamba-ssm's own kernel of the unquantized step."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
+    try:
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+    except ImportError:
+        return None
+    step: Callable[..., Tensor] = selective_state_update
+    return step
+
+
+def baseline_call(step: Step, kernel: Callable[..., Tensor] | None) -> Callable[[], Any]:
+    """The step of mamba-ssm on a float state, or its reference in plain torch."""
+    (state,), (x, dt, A, B, C, D, bias) = step.state, step.inputs
+    if kernel is None:
+        return lambda: state.copy_(recurrence.step(state.float(), *(*step.inputs, True))[0])
+    headdim, dstate = state.shape[-2:]
+    # It takes per-head vectors expanded by strides of 0.
+    arguments = (
+        state,
+        x,
+        dt[..., None].expand(-1, -1, headdim),
+        A[:, None, None].expand(-1, headdim, dstate),
+        B,
+        C,
+    )
+    options = {"D": D[:, None].expand(-1, headdim), "dt_bias": bias[:, None].expand(-1, headdim), "dt_softplus": True}
+    return lambda: kernel(*arguments, **options)
+
+
+def measure_ssm(device: str, bandwidth: float, deadline: Deadline) -> Iterator[dict[str, Any]]:
+    """One layer's step: each state, each model, each batch."""
+    kernel = mamba_ssm_step()
+    for model_name in ("130M", "2.7B", "Nemotron-H-8B"):
+        model = MODELS[model_name]
+        for batch in SSM_BATCHES:
+            for name, variant in VARIANTS.items():
+                if deadline.passed():
+                    return
+                moved = step_bytes(model, variant, batch)
+                count = copies_beyond_l2(moved)
+                first = Step.random(model, variant, batch, device, torch.bfloat16)
+                steps = [first, *(first.copy() for _ in range(count - 1))]
+                entry = {"model": model_name, "batch": batch, "state": name, "bytes": moved, "copies": count}
+                timing = time_graph([step.run for step in steps])
+                roof = moved / bandwidth
+                yield entry | {
+                    "kernel": "ours",
+                    "seconds": dataclasses.asdict(timing),
+                    "of_copy_bandwidth": roof / timing.median,
+                }
+                if variant.bits is None:
+                    timing = time_graph([baseline_call(step, kernel) for step in steps])
+                    source = "mamba-ssm" if kernel else "torch reference"
+                    yield entry | {"kernel": source, "seconds": dataclasses.asdict(timing)}
+                del first, steps
+
+
+def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
+    """W8A8 against bf16: the linears of 130M and 2.7B."""
+    for model_name in ("130M", "2.7B"):
+        for outputs, inputs, _ in MODELS[model_name].linears[:2]:
+            weight = torch.randn(outputs, inputs, device=device)
+            qdata, scale = quant.quantize_rows(weight)
+            half = weight.to(torch.bfloat16)
+            count = copies_beyond_l2(outputs * inputs)
+            packed = [qdata.clone() for _ in range(count)]
+            halves = [half.clone() for _ in range(count)]
+            for rows in LINEAR_ROWS:
+                if deadline.passed():
+                    return
+                x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+                linear = torch.ops.qmamba.w8a8_linear
+                w8a8 = [functools.partial(linear, x, q, scale, None, None, None) for q in packed]
+                bf16 = [functools.partial(torch.nn.functional.linear, x, w) for w in halves]
+                timed: list[tuple[str, list[Any]]] = [("w8a8", w8a8), ("bf16", bf16)]
+                for kind, calls in timed:
+                    entry = {"model": model_name, "outputs": outputs, "inputs": inputs, "rows": rows, "kind": kind}
+                    yield entry | {"seconds": dataclasses.asdict(time_graph(calls))}
+
+
+def _network(model_name: str, layers: int, device: str) -> Any:
+    import transformers
+
+    model = MODELS[model_name]
+    config = transformers.Mamba2Config(
+        vocab_size=model.vocabulary,
+        hidden_size=model.d_model,
+        num_hidden_layers=layers,
+        num_heads=model.nheads,
+        head_dim=model.headdim,
+        state_size=model.dstate,
+        n_groups=model.ngroups,
+    )
+    with torch.device(device):
+        network: Any = transformers.Mamba2ForCausalLM(config)
+    return network.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def _time_calls(call: Callable[[], Any], repeats: int = 10) -> Timing:
+    """Seconds of a call with its launches: what a caller waits."""
+    call()
+    found = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return Timing.of(found)
+
+
+def _time_model(network: Any, section: str, ids: Tensor) -> Timing:
+    """A prompt, or one decode step after it."""
+    with torch.inference_mode():
+        if section == "prefill":
+            return _time_calls(lambda: network(ids, use_cache=True), 5)
+        cache = network(ids, use_cache=True).cache_params
+        token = ids[:, :1].contiguous()
+        return _time_calls(lambda: network(token, cache_params=cache, use_cache=True))
+
+
+def measure_model(
+    section: str, model_name: str, layers: int, device: str, deadline: Deadline
+) -> Iterator[dict[str, Any]]:
+    """Decode steps by batch, or prompts by length, of a model of some layers: plain Inductor in bf16, and qmamba."""
+    sizes = [(batch, 16) for batch in DECODE_BATCHES] if section == "decode" else [(1, n) for n in PREFILL_TOKENS]
+    for backend in ("inductor", "qmamba"):
+        torch._dynamo.reset()
+        network = _network(model_name, layers, device)
+        # Whatever each compiles to is replayed as CUDA graphs where it can be.
+        options = {"mode": "reduce-overhead"} if backend == "inductor" and section == "decode" else {}
+        network.compile(backend=backend, **options)
+        for batch, tokens in sizes:
+            if deadline.passed():
+                return
+            torch.cuda.reset_peak_memory_stats()
+            timing = _time_model(network, section, torch.randint(1, 1000, (batch, tokens), device=device))
+            yield {
+                "model": model_name,
+                "layers": layers,
+                "backend": backend,
+                "batch": batch,
+                "tokens": tokens,
+                "seconds": dataclasses.asdict(timing),
+                "peak_bytes": torch.cuda.max_memory_allocated(),
+            }
+        del network
+        torch.cuda.empty_cache()
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the figures belong to."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    packages = ("torch", "triton", "transformers", "torchao", "mamba-ssm")
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "target": launch.target("cuda", torch.cuda.current_device()),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+
+
+def ssm_speedups(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each of our packed steps over float states of the same model and batch, where both are there."""
+    times = {(e["model"], e["batch"], e["state"], e["kernel"]): e["seconds"]["median"] for e in entries}
+    found = []
+    for (model, batch, state, kernel), seconds in times.items():
+        if kernel != "ours" or state in ("float32", "bfloat16"):
+            continue
+        row: dict[str, Any] = {"model": model, "batch": batch, "state": state}
+        for base in ("bfloat16", "float32"):
+            for source in ("ours", "mamba-ssm"):
+                other = times.get((model, batch, base, source))
+                if other is not None:
+                    row[f"over {base}, {source}"] = other / seconds
+        found.append(row)
+    return found
+
+
+def print_record(record: dict[str, Any]) -> None:
+    """Tables of whatever sections a record has."""
+    rows = ssm_speedups(record["sections"].get("ssm", []))
+    if rows:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        view = rich.table.Table(title="ssm_update, times faster", title_justify="left", box=None, title_style="bold")
+        for column in columns:
+            view.add_column(column)
+        for row in rows:
+            cells = (row.get(column, "") for column in columns)
+            view.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+        _out.print(view)
+    for section in ("linear", "decode", "prefill"):
+        for entry in record["sections"].get(section, []):
+            words = [f"{key} {value}" for key, value in entry.items() if key not in ("seconds", "peak_bytes")]
+            memory = f", peak {entry['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in entry else ""
+            _out.print(f"{section}: {', '.join(words)}: {entry['seconds']['median'] * 1e6:.1f} us{memory}")
+    for section, reason in record["skipped"].items():
+        _out.print(f"{section}: {reason}", style="yellow")
+
+
+def plot(record: dict[str, Any], folder: Path) -> list[Path]:
+    """One picture a section that has figures. Returns the files; none without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+        "ssm": ("batch", lambda e: f"{e['model']} {e['state']} ({e['kernel']})"),
+        "linear": ("rows", lambda e: f"{e['outputs']}x{e['inputs']} {e['kind']}"),
+        "decode": ("batch", lambda e: e["backend"]),
+        "prefill": ("tokens", lambda e: e["backend"]),
+    }
+    files = []
+    for section, (axis, label) in lines.items():
+        series: dict[str, list[tuple[int, float]]] = {}
+        for entry in record["sections"].get(section, []):
+            series.setdefault(label(entry), []).append((entry[axis], entry["seconds"]["median"] * 1e6))
+        if not series:
+            continue
+        figure, axes = plt.subplots(figsize=(9, 6))
+        for name, points in series.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="microseconds", title=f"{section}, {record['device']}")
+        axes.legend(fontsize="x-small")
+        files.append(folder / f"gpu_{section}.png")
+        figure.savefig(files[-1], dpi=120, bbox_inches="tight")
+        plt.close(figure)
+    return files
+
+
+def write(record: dict[str, Any], folder: Path) -> list[Path]:
+    """JSON and plots of a record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "gpu.json"
+    path.write_text(json.dumps(record, indent=1))
+    return [path, *plot(record, folder)]
+
+
+def main(
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Sections, of {', '.join(SECTIONS)}; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the JSON and the plots.")] = Path("bench/results"),
+    budget: Annotated[float, typer.Option(help="Seconds; what does not fit is left out, and said.")] = 450.0,
+    model: Annotated[str, typer.Option(help="Model of decode and prefill.")] = "2.7B",
+    layers: Annotated[
+        int, typer.Option(min=1, help="Layers of it; compiling all 64 takes longer than the budget.")
+    ] = 8,
+    check_only: Annotated[bool, typer.Option("--check-only", help="Correctness, no times.")] = False,
+) -> None:
+    """Check the kernels on this machine's GPU, then measure them."""
+    chosen = only or list(SECTIONS)
+    if unknown := [section for section in chosen if section not in SECTIONS]:
+        raise typer.BadParameter(f"section {unknown[0]!r} is unknown; allowed: {', '.join(SECTIONS)}")
+    if model not in MODELS:
+        raise typer.BadParameter(f"model {model!r} is unknown; allowed: {', '.join(MODELS)}")
+    if not torch.cuda.is_available():
+        _out.print("This machine has no CUDA device: nothing was checked and nothing was measured.", style="red")
+        sys.exit(NO_GPU)
+    device = f"cuda:{torch.cuda.current_device()}"
+    if launch.target("cuda", torch.cuda.current_device()) is None:
+        _out.print(f"No kernels for {torch.cuda.get_device_name(device)}: nothing was measured.", style="red")
+        sys.exit(NO_GPU)
+    deadline = Deadline(budget)
+    record: dict[str, Any] = environment(device) | {"sections": {}, "skipped": {}}
+    record["correctness"] = check(device)
+    wrong = [name for name, result in record["correctness"].items() if not result["correct"]]
+    for name, result in record["correctness"].items():
+        _out.print(f"{'WRONG' if name in wrong else 'ok':<6}{name}: {result}", style="red" if name in wrong else None)
+    if wrong:
+        _out.print("Not measured: the figures of a wrong kernel say nothing.", style="red")
+        sys.exit(1)
+    if check_only:
+        return
+    record["copy_bandwidth"] = copy_bandwidth(device)
+    _out.print(f"copy bandwidth {record['copy_bandwidth'] / 1e12:.2f} TB/s")
+    sections: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "ssm": lambda: measure_ssm(device, record["copy_bandwidth"], deadline),
+        "linear": lambda: measure_linear(device, deadline),
+        "decode": lambda: measure_model("decode", model, layers, device, deadline),
+        "prefill": lambda: measure_model("prefill", model, layers, device, deadline),
+    }
+    for section in chosen:
+        if section in ("decode", "prefill") and importlib.util.find_spec("transformers") is None:
+            record["skipped"][section] = "transformers is not installed"
+            continue
+        record["sections"][section] = list(sections[section]())
+        if deadline.passed():
+            record["skipped"][section] = f"cut short: the budget of {budget:.0f} s was spent"
+        # Whatever happens later, this much is on disk.
+        write(record, out)
+    print_record(record)
+    for path in write(record, out):
+        _out.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

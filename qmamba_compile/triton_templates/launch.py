@@ -1,0 +1,367 @@
+"""Call the generated kernels on tensors.
+
+Each function returns ``None`` when it cannot serve its arguments, having written nothing, and the caller runs the torch
+reference: no GPU that the kernels are written for, no Triton, an extent or a layout that the kernels do not take.
+
+A call reads nothing back from the device, and allocates only its result: it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import quant
+from ..errors import ConfigError
+from ..recurrence import Ring
+from . import tuning
+from .render import COMBINE_BLOCK, LINEAR_ROWS, Spec, load, target_of
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def target(device_type: str, index: int | None) -> str | None:
+    """What kernels are rendered for on a device: an architecture, Triton's interpreter on the CPU, or ``None``."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning("no Triton: the torch references run instead; install triton")
+        return None
+    if device_type == "cpu":
+        return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else None
+    if device_type != "cuda":
+        return None
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(index)
+        name = f"sm_{major}{minor}"
+    try:
+        return target_of(name)
+    except ConfigError as error:
+        log.warning("no Triton kernels, the torch references run instead: %s", error)
+        return None
+
+
+@functools.cache
+def _chosen(
+    architecture: str,
+    programs: int,
+    headdim: int,
+    dstate: int,
+    bits: int | None,
+    dynamic: bool,
+    stochastic: bool,
+    state_dtype: str = "float32",
+    flush_interval: int = 1,
+) -> Spec | None:
+    try:
+        return tuning.ssm_update(
+            architecture,
+            programs,
+            headdim,
+            dstate,
+            bits,
+            dynamic,
+            stochastic,
+            state_dtype=state_dtype,
+            flush_interval=flush_interval,
+        )
+    except ConfigError as error:
+        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
+        return None
+
+
+def ssm_update(
+    packed: Tensor,
+    channel_scale: Tensor,
+    state_scale_out: Tensor | None,
+    rng: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state_scale: Tensor | None,
+    dt_softplus: bool,
+    bits: int,
+    stochastic: bool,
+    ring: Ring | None = None,
+    *,
+    z: Tensor | None = None,
+    slots: Tensor | None = None,
+    dt_min: float = -float("inf"),
+    dt_max: float = float("inf"),
+) -> Tensor | None:
+    """`ops.ssm_update` on a GPU: y [b, h, p].
+
+    Args:
+        z: [b, h, p]; y is multiplied by silu(z).
+        slots: [b] integers; the state of batch entry i is entry slots[i] of the packed tensors, which then are a pool
+            of any number of states. Negative: padding, nothing is written but zeros to y. No slot may occur twice.
+        ring: of a checkpointed state; sequences whose ring is full store their state, the others append to it.
+        dt_min, dt_max: limits of dt after softplus.
+    """
+    architecture = target(x.device.type, x.device.index)
+    if architecture is None or not _states_fit(packed, channel_scale, state_scale_out, rng, ring):
+        return None
+    batch, nheads, headdim = x.shape
+    dstate = quant.unpacked_width(packed.shape[-1], bits)
+    dynamic = state_scale_out is not None
+    interval = 1 if ring is None else ring.x.shape[1] + 1
+    spec = _chosen(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic, flush_interval=interval)
+    scale = state_scale_out if state_scale_out is not None else state_scale
+    if spec is None or scale is None or not scale.is_contiguous():
+        return None
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    state: tuple[Tensor, ...] = (packed.view(torch.int32), channel_scale, scale, rng)
+    if ring is not None and interval > 1:
+        state += (ring.x, ring.B, ring.decay, ring.position)
+    _launch(spec, state, slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
+    if ring is not None and interval > 1:
+        load(spec).advance[batch,](rng, slots, ring.position, num_warps=1)
+    elif stochastic:
+        _advance(rng, slots)
+    return y
+
+
+def ssm_update_float(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    *,
+    z: Tensor | None = None,
+    slots: Tensor | None = None,
+    dt_min: float = -float("inf"),
+    dt_max: float = float("inf"),
+) -> Tensor | None:
+    """The same step on a contiguous float32 or bfloat16 state [b, h, p, n], in place: the packed one's yardstick."""
+    architecture = target(x.device.type, x.device.index)
+    dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(state.dtype)
+    if architecture is None or dtype is None or not state.is_contiguous():
+        return None
+    batch, nheads, headdim = x.shape
+    spec = _chosen(architecture, batch * nheads, headdim, state.shape[-1], None, False, False, dtype)
+    if spec is None:
+        return None
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(spec, (state,), slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
+    return y
+
+
+def _launch(
+    spec: Spec,
+    state: tuple[Tensor, ...],
+    slots: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    y: Tensor,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> None:
+    batch, nheads, _ = x.shape
+    # Vectors of the model's parameters: contiguous, so that these are no copies.
+    A, D, dt_bias = (None if vector is None else vector.contiguous() for vector in (A, D, dt_bias))  # type: ignore[assignment]
+    load(spec).ssm_update[spec.row_blocks, nheads, batch](
+        *state,
+        slots,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        z,
+        y,
+        nheads // B.shape[1],
+        dt_min,
+        dt_max,
+        *x.stride(),
+        *dt.stride(),
+        *B.stride(),
+        *C.stride(),
+        *(z.stride() if z is not None else (0, 0, 0)),
+        dt_softplus,
+        num_warps=spec.warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _advance(rng: Tensor, slots: Tensor | None) -> None:
+    """Add 1 to the step of each sequence. A kernel cannot: its programs read the step in no order."""
+    if slots is None:
+        rng[:, 1] += 1
+    else:
+        rng[:, 1].index_add_(0, slots.clamp(min=0).long(), (slots >= 0).to(rng.dtype))
+
+
+def _states_fit(
+    packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None
+) -> bool:
+    """The kernels write in place, so these cannot be copied into a layout that suits them. No ring of int8."""
+    written = (packed, channel_scale, state_scale_out, rng, *(() if ring is None else ring))
+    return (
+        all(t is None or t.is_contiguous() for t in written)
+        and (ring is None or (ring.scale is None and ring.x.dtype in (torch.bfloat16, torch.float32)))
+        and channel_scale.dtype is quant.SCALE_DTYPE
+        and (state_scale_out is None or state_scale_out.dtype is quant.SCALE_DTYPE)
+        and packed.shape[-1] % 4 == 0
+        and packed.storage_offset() % 4 == 0
+    )
+
+
+# --- linears -------------------------------------------------------------------------------------------------------
+
+INT_MM_ROWS = 16
+"""Rows up to which CUDA's ``torch._int_mm`` refuses a product."""
+
+
+def w8a8_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor | None:
+    """`ops.w8a8_linear` for few rows, or for extents that ``torch._int_mm`` does not take."""
+    architecture = target(x.device.type, x.device.index)
+    outputs, k = qdata.shape
+    rows = x.numel() // k
+    if architecture is None or rows == 0 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    if rows > INT_MM_ROWS and k % 8 == 0 and outputs % 8 == 0:
+        return None
+    flat = x.reshape(rows, k)
+    if flat.stride(1) != 1 or not qdata.is_contiguous():
+        return None
+    spec = tuning.w8a8_linear(architecture, rows, outputs, k)
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    partial = row_scale = None
+    if spec.splits > 1:
+        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=x.device)
+        row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    module = load(spec)
+    options = {"num_warps": spec.warps, "enable_fp_fusion": False}
+    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // LINEAR_ROWS))
+    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows, outputs)
+    module.w8a8_linear[grid](*arguments, flat.stride(0), k, **options)
+    if spec.splits > 1:
+        combining = (-(-outputs // COMBINE_BLOCK), rows)
+        module.combine[combining](partial, row_scale, scale, bias, y, rows, outputs, **options)
+    return y
+
+
+# --- prefill -------------------------------------------------------------------------------------------------------
+
+MAMBA_SSM_CHUNK = 256
+"""mamba-ssm's own default of chunk_size."""
+
+
+@functools.cache
+def _mamba_ssm_scan() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """mamba-ssm's SSD kernels, where that package is installed and loads."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
+    try:
+        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    except ImportError as error:
+        log.warning("mamba-ssm is installed but does not load (%s): our own chunk_scan runs instead", error)
+        return None
+    scan: Callable[..., tuple[Tensor, Tensor]] = module.mamba_chunk_scan_combined
+    return scan
+
+
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor] | None:
+    """`ops.chunk_scan` on a GPU: y [b, l, h, p] float32 and the final state [b, h, p, n] float32."""
+    architecture = target(x.device.type, x.device.index)
+    if architecture is None or x.shape[1] == 0:
+        return None
+    scan = _mamba_ssm_scan() if architecture != "interpreter" else None
+    if scan is not None:
+        y, state = scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            MAMBA_SSM_CHUNK,
+            D=D,
+            dt_bias=dt_bias,
+            initial_states=initial_state,
+            dt_softplus=dt_softplus,
+            dt_limit=(dt_min, dt_max),
+            return_final_states=True,
+        )
+        return y.float(), state.float().contiguous()
+    if any(tensor.stride(-1) != 1 for tensor in (x, B, C)) or B.dtype != C.dtype:
+        return None
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    try:
+        spec = tuning.chunk_scan(architecture, batch * nheads, headdim, dstate)
+    except ConfigError as error:
+        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
+        return None
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    final_state = torch.empty((batch, nheads, headdim, dstate), dtype=torch.float32, device=x.device)
+    A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))  # type: ignore[assignment]
+    load(spec).chunk_scan[-(-headdim // spec.block_p), nheads, batch](
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        initial_state,
+        y,
+        final_state,
+        seqlen,
+        nheads // ngroups,
+        dt_min,
+        dt_max,
+        *x.stride()[:3],
+        *dt.stride(),
+        *B.stride()[:3],
+        *C.stride()[:3],
+        dt_softplus,
+        # Products of 16-bit inputs lose nothing by TF32's 11 bits; a float32 model asked for float32.
+        "ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=spec.warps,
+    )
+    return y, final_state

@@ -1,0 +1,398 @@
+"""Generated Triton kernels as text and as loaded modules. The only file of this package that needs jinja2 or triton."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import pathlib
+import tempfile
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .. import quant
+from ..errors import ConfigError
+from ..recurrence import EXP_CONSTANTS
+
+if TYPE_CHECKING:
+    import jinja2
+
+log = logging.getLogger(__name__)
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950", "interpreter")
+"""Architectures that kernels are written for, and Triton's interpreter on the CPU (``TRITON_INTERPRET=1``)."""
+
+
+def target_of(architecture: str) -> str:
+    """The entry of `TARGETS` that serves ``architecture``: itself, or of NVIDIA's the latest before it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if architecture in TARGETS:
+        return architecture
+    if architecture.startswith("sm_"):
+        older = [name for name in TARGETS if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
+        if older:
+            return max(older, key=lambda name: int(name[3:]))
+    raise ConfigError(f"architecture {architecture!r} has no kernels; they are written for {TARGETS}")
+
+
+READ_TILES = 4
+"""Tiles that a step which only reads a checkpointed state takes at a time. Instructions an element in that loop: 6.0
+with 1, 5.2 with 2, 4.6 with 4 (sm_90, 64 x 128, 4 bits); 4 also keep 64 bytes of each thread under way."""
+
+STATE_DTYPES = ("float32", "bfloat16")
+
+_HIGHEST_FIELD = 23
+"""A field of bits can be read where it stands if it lies below bit 23, in a float32's mantissa."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One `ssm_update` kernel. Batch, nheads, ngroups, strides, input dtypes and optional inputs come with the call.
+
+    Attributes:
+        headdim, dstate: extents of one head's state.
+        bits: bits of a code; ``None`` is a float state of ``state_dtype``, the yardstick of the packed ones.
+        dynamic: state_scale is measured at each store, by a program that owns the head; otherwise it is calibrated.
+        stochastic: rounding of the store.
+        rows: rows of a head that one program updates; all of them when dynamic.
+        warps: warps of a program.
+        target: one of `TARGETS`.
+        state_dtype: one of `STATE_DTYPES`, for ``bits=None``.
+        flush_interval: L of a checkpointed state, which is stored once in L steps; 1 is a state without a ring.
+
+    Raises:
+        ConfigError: a value that no kernel can be made for.
+    """
+
+    headdim: int
+    dstate: int
+    bits: int | None
+    dynamic: bool = False
+    stochastic: bool = False
+    rows: int = 32
+    warps: int = 1
+    target: str = "sm_90"
+    state_dtype: str = "float32"
+    flush_interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
+        if not 1 <= self.headdim <= 256 or not 4 <= self.dstate <= 256:
+            raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 and 4 to 256 are allowed")
+        if self.bits is None:
+            if self.dynamic or self.stochastic:
+                raise ConfigError("bits=None is a float state: dynamic=False, stochastic=False")
+            if self.state_dtype not in STATE_DTYPES:
+                raise ConfigError(f"state_dtype={self.state_dtype!r} is not known; use one of {STATE_DTYPES}")
+        elif self.bits not in quant.STATE_BITS:
+            raise ConfigError(f"bits={self.bits} is not allowed; use one of {quant.STATE_BITS} or None")
+        elif self.dstate * self.bits % 32:
+            raise ConfigError(
+                f"dstate={self.dstate} at {self.bits} bits does not fill words of 32 bits; "
+                f"use a multiple of {32 // self.bits}"
+            )
+        if not _is_power_of_two(self.rows) or not _is_power_of_two(self.warps) or self.warps > 16:
+            raise ConfigError(f"rows={self.rows}, warps={self.warps}: powers of two are allowed, and 16 warps at most")
+        if not 1 <= self.flush_interval <= 65 or (self.flush_interval > 1 and self.bits is None):
+            raise ConfigError(f"flush_interval={self.flush_interval}: 1 to 65 are allowed, and 1 for a float state")
+        if self.dynamic and self.rows < self.headdim:
+            raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        words = ["ssm_update", f"p{self.headdim}", f"n{self.dstate}"]
+        if self.bits is None:
+            words.append(self.state_dtype)
+        else:
+            words.append(f"b{self.bits}")
+            words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
+        if self.flush_interval > 1:
+            words.append(f"every{self.flush_interval}")
+        return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
+
+    @property
+    def words(self) -> int:
+        """32-bit words of a packed row."""
+        return self.dstate * (self.bits or 0) // 32
+
+    @property
+    def tile(self) -> int:
+        """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state."""
+        if self.dynamic:
+            return self.rows
+        row_bytes = _padded(self.words) * 4 if self.bits else _padded(self.dstate) * _itemsize(self.state_dtype) // 4
+        lanes = 64 if self.target.startswith("gfx") else 32
+        return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
+
+    @property
+    def row_blocks(self) -> int:
+        """Programs of one head."""
+        return -(-self.headdim // self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSpec:
+    """One `w8a8_linear` kernel. k, the numbers of rows and outputs, dtypes and optional inputs come with the call.
+
+    Attributes:
+        block_o, block_k: outputs of a program, and elements of k that it takes at a time.
+        splits: programs that share one block of outputs, each with a part of k.
+        warps, stages: of a program, and loads of weights under way.
+        target: one of `TARGETS`.
+    """
+
+    block_o: int = 32
+    block_k: int = 256
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
+        if not all(_is_power_of_two(n) for n in (self.block_o, self.block_k, self.warps)):
+            raise ConfigError(f"{self}: block_o, block_k and warps must be powers of two")
+        if self.block_o < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
+            raise ConfigError(
+                f"{self}: int8 products need block_o >= 16, block_k >= 32, and at least 1 split and stage"
+            )
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        return f"w8a8_linear_o{self.block_o}_k{self.block_k}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanSpec:
+    """One `chunk_scan` kernel. Batch, seqlen, nheads, ngroups, strides and optional inputs come with the call.
+
+    Attributes:
+        headdim, dstate: extents of one head's state.
+        chunk: tokens handled by one set of matrix products.
+        block_p: rows of the state that a program owns.
+        warps: of a program.
+        target: one of `TARGETS`.
+    """
+
+    headdim: int
+    dstate: int
+    chunk: int = 64
+    block_p: int = 64
+    warps: int = 4
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
+        if not 1 <= self.headdim <= 256 or not 1 <= self.dstate <= 256:
+            raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 are allowed")
+        for name, value, fewest in (("chunk", self.chunk, 16), ("block_p", self.block_p, 16), ("warps", self.warps, 1)):
+            if not _is_power_of_two(value) or not fewest <= value <= 256:
+                raise ConfigError(f"{name}={value} is not allowed; use a power of two from {fewest} to 256")
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_r{self.block_p}_w{self.warps}_{self.target}"
+
+
+AnySpec = Spec | LinearSpec | ScanSpec
+
+LINEAR_ROWS = 16
+"""Rows of one program of `w8a8_linear`: the fewest that a product of int8 tiles takes."""
+
+COMBINE_BLOCK = 256
+"""Outputs of one program that adds up the parts of a split `w8a8_linear`."""
+
+
+def render(spec: AnySpec) -> str:
+    """Python source of the Triton kernel that ``spec`` names."""
+    if isinstance(spec, Spec):
+        name, constants = "ssm_update", _constants(spec)
+    elif isinstance(spec, LinearSpec):
+        name = "w8a8_linear"
+        constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
+    else:
+        name = "chunk_scan"
+        constants = {"padded_n": max(16, _padded(spec.dstate))}
+    return _environment().get_template(f"{name}.py.jinja").render(spec=spec, exp=EXP_CONSTANTS, **constants)
+
+
+@functools.cache
+def load(spec: AnySpec) -> ModuleType:
+    """The rendered kernel as a module; its source lies in Inductor's cache directory, for Triton and for debuggers."""
+    return load_source(spec.slug(), render(spec))
+
+
+def load_source(name: str, source: str) -> ModuleType:
+    """Import ``source`` from a file of the cache directory, written there if need be."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = pathlib.Path(cache_dir(), "qmamba")
+    path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".py", delete=False) as file:
+            file.write(source)
+        # Atomic: another process sees the whole file or none.
+        os.replace(file.name, path)
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _constants(spec: Spec) -> dict[str, Any]:
+    ragged_rows = spec.headdim % spec.rows != 0
+    width = spec.words if spec.bits else spec.dstate
+    ragged_columns = _padded(width) != width
+    row_test = f"row < {spec.headdim}"
+    column_test = f"{'word' if spec.bits else 'column'} < {width}"
+    tile_tests = [f"({row_test})[:, None]"] * ragged_rows + [f"({column_test})[None, :]"] * ragged_columns
+    tile_mask = f", mask={' & '.join(tile_tests)}" if tile_tests else ""
+    constants: dict[str, Any] = {
+        "nvidia": spec.target.startswith("sm_"),
+        "tile": spec.tile,
+        "row_blocks": spec.row_blocks,
+        "row_mask": f", mask={row_test}, other=0.0" if ragged_rows else "",
+        "row_mask_store": f", mask={row_test}" if ragged_rows else "",
+        "column_mask": f", mask={column_test}, other=0.0" if ragged_columns else "",
+        "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
+        "tile_mask_store": tile_mask,
+        "padded_columns": _padded(spec.dstate),
+        "ring": spec.flush_interval - 1,
+    }
+    if spec.bits is None:
+        return constants
+    runs = 8 // spec.bits
+    run_length = spec.dstate // runs
+    offset = 2 ** (spec.bits - 1)
+    octant = -(-spec.dstate // 8)
+    zero_word = sum(offset << shift for shift in range(0, 32, spec.bits))
+    rounder = 3 * 2**22 + offset
+    # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code).
+    constant_bits = 0x4B400000
+    return constants | {
+        # Reading keeps no updated state in registers: more rows share what each tile costs.
+        "read_tile": min(spec.rows, READ_TILES * spec.tile),
+        "padded_ring": _padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
+        "n_mask": f", mask=n < {spec.dstate}, other=0.0" if _padded(spec.dstate) != spec.dstate else "",
+        "n_mask_store": f", mask=n < {spec.dstate}" if _padded(spec.dstate) != spec.dstate else "",
+        "words": spec.words,
+        "padded_words": _padded(spec.words),
+        "padded_rows": spec.rows,
+        "largest": quant.max_code(spec.bits),
+        "tiny_scale": quant.TINY_SCALE,
+        "offset": offset,
+        "rounder": rounder,
+        "surplus": sum(constant_bits << shift for shift in range(0, 32, spec.bits)) % 2**32,
+        "zero_word": f"0x{zero_word:08X}",
+        "slots": (slots := _slots(spec, run_length, offset)),
+        "shift": _SHIFT[spec.bits],
+        "uses_shifted": any(slot["source"] == "shifted" for slot in slots),
+        "runs": runs,
+        "byte_columns": ", ".join(["c"] + [f"c + {index * run_length}" for index in range(1, runs)]),
+        "column_of_place": "4 * word[:, None] + place[None, :]"
+        if runs == 1
+        else f"4 * word[:, None] + (place % 4 + place // 4 * {run_length})[None, :]",
+        "column_mask": f", mask=({column_test})[:, None], other=0.0" if ragged_columns else "",
+        "column_mask_store": f", mask=({column_test})[:, None]" if ragged_columns else "",
+        "tile_mask": f"{tile_mask}, other={_signed(0 if spec.bits == 8 else zero_word)}" if tile_mask else "",
+        "names": lambda letter: ", ".join(f"{letter}{index}" for index in range(32 // spec.bits)),
+        "splits": _splits(32 // spec.bits),
+        "split_result": _split_result(runs, 32 // spec.bits),
+        "octant": octant,
+        "shares_philox": _is_power_of_two(spec.dstate) and spec.dstate >= 8,
+        "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
+        "power_of_two": _is_power_of_two(spec.headdim),
+    }
+
+
+_SHIFT = {8: 16, 4: 12, 2: 12}
+
+
+def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
+    """The codes of a word in bit order: where each is read, and the column of its first word."""
+    assert spec.bits is not None
+    runs = 8 // spec.bits
+    found = []
+    for index in range(32 // spec.bits):
+        byte, run = divmod(index, runs)
+        position, source = index * spec.bits, "words"
+        if position + spec.bits > _HIGHEST_FIELD:
+            position, source = position - 16 if spec.bits == 8 else position - 12, "shifted"
+        found.append(
+            {
+                "index": index,
+                "source": source,
+                "mask": f"0x{(2**spec.bits - 1) << position:X}",
+                "bias": f"{2**23 + (offset << position)}.0",
+                "times_unit": f" * {2.0**-position!r}" if position else "",
+                "column": f"{run * run_length + byte}",
+            }
+        )
+    return found
+
+
+def _splits(width: int) -> list[dict[str, Any]]:
+    """Steps that halve [word, place] by the lowest bit of the place, breadth first, down to columns c0, c1, ..."""
+
+    def name(place: int, step: int) -> str:
+        return "columns" if step == 1 else f"c{place}" if step == width else f"c{place}_by_{step}"
+
+    steps, step = [], 1
+    while step < width:
+        steps += [
+            {
+                "source": name(place, step),
+                "width": width // step,
+                "low": name(place, 2 * step),
+                "high": name(place + step, 2 * step),
+            }
+            for place in range(step)
+        ]
+        step *= 2
+    return steps
+
+
+def _split_result(runs: int, count: int) -> str:
+    """The columns that `_splits` ends in, ordered by slot: slot (byte, run) stands at place 4 * run + byte."""
+    return ", ".join(f"c{4 * (index % runs) + index // runs}" for index in range(count))
+
+
+def _padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word

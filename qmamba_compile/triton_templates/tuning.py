@@ -1,0 +1,132 @@
+"""Which kernel for which GPU and shape: a small table, each entry with the compiled-code fact behind it.
+
+No entry was measured on a GPU yet. What compilers make of the kernels is held by tests/kernels/test_triton_compiled.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .render import LinearSpec, ScanSpec, Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Published figures of one GPU.
+
+    Attributes:
+        units: streaming multiprocessors, or compute units.
+        registers: of 32 bits in one unit.
+        clock: boost clock in Hz.
+        issue: instructions of a whole warp that a unit executes in a cycle: four quarters of 32 lanes each on NVIDIA;
+            four of 16 lanes, for warps of 64, on AMD.
+        memory: bandwidth in bytes/s.
+    """
+
+    name: str
+    units: int
+    registers: int
+    clock: float
+    issue: int
+    memory: float
+
+
+GPUS = {
+    "sm_80": Gpu("A100 SXM 80 GB", 108, 65536, 1.41e9, 4, 2.04e12),
+    "sm_86": Gpu("RTX A5000", 64, 65536, 1.695e9, 4, 0.768e12),
+    "sm_89": Gpu("L40S", 142, 65536, 2.52e9, 4, 0.864e12),
+    "sm_90": Gpu("H200 SXM", 132, 65536, 1.98e9, 4, 4.8e12),
+    "sm_100": Gpu("B200", 148, 65536, 1.965e9, 4, 8.0e12),
+    "gfx942": Gpu("MI300X", 304, 131072, 2.1e9, 1, 5.3e12),
+}
+
+LANES = {"gfx942": 64, "gfx950": 64}
+"""Threads of a warp, where not 32."""
+
+PLANNED_WARPS = {"calibrated 4": 15, "calibrated 8": 24, "other": 8}
+"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 127 on
+sm_80 and sm_90, 136 on sm_100; 8 bits: 72. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
+the state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
+
+
+def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
+    """Entry of `PLANNED_WARPS` for a kernel."""
+    if dynamic or stochastic or bits == 2:
+        return PLANNED_WARPS["other"]
+    return PLANNED_WARPS["calibrated 4" if bits == 4 else "calibrated 8"]
+
+
+def ssm_update(
+    architecture: str,
+    heads: int,
+    headdim: int,
+    dstate: int,
+    bits: int | None,
+    dynamic: bool,
+    stochastic: bool,
+    *,
+    state_dtype: str = "float32",
+    flush_interval: int = 1,
+) -> Spec:
+    """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
+
+    Calibrated: one warp owns rows. 4 warps on 64 rows would each prepare B / state_scale and C * state_scale anew, 2 to
+    3.5 instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows leave an element 1.1 instructions
+    less than 32 rows do (11.3 and 12.4; 18.2 with 8 rows), so a head is split only where the GPU would stay empty.
+
+    Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales
+    of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4
+    bits). 64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, where 128 halve the waves of a unit.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    padded = 1 << (headdim - 1).bit_length()
+    lanes = LANES.get(architecture, 32)
+    rows, warps = padded, 1
+    if dynamic:
+        held = 64 if stochastic or bits == 2 or lanes == 64 else 128
+        while warps < 16 and padded * dstate > held * lanes * warps:
+            warps *= 2
+    else:
+        gpu = GPUS.get(architecture)
+        wanted = gpu.units * planned_warps(bits, dynamic, stochastic) if gpu else heads
+        # Fewer rows than one 16-byte access of all lanes covers would narrow the accesses.
+        row_bytes = dstate * (bits or (32 if state_dtype == "float32" else 16)) // 8
+        fewest = max(1, lanes * 16 // row_bytes)
+        while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
+            rows //= 2
+    return Spec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture, state_dtype, flush_interval)
+
+
+def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
+    """The kernel for x [rows, k] and weights [outputs, k].
+
+    The weights are read once, so what counts is bytes under way: 32 outputs x 256 of k are 8 KiB a stage, 24 to 32 KiB
+    a program, and k is split until there are two programs a unit, as long as each part has four blocks of k.
+    """
+    block_o, block_k = 32, 256
+    gpu = GPUS.get(architecture)
+    programs = -(-outputs // block_o) * -(-rows // 16)
+    splits = 1
+    while gpu and programs * splits < 2 * gpu.units and k // (2 * splits) >= 4 * block_k:
+        splits *= 2
+    # AMD's shared memory is 64 KiB, and its compiler keeps two stages.
+    stages = 2 if architecture.startswith("gfx") else 4
+    return LinearSpec(block_o, block_k, splits, 4, stages, architecture)
+
+
+def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:
+    """The kernel for ``heads`` = batch * nheads sequences.
+
+    32 tokens and 32 rows: with 64 tokens, the operands of one product after another spill (sm_90, dstate 128). Rows are
+    split further where heads alone would leave units idle, at the price of computing C . B once more.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    block_p = min(32, max(16, 1 << (headdim - 1).bit_length()))
+    gpu = GPUS.get(architecture)
+    while gpu and block_p > 16 and heads * -(-headdim // block_p) < gpu.units:
+        block_p //= 2
+    return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)

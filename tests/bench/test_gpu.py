@@ -1,0 +1,166 @@
+"""`bench.gpu` without a GPU: its checks in Triton's interpreter, its report from invented figures (TEST_DATA)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import gpu
+from bench.roofline import VARIANTS, Model
+
+TINY = Model(1, 32, 2, 16, 32, 1, 64)
+
+
+def entry(**fields: Any) -> dict[str, Any]:
+    seconds = dataclasses.asdict(gpu.Timing.of([fields.pop("median")] * 3))
+    return fields | {"seconds": seconds, "TEST_DATA": True}
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    """Invented: no such device, no such times."""
+    ssm = [
+        entry(model="2.7B", batch=batch, state=state, kernel=kernel, median=batch * microseconds * 1e-6)
+        for batch in (1, 64)
+        for state, kernel, microseconds in (
+            ("float32", "ours", 8.0),
+            ("bfloat16", "ours", 4.0),
+            ("bfloat16", "mamba-ssm", 6.0),
+            ("int4 calibrated", "ours", 2.0),
+        )
+    ]
+    linear = [
+        entry(model="2.7B", outputs=64, inputs=32, rows=rows, kind=kind, median=1e-6)
+        for rows in (1, 16)
+        for kind in "ab"
+    ]
+    decode = [
+        entry(model="2.7B", layers=8, backend=backend, batch=1, tokens=16, median=1e-3, peak_bytes=2**30)
+        for backend in ("inductor", "qmamba")
+    ]
+    sections = {"ssm": ssm, "linear": linear, "decode": decode}
+    return {"device": "TEST_DATA", "sections": sections, "skipped": {"prefill": "TEST_DATA: no reason"}}
+
+
+def test_speedups_compare_like_with_like(record: dict[str, Any]) -> None:
+    rows = gpu.ssm_speedups(record["sections"]["ssm"])
+    assert [row["batch"] for row in rows] == [1, 64]
+    for row in rows:
+        assert row["state"] == "int4 calibrated"
+        assert row["over bfloat16, ours"] == pytest.approx(2.0)
+        assert row["over bfloat16, mamba-ssm"] == pytest.approx(3.0)
+        assert row["over float32, ours"] == pytest.approx(4.0)
+        assert "over float32, mamba-ssm" not in row
+
+
+def test_record_is_written_and_plotted(record: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    files = gpu.write(record, tmp_path / "results")
+    assert json.loads(files[0].read_text()) == record
+    if importlib.util.find_spec("matplotlib"):
+        assert [path.name for path in files[1:]] == ["gpu_ssm.png", "gpu_linear.png", "gpu_decode.png"]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in files[1:])
+
+
+def test_record_without_matplotlib(
+    record: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert [path.name for path in gpu.write(record, tmp_path)] == ["gpu.json"]
+
+
+def test_record_is_printed(record: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    gpu._out.file = sys.stdout
+    gpu.print_record(record)
+    text = capsys.readouterr().out
+    gpu._out.file = None
+    assert "2.00" in text and "3.00" in text and "peak 1.00 GiB" in text and "no reason" in text
+
+
+def test_quartiles() -> None:
+    assert gpu.Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]) == gpu.Timing(3.0, 1.5, 4.5, 5)
+    assert gpu.Timing.of([2.0]) == gpu.Timing(2.0, 2.0, 2.0, 1)
+
+
+def test_copies_overflow_the_cache() -> None:
+    for moved in (10**3, 10**6, 10**9):
+        copies = gpu.copies_beyond_l2(moved)
+        assert 1 <= copies <= 256 and (copies == 256 or copies * moved >= gpu._L2_BYTES)
+
+
+def test_without_a_gpu_it_says_so_and_ends_with_2() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    result = subprocess.run([sys.executable, "-m", "bench.gpu"], capture_output=True, text=True, check=False)
+    assert result.returncode == gpu.NO_GPU and "nothing was measured" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--only", "music"], ["--model", "9B"]])
+def test_refuses_unknown_choices(arguments: list[str]) -> None:
+    import typer
+
+    app = typer.Typer()
+    app.command()(gpu.main)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and arguments[1] in result.output
+
+
+def test_a_wrong_kernel_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu.launch, "target", lambda *_: "sm_90")
+    monkeypatch.setattr(gpu, "environment", lambda device: {"device": "TEST_DATA"})
+    monkeypatch.setattr(gpu, "check", lambda device: {"ssm": {"correct": False}})
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda device: pytest.fail("measured all the same"))
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(None, tmp_path, 1.0, "2.7B", 1, False)
+    assert ended.value.code == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_check_passes_on_our_kernels(interpreted: Callable[..., Any], name: str) -> None:
+    found = interpreted(gpu.check_step, TINY, VARIANTS[name], "cpu", 2)
+    assert found["correct"], found
+
+
+def wrong_kernel() -> dict[str, Any]:
+    """The check of a kernel that loses the sign of a few codes."""
+    right = gpu.launch.ssm_update
+
+    def wrong(packed: Any, *args: Any) -> Any:
+        y = right(packed, *args)
+        packed[0, 0, 0, :2] ^= 0x88
+        return y
+
+    gpu.launch.ssm_update, gpu.Step.run.__defaults__ = wrong, (wrong,)
+    try:
+        return gpu.check_step(TINY, VARIANTS["int4 calibrated"], "cpu", 2)
+    finally:
+        gpu.launch.ssm_update, gpu.Step.run.__defaults__ = right, (right,)
+
+
+def test_the_check_sees_a_wrong_kernel(interpreted: Callable[..., Any]) -> None:
+    assert not interpreted(wrong_kernel)["correct"]
+
+
+def check_of_linear_and_scan() -> tuple[dict[str, Any], dict[str, Any]]:
+    linear = gpu.ops.w8a8_linear
+    gpu.ops.w8a8_linear = gpu.launch.w8a8_linear
+    try:
+        return gpu.check_linear(3, 32, 64, "cpu"), gpu.check_scan(TINY, "cpu", 20)
+    finally:
+        gpu.ops.w8a8_linear = linear
+
+
+def test_linear_and_scan_pass_their_checks(interpreted: Callable[..., Any]) -> None:
+    linear, scan = interpreted(check_of_linear_and_scan)
+    assert linear["correct"] and scan["correct"], (linear, scan)
