@@ -108,8 +108,8 @@ def _make_state(output: StateOutput, parts: list[Tensor]) -> DSQState:
     state_scale = parts[3] if output.state_scale is None else output.state_scale
     ring = None
     if output.ring is not None:
-        dstate = quant.unpacked_width(packed.shape[-1], output.bits)
-        ring = output.ring.new(*packed.shape[:3], dstate, packed.device)
+        batch, nheads, headdim, width = packed.shape
+        ring = output.ring.new(batch, nheads, headdim, quant.unpacked_width(width, output.bits), packed.device)
     return DSQState(packed, channel_scale, state_scale, rng, output.bits, output.stochastic, ring)
 
 
