@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qmamba_compile import DSQState, ops
 from qmamba_compile.cpu_templates.launch import ssm_update_float
-from qmamba_compile.recurrence import RING_DTYPES, Ring, new_ring
+from qmamba_compile.recurrence import RING_DTYPES, new_ring
 
 from . import cli
 from .measure import Gate, Work
@@ -41,6 +41,7 @@ VARIANTS = (
     OURS_REFERENCE,
 )
 
+_FLUSH_INTERVAL = 8
 CHECKED_STEPS = 4
 # Requantizing a random normal state CHECKED_STEPS times leaves 1 % of noise at 8 bits, 11 % at 4 and 17 % at 4 when
 # rounded stochastically.
@@ -68,7 +69,7 @@ def main(
             torch._dynamo.reset()
 
 
-class _Inputs:
+class Inputs:
     """What a mixer hands to its SSM step, of random values; one set for all layers."""
 
     def __init__(self, shape: Shape, batch: int) -> None:
@@ -90,14 +91,14 @@ Step = Callable[[], list[Tensor]]
 
 
 def _measure(found: Record, shape: Shape, batch: int, chosen: Sequence[str], repeats: int) -> None:
-    inputs = _Inputs(shape, batch)
+    inputs = Inputs(shape, batch)
     calls: dict[str, Step] = {}
     gates: dict[str, Gate] = {}
     work: dict[str, Work] = {}
     reference: Tensor | None = None
     for name in chosen:
         with console.status(f"compiling and checking {name}, batch {batch}"):
-            calls[name], held, tolerance = _variant(name, inputs)
+            calls[name], held, tolerance = variant(name, inputs)
             y = torch.stack([torch.stack(calls[name]()) for _ in range(CHECKED_STEPS)])
         reference = y if reference is None else reference
         gates[name] = Gate.of(y, reference, tolerance)
@@ -113,7 +114,7 @@ def _work(name: str, held: int) -> Work:
     return Work(read=held - stored, updated=stored)
 
 
-def _variant(name: str, inputs: _Inputs) -> tuple[Step, int, float]:
+def variant(name: str, inputs: Inputs) -> tuple[Step, int, float]:
     """One step of all layers on states of its own, the bytes of these states, and the tolerance of its output."""
     states = [state.clone() for state in inputs.states]
     held = sum(state.nbytes for state in states)
@@ -127,28 +128,46 @@ def _variant(name: str, inputs: _Inputs) -> tuple[Step, int, float]:
         arguments = (i.x, i.dt, i.A, i.B, i.C, i.D, i.dt_bias, True)
         return lambda: [_written(ssm_update_float(state, *arguments)) for state in states], held, _EXACT
     bits = 8 if "h8" in name else 4
-    scales = [s.abs().amax(dim=(0, 2)) for s in inputs.states] if "calibrated" in name else [None] * len(states)
-    stochastic = name.endswith("stochastic")
-    rings = [_ring(inputs, layer, name.endswith("ring8")) if "flush8" in name else None for layer in range(len(states))]
-    packed = [
-        DSQState.from_float(state, bits, state_scale=scale, stochastic=stochastic, ring=ring)
-        for state, scale, ring in zip(states, scales, rings, strict=True)
-    ]
+    packed = _packed_states(
+        inputs,
+        bits,
+        calibrated="calibrated" in name,
+        stochastic=name.endswith("stochastic"),
+        flush_interval=_FLUSH_INTERVAL if "flush8" in name else 1,
+        ring_bits=8 if name.endswith("ring8") else 16,
+    )
     op = ops.ssm_update_reference if name == OURS_REFERENCE else torch.ops.qmamba.ssm_update.default
     step = functools.partial(_packed_step, op, packed, inputs)
     return step, sum(state.packed_nbytes for state in packed), _H8 if bits == 8 else _H4
 
 
-_FLUSH_INTERVAL = 8
+def packed_step(inputs: Inputs, bits: int, *, flush_interval: int) -> Step:
+    """One step of all layers on dynamically scaled states of their own."""
+    states = _packed_states(inputs, bits, flush_interval=flush_interval)
+    return functools.partial(_packed_step, torch.ops.qmamba.ssm_update.default, states, inputs)
 
 
-def _ring(inputs: _Inputs, layer: int, narrow: bool) -> Ring:
-    shape, dtype = inputs.shape, RING_DTYPES[8 if narrow else 16]
-    extents = (inputs.batch, shape.nheads, shape.headdim, shape.ngroups, shape.dstate, _FLUSH_INTERVAL)
-    return new_ring(*extents, dtype=dtype, start=layer % _FLUSH_INTERVAL)
+def _packed_states(
+    inputs: Inputs,
+    bits: int,
+    *,
+    calibrated: bool = False,
+    stochastic: bool = False,
+    flush_interval: int = 1,
+    ring_bits: int = 16,
+) -> list[DSQState]:
+    shape, packed = inputs.shape, []
+    for layer, state in enumerate(inputs.states):
+        scale = state.abs().amax(dim=(0, 2)) if calibrated else None
+        ring = None
+        if flush_interval > 1:
+            extents = (inputs.batch, shape.nheads, shape.headdim, shape.ngroups, shape.dstate, flush_interval)
+            ring = new_ring(*extents, dtype=RING_DTYPES[ring_bits], start=layer % flush_interval)
+        packed.append(DSQState.from_float(state, bits, state_scale=scale, stochastic=stochastic, ring=ring))
+    return packed
 
 
-def _transformers_step(inputs: _Inputs, states: list[Tensor]) -> list[Tensor]:
+def _transformers_step(inputs: Inputs, states: list[Tensor]) -> list[Tensor]:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 
     i, shape = inputs, inputs.shape
@@ -163,7 +182,7 @@ def _transformers_step(inputs: _Inputs, states: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _packed_step(op: Callable[..., Tensor], states: list[DSQState], inputs: _Inputs) -> list[Tensor]:
+def _packed_step(op: Callable[..., Tensor], states: list[DSQState], inputs: Inputs) -> list[Tensor]:
     i = inputs
     return [
         op(
