@@ -9,13 +9,13 @@ import rich.console
 
 from qmamba_compile.errors import QMambaError
 
-from .cli import app
+from .cli import calibrate_app
 
 
 def main() -> None:
     """Entry point; one line instead of a traceback for errors that have something to say."""
     try:
-        app()
+        calibrate_app()
     except QMambaError as problem:
         if os.environ.get("QMAMBA_TRACEBACK"):
             raise

@@ -19,7 +19,7 @@ class Activations:
     """
 
     def __init__(self, shape: tuple[int, int, int], folder: Path, limit: int) -> None:
-        """Room for ``shape``; beyond ``limit`` bytes in a file of ``folder`` without a name, so no kill leaves it there."""
+        """Room for ``shape``; beyond ``limit`` bytes in a file of ``folder`` that no kill leaves behind."""
         self.in_file = 4 * shape[0] * shape[1] * shape[2] > limit
         if not self.in_file:
             self._rows = torch.empty(shape)

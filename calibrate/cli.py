@@ -179,8 +179,18 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Calibration and evaluation.")
-app.command()(calibrate)
+def _command(function: Any, **settings: Any) -> typer.Typer:
+    """A Typer application of one command; `qmamba` finds it as an entry point."""
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    application.command(**settings)(function)
+    return application
+
+
+calibrate_app = _command(calibrate)
+evaluate_app = _command(evaluate)
+lm_eval_app = _command(
+    lm_eval, add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
 
 
 # --- models --------------------------------------------------------------------------------------------------------
