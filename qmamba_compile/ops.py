@@ -303,14 +303,26 @@ def chunk_scan(
     Args:
         x: [b, l, h, p]; dt: [b, l, h]; B, C: [b, l, g, n]; initial_state: [b, h, p, n].
     """
-    batch, seqlen, nheads, headdim = x.shape
-    ngroups, dstate = B.shape[2:]
-    repeats = nheads // ngroups
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     if dt_softplus:
         dt = F.softplus(dt)
     dt = dt.clamp(dt_min, dt_max)
-    dA = (dt * A.float()).view(batch, seqlen, ngroups, repeats)
+    dtA = dt * A.float()
+    if x.is_cpu:
+        found = cpu_kernels.chunk_scan(x, dt, dtA, B, C, D, initial_state)
+        if found is not None:
+            return found
+    return chunk_scan_reference(x, dt, dtA, B, C, D, initial_state)
+
+
+def chunk_scan_reference(
+    x: Tensor, dt: Tensor, dtA: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`chunk_scan` in plain torch, from the final dt [b, l, h] and its product with A."""
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    repeats = nheads // ngroups
+    dA = dtA.view(batch, seqlen, ngroups, repeats)
     x_heads = x.float().reshape(batch, seqlen, ngroups, repeats, headdim)
     dtx = x_heads * dt.view(batch, seqlen, ngroups, repeats, 1)
     B, C = B.float(), C.float()

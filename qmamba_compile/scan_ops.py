@@ -41,11 +41,11 @@ class StraightThrough(torch.autograd.Function):
     """``requantize(h)`` forward, the identity backward."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, requantize: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, h: Tensor, requantize: Callable[[Tensor], Tensor]) -> Tensor:
         return requantize(h)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -447,7 +447,7 @@ def scan_backward_reference(
     store: StateStore | None,
     flush_interval: int,
     single_step: bool,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """Gradient of `scan_reference` in plain torch: of x, dt, decay, B and C for each head [b, l, h, n], and state."""
     seqlen, repeats = x.shape[1], x.shape[2] // B.shape[2]
     x, B, C = x.float(), B.float().repeat_interleave(repeats, 2), C.float().repeat_interleave(repeats, 2)
@@ -487,7 +487,7 @@ def scan_backward_reference(
             grads[3][:, t] = step * torch.einsum("bhpn,bhp->bhn", grad + from_y, x[:, t])
             grads[4][:, t] = torch.einsum("bhpn,bhp->bhn", h, grad_y[:, t])
             grad = (grad + from_y) * decay[:, t, :, None, None]
-    return (*grads, grad)
+    return [*grads, grad]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

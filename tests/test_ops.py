@@ -119,6 +119,7 @@ def update_arguments(scheme, **changes):
 def test_every_operator_is_checked():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("qmamba::")}
     checked = {"quantize_state", "quantize_state_", "dequantize_state", "ssm_update", "chunk_scan", "w8a8_linear"}
+    checked |= {"ssm_scan_quantized", "ssm_scan_quantized_backward"}
     assert defined == checked, "a new operator needs an opcheck below"
 
 
@@ -155,6 +156,24 @@ def test_schemas_with_the_kernels_of_this_machine():
 def test_schema_of_the_scan(dtype, absent):
     inputs = scan_inputs(dtype=dtype) | dict.fromkeys(absent)
     torch.library.opcheck(qmamba.chunk_scan.default, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("bits, calibrated", [(4, 0), (8, 1), (3, 1), (None, 0)])
+def test_schemas_of_the_faithful_scan_and_its_gradient(bits, calibrated, kernel, monkeypatch):
+    if not kernel:
+        for name in ("ssm_scan", "ssm_scan_backward"):
+            monkeypatch.setattr(launch, name, lambda *args: None)
+    inputs = scan_inputs(seqlen=3)
+    names = [name for name in inputs if isinstance(inputs[name], torch.Tensor)]
+    learned = [inputs[name].clone().requires_grad_() for name in names]
+    state_scale = randn(8, 4, 8).abs() + 0.5 if calibrated else None
+    settings = (state_scale, True, 0.0, INFINITY, bits, False, 7, 1)
+    torch.library.opcheck(qmamba.ssm_scan_quantized.default, (*learned, *settings))
+    tensors = [inputs[name] for name in names]
+    torch.library.opcheck(
+        qmamba.ssm_scan_quantized_backward.default, (randn(9, 2, 3, 4, 5), None, *tensors, *settings, False, None)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -165,6 +165,31 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
     return state
 
 
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    dtA: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """`ops.chunk_scan` on the CPU: y and the final state. ``dt`` [b, l, h] is final, ``dtA`` its product with A."""
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function = kernel("chunk_scan", headdim, dstate, None, False, False)
+    if function is None:
+        return None
+    fields, kept = _sequences(x, B, C)
+    floats = [None if tensor is None else _contiguous_float(tensor) for tensor in (D, dt, dtA, initial_state)]
+    kept += [tensor for tensor in floats if tensor is not None]
+    y, state = torch.empty((batch, seqlen, nheads, headdim)), torch.empty((batch, nheads, headdim, dstate))
+    D_address, *addresses = _addresses(*floats, y, state)
+    fields += (D_address, 0, 0, 0, *addresses)
+    function(_pack((*fields, batch, seqlen, nheads, B.shape[2], _threads(seqlen * state.numel()))))
+    return y, state
+
+
 def ssm_scan(
     x: Tensor,
     dt: Tensor,
@@ -200,7 +225,7 @@ def ssm_scan(
     outputs = [torch.empty((batch, seqlen, nheads, headdim))]
     if bits is None:
         outputs.append(torch.empty((batch, nheads, headdim, dstate)))
-        addresses = (outputs[0].data_ptr(), outputs[1].data_ptr(), 0, 0, 0)
+        addresses: tuple[int, ...] = (outputs[0].data_ptr(), outputs[1].data_ptr(), 0, 0, 0)
     else:
         outputs += [
             torch.empty((batch, nheads, headdim, dstate), dtype=torch.int8),
@@ -289,14 +314,8 @@ def _scan_call(
     """The kernel, the fields that scan and gradient share, and the tensors that they point into."""
     batch, seqlen, nheads, headdim = x.shape
     function = kernel(name, headdim, B.shape[-1], bits, bits is not None and scales[0] is None, stochastic)
-    fields: list[int] = []
-    kept: list[Tensor] = [dt, decay]
-    for sequence in (x, B, C):
-        sequence = _readable(sequence)
-        if sequence.stride(2) != sequence.shape[3]:
-            sequence = sequence.contiguous()
-        kept.append(sequence)
-        fields += (sequence.data_ptr(), _DTYPES[sequence.dtype], sequence.stride(0), sequence.stride(1))
+    fields, kept = _sequences(x, B, C)
+    kept += (dt, decay)
     readable = [None if tensor is None else _readable(tensor, contiguous=True) for tensor in (D, *scales)]
     inputs = [_ABSENT if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], 0, 0) for tensor in readable]
     floats = [None if tensor is None else _contiguous_float(tensor) for tensor in states]
@@ -305,6 +324,23 @@ def _scan_call(
     threads = _threads(batch * nheads * headdim * B.shape[-1] * seqlen)
     fields += (batch, seqlen, nheads, B.shape[2], seed, flush_interval, int(single_step and bits is not None), threads)
     return function, fields, kept
+
+
+def _sequences(*tensors: Tensor) -> tuple[list[int], list[Tensor]]:
+    """``Sequence`` structs of tensors [b, l, heads or groups, columns], and what they point into."""
+    fields: list[int] = []
+    kept: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            tensor = tensor.float()
+        _, _, heads, columns = tensor.shape
+        if heads > 1 and tensor.stride(2) != columns * tensor.stride(3):
+            tensor = tensor.contiguous()
+        # A dimension of one element may have any stride.
+        column_stride = tensor.stride(3) if columns > 1 else tensor.stride(2) if heads > 1 else 1
+        kept.append(tensor)
+        fields += (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1), column_stride)
+    return fields, kept
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:

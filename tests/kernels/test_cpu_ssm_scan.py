@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmamba_compile import ops, quant, scan_ops
-from qmamba_compile.cpu_templates import launch
+from qmamba_compile.cpu_templates import build, launch
 
 assert ops.scan_ops is not None  # importing it defines the operators
 qmamba = torch.ops.qmamba
@@ -37,6 +37,14 @@ BASE: dict[str, Any] = {
     "dt_softplus": True,
     "dtype": torch.float32,
 }
+
+
+@pytest.fixture(params=build.available_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("QMAMBA_CPU_ISA", request.param)
+    launch.kernel.cache_clear()
+    yield request.param
+    launch.kernel.cache_clear()
 
 
 def name_of(change: dict[str, Any]) -> str:
@@ -163,6 +171,148 @@ def test_a_float_state_is_the_float_scan(single_step: bool) -> None:
     wanted_y, wanted_state = qmamba.chunk_scan(*(arguments[name] for name in names))
     assert (y - wanted_y).abs().max() <= 5e-5 * wanted_y.abs().max()
     assert (state - wanted_state).abs().max() <= 5e-5 * wanted_state.abs().max()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scales": "fixed"},
+        {"scales": "fixed", "stochastic": True, "bits": 2},
+        {"bits": 3, "scales": "calibrated", "stochastic": True},
+        {"bits": 3},
+        {"flush_interval": 5},
+        {"flush_interval": 8, "scales": "calibrated", "stochastic": True},
+        {"flush_interval": 50},
+        {"flush_interval": 50, "start": False},
+        {"single_step": True},
+        {"single_step": True, "scales": "calibrated", "stochastic": True, "headdim": 5, "dstate": 20},
+        {"single_step": True, "scales": "fixed", "start": False},
+    ],
+    ids=name_of,
+)
+def test_what_decode_has_not_is_the_reference(change: dict[str, Any]) -> None:
+    arguments = problem(**change)
+    found = qmamba.ssm_scan_quantized(**arguments)
+    assert_same(found, scan_ops.ssm_scan_quantized_reference(**arguments))
+    assert found[3].tolist() == [[2**63 - 5, 1 + 24 // arguments["flush_interval"]]] * 2
+
+
+@pytest.mark.parametrize("single_step", [False, True])
+def test_every_instruction_set(isa: str, single_step: bool) -> None:
+    for change in (
+        {},
+        {"bits": 8, "scales": "calibrated", "stochastic": True, "headdim": 5, "dstate": 33},
+        {"bits": 3, "scales": "fixed"},
+    ):
+        arguments = problem(**change, single_step=single_step)
+        assert_same(qmamba.ssm_scan_quantized(**arguments), scan_ops.ssm_scan_quantized_reference(**arguments))
+        names, grads = gradients(qmamba.ssm_scan_quantized, arguments)
+        for name, grad, wanted in zip(
+            names, grads, gradients(scan_ops.ssm_scan_quantized_reference, arguments)[1], strict=True
+        ):
+            assert (grad - wanted).abs().max() <= GRADIENT_TOLERANCE * wanted.abs().max(), name
+
+
+def test_a_single_step_begins_at_the_float_state_quantized() -> None:
+    """Against its definition, written out: the float scan's state, quantized by itself at every step."""
+    arguments = problem(single_step=True, scales="calibrated", D=False)
+    y, *stored = qmamba.ssm_scan_quantized(**arguments)
+    dt, dA = scan_ops.step_sizes(
+        *(arguments[name] for name in ("dt", "A", "dt_bias", "dt_softplus", "dt_min", "dt_max"))
+    )
+    h, scale = arguments["initial_state"], arguments["state_scale"]
+    for t in range(24):
+        codes = qmamba.quantize_state(h, scale, 4, False, 0)
+        dBx = (dt[:, t, :, None] * arguments["B"][:, t])[:, :, None, :] * arguments["x"][:, t, :, :, None]
+        decay = dA[:, t, :, None, None]
+        hbar = decay * qmamba.dequantize_state(*codes[:2], scale, 4) + dBx
+        wanted = torch.einsum("bhpn,bn->bhp", hbar, arguments["C"][:, t, 0])
+        assert (y[:, t] - wanted).abs().max() <= Y_TOLERANCE * wanted.abs().max()
+        h = decay * h + dBx
+    assert torch.equal(stored[0], qmamba.quantize_state(h, scale, 4, False, 0)[0])
+
+
+def test_the_error_shrinks_with_the_bits_and_with_the_flush_interval() -> None:
+    exact, _ = qmamba.ssm_scan_quantized(**problem(bits=None, seqlen=64))
+
+    def error(**row: Any) -> float:
+        y = qmamba.ssm_scan_quantized(**problem(seqlen=64, scales="calibrated", **row))[0]
+        return float((y - exact).norm() / exact.norm())
+
+    by_bits = [error(bits=bits) for bits in (2, 3, 4, 8)]
+    assert by_bits == sorted(by_bits, reverse=True) and 0 < by_bits[-1] < 0.1 * by_bits[0]
+    assert 0 < error(flush_interval=16) < error()
+
+
+@pytest.mark.parametrize("scales", ["dynamic", "calibrated", "fixed"])
+def test_nan_and_infinity_show_in_the_scales(scales: str) -> None:
+    arguments = problem(scales=scales)
+    x = arguments["x"].clone()
+    x[0, 20, 1, 2], x[1, 20, 0, 0] = torch.nan, torch.inf
+    arguments["x"] = x
+    found = qmamba.ssm_scan_quantized(**arguments)
+    wanted = scan_ops.ssm_scan_quantized_reference(**arguments)
+    for name, tensor, expected in zip(NAMES[1:], found[1:], wanted[1:], strict=False):
+        assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8)), name
+    assert found[2][0, 1, 2].isnan() and found[2][1, 0, 0].isnan() and found[2][1, 1].isfinite().all()
+
+
+def test_threads_do_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = problem()
+    monkeypatch.setattr(launch, "PARALLEL_ELEMENTS", 2**40)
+    one = qmamba.ssm_scan_quantized(**arguments)
+    monkeypatch.setattr(launch, "PARALLEL_ELEMENTS", 1)
+    assert all(torch.equal(a, b) for a, b in zip(one, qmamba.ssm_scan_quantized(**arguments), strict=True))
+
+
+@pytest.mark.parametrize("seqlen", [40, 700])
+@pytest.mark.parametrize("nheads, threads", [(5, 1), (24, 2), (40, 1)])
+def test_step_sizes_have_the_bits_of_one_token_alone(seqlen: int, nheads: int, threads: int) -> None:
+    """Whatever torch's vectors and threads make of a long tensor: 700 * 3 * 24 elements are shared among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        dt = torch.randn(3, seqlen, nheads, generator=generator) * 3
+        A, dt_bias = -torch.rand(nheads, generator=generator), torch.randn(nheads, generator=generator)
+        found, decay = scan_ops.step_sizes(dt, A, dt_bias, True, 0.0, math.inf)
+        for t in range(seqlen):
+            alone = torch.nn.functional.softplus(dt[:, t] + dt_bias)
+            assert torch.equal(found[:, t], alone) and torch.equal(decay[:, t], torch.exp(alone * A))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"bits": 5}, "bits=5"),
+        ({"flush_interval": 0}, "flush_interval=0"),
+        ({"flush_interval": 2, "single_step": True}, "single step"),
+        ({"channel_scale": torch.ones(4, 8)}, "state_scale"),
+    ],
+)
+def test_contradictions_are_refused(change: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        qmamba.ssm_scan_quantized(**(problem() | change))
+
+
+def test_the_plain_scan_takes_any_quantizer() -> None:
+    """One scale for each group of 32 states, as the calibration's tables compare."""
+    arguments = problem(D=False, bits=None)
+
+    def groups_of_32(h: Tensor) -> Tensor:
+        groups = h.unflatten(-1, (-1, 32))
+        step = groups.abs().amax(-1, keepdim=True) / 7
+        return ((groups / step).round() * step).flatten(-2)
+
+    names = ("dt", "A", "dt_bias", "dt_softplus", "dt_min", "dt_max")
+    dt, dA = scan_ops.step_sizes(*(arguments[name] for name in names))
+    start = groups_of_32(arguments["initial_state"])
+    y, state = scan_ops.scan_reference(arguments["x"], dt, dA, arguments["B"], arguments["C"], start, groups_of_32)
+    assert torch.equal(state, groups_of_32(state))
+    exact, _ = qmamba.ssm_scan_quantized(**arguments)
+    assert 0 < (y - exact).norm() / exact.norm() < 0.2
 
 
 # --- gradient ------------------------------------------------------------------------------------------------------
