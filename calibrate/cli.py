@@ -52,7 +52,7 @@ def calibrate(
     esr: Annotated[bool, typer.Option(help="Tune what makes B, C and dt.")] = True,
     esr_trajectory: Annotated[str, typer.Option(help="exact, or single-step as in the paper.")] = "exact",
     esr_learn: Annotated[str, typer.Option(help="What is tuned: in_proj, or in_proj,state_scale.")] = "in_proj",
-    esr_loss: Annotated[str, typer.Option(help="Error of the output of a: block or mixer.")] = "block",
+    esr_loss: Annotated[str, typer.Option(help="Error of the output of the: block, mixer or model.")] = "block",
     esr_lr: Annotated[float, typer.Option(help="Learning rate.")] = EsrOptions.learning_rate,
     esr_schedule: Annotated[str, typer.Option(help="cosine or constant.")] = EsrOptions.schedule,
     esr_epochs: Annotated[int, typer.Option(min=1)] = EsrOptions.epochs,
@@ -71,7 +71,7 @@ def calibrate(
     _allow("--state-bits", state_bits, (8, 4, 3, 2))
     _allow("--rounding", rounding, ("nearest", "stochastic"))
     _allow("--esr-trajectory", esr_trajectory, ("exact", "single-step"))
-    _allow("--esr-loss", esr_loss, ("block", "mixer"))
+    _allow("--esr-loss", esr_loss, ("block", "mixer", "model"))
     _allow("--esr-schedule", esr_schedule, ("cosine", "constant"))
     learn = tuple(esr_learn.split(","))
     for name in learn:

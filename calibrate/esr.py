@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import distributed
 from .activations import Activations
@@ -35,7 +36,8 @@ class EsrOptions:
     Attributes:
         trajectory: ``"exact"``, the recurrence that decode runs, or ``"single-step"``, the paper's simulation.
         learn: what is tuned: rows of ``in_proj`` (``"in_proj"``), and ``"state_scale"`` with them.
-        loss: mean square error of the ``"block"``'s output or of the ``"mixer"``'s.
+        loss: mean square error of the ``"block"``'s output or of the ``"mixer"``'s, or ``"model"``: how far the model's
+            prediction is from the float one (Kullback-Leibler), which takes the blocks behind into every step.
         learning_rate: of AdamW, weight decay 0.
         schedule: ``"constant"`` as in the paper, or ``"cosine"`` to zero.
         epochs, batch: passes over the samples, samples a step.
@@ -61,8 +63,8 @@ class BlockResult:
 
     Attributes:
         layer: the Mamba2 layer that was tuned.
-        loss_first, loss_last: relative to the mean square of the target, over the first and over the last epoch;
-            ``None`` where it was not finite.
+        loss_first, loss_last: over the first and over the last epoch, relative to the mean square of the target, or in
+            nats a token (``"model"``); ``None`` where it was not finite.
         nats_before, nats_after: of the validation samples by the whole quantized model, with old and with new weights.
         kept: the new weights stay.
         note: why not, where it is not plain.
@@ -295,14 +297,10 @@ class Reconstruction:
                 optimizer.zero_grad()
                 mine = batch[batch % size == rank] // size
                 if len(mine):
-                    ids = self.sample_ids[mine]
-                    with torch.no_grad():
-                        target = self._output(self.float_blocks, float_scan, ids, float_hidden[mine], index)
-                    error = (self._output(self.blocks, run, ids, hidden[mine], index) - target).square()
+                    error, size_of_target = self._loss(index, run, mine, hidden, float_hidden)
                     # A mean over the whole step's samples, whichever process has them.
-                    loss = error.mean() * (len(mine) / len(batch))
-                    loss.backward()
-                    sums += torch.tensor([error.detach().double().sum(), target.double().square().sum()])
+                    (error / len(batch)).backward()
+                    sums += torch.tensor([error.item(), size_of_target], dtype=torch.float64)
                 gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
                 distributed.sum_(gradients)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -316,6 +314,24 @@ class Reconstruction:
             distributed.sum_([sums])
             losses.append((sums[0] / sums[1]).item())
         return losses[0], losses[-1]
+
+    def _loss(
+        self, index: int, run: Run, mine: Tensor, hidden: Activations, float_hidden: Activations
+    ) -> tuple[Tensor, float]:
+        """Loss summed over samples ``mine`` [b], a mean over everything else, and what it is relative to."""
+        ids, entered, float_entered = self.sample_ids[mine], hidden[mine], float_hidden[mine]
+        if self.options.loss != "model":
+            with torch.no_grad():
+                target = self._output(self.float_blocks, float_scan, ids, float_entered, index)
+            error = (self._output(self.blocks, run, ids, entered, index) - target).square()
+            return error.flatten(1).mean(dim=1).sum(), target.double().square().flatten(1).mean(dim=1).sum().item()
+        ids = ids.to(self.device)
+        with torch.no_grad(), replaced(self.float_blocks.model, float_scan):
+            logits = self.float_blocks.logits(ids, float_entered.to(self.device), index).float()
+        with replaced(self.blocks.model, run):
+            said = self.blocks.logits(ids, entered.to(self.device), index).float()
+        divergence = F.kl_div(said.log_softmax(-1), logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        return divergence.mean(dim=1).sum(), float(len(mine))
 
 
 def _finite(value: float) -> float | None:

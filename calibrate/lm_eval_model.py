@@ -146,7 +146,7 @@ class QMambaLM(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string: the prompt by the faithful scan, then steps on the packed state it ends in."""
+        """Continuations up to a stop string: the prompt by the faithful scan, then steps on its packed state."""
         answers: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.e2e.test_hybrids import FAMILIES, build
 from torch import nn
 
 from calibrate.blocks import Blocks
 from calibrate.errors import CalibrationError
+from tests.e2e.test_hybrids import FAMILIES, build
 
 
 @torch.no_grad()

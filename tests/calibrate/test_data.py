@@ -63,7 +63,7 @@ def test_a_tokenizer_marks_the_end_of_documents(tokenizer_folder, tmp_path):
 def test_a_tokenizer_that_does_not_fit(tokenizer_folder, text_file):
     with pytest.raises(DataError, match="tokenizer has 5 tokens, and the model 3"):
         read_tokens(str(text_file), str(tokenizer_folder), byte_model(vocab_size=3))
-    with pytest.raises(DataError, match="no tokenizer.*vocabulary of 300 is not bytes"):
+    with pytest.raises(DataError, match=r"no tokenizer.*vocabulary of 300 is not bytes"):
         read_tokens(str(text_file), str(text_file.parent), byte_model(vocab_size=300))
 
 
