@@ -60,7 +60,7 @@ class Recurrence:
     """How a state is requantized; called with a `Scan`, it runs the sequence as decode would, token by token.
 
     Attributes:
-        bits: 8, 4, 3 or 2; ``None`` keeps the float state.
+        bits: 8, 4, 3 or 2; ``None`` keeps the float state, and is differentiable, which `float_scan` is not.
         stochastic: rounding; nearest otherwise.
         seed: of stochastic rounding.
         flush_interval: steps between two requantizations.
@@ -78,8 +78,6 @@ class Recurrence:
     single_step: bool = False
 
     def __call__(self, scan: Scan) -> tuple[Tensor, Tensor | None]:
-        if self.bits is None:
-            return float_scan(scan)
         # At 3 bits there is no packed form, and none is needed to evaluate.
         if self.bits in quant.STATE_BITS:
             require_packable(scan.B.shape[-1], self.bits, scan.layer)
@@ -88,8 +86,12 @@ class Recurrence:
                 f"{scan.layer}: a sequence behind a packed state must run token by token; "
                 "start from an empty cache, or feed one token at a time"
             )
-        calibrated = None if self.state_scale is None else quant.store_scale(self.state_scale[scan.layer])
-        y, packed, channel_scale, rng, *dynamic = torch.ops.qmamba.ssm_scan_quantized(
+        calibrated = None
+        if self.state_scale is not None and self.bits is not None:
+            calibrated = quant.store_scale(self.state_scale[scan.layer])
+        # Decode does not clamp dt.
+        limits = (scan.dt_min, scan.dt_max) if self.bits is None else (0.0, math.inf)
+        y, *state = torch.ops.qmamba.ssm_scan_quantized(
             scan.x,
             scan.dt,
             scan.A,
@@ -100,8 +102,7 @@ class Recurrence:
             scan.initial_state,
             calibrated,
             scan.dt_softplus,
-            0.0,
-            math.inf,
+            *limits,
             self.bits,
             self.stochastic,
             layer_seed(self.seed, scan.layer),
@@ -109,10 +110,14 @@ class Recurrence:
             self.single_step,
             None if self.channel_scale is None else self.channel_scale[scan.layer],
         )
+        if self.bits is None:
+            return y, state[0]
         if self.bits not in quant.STATE_BITS or self.flush_interval > 1:
             return y, None
-        state_scale = dynamic[0] if calibrated is None else calibrated
-        return y, DSQState(packed, channel_scale, state_scale, rng, self.bits, self.stochastic)
+        packed, channel_scale, rng, *dynamic = state
+        return y, DSQState(
+            packed, channel_scale, calibrated if calibrated is not None else dynamic[0], rng, self.bits, self.stochastic
+        )
 
 
 def float_scan(scan: Scan) -> tuple[Tensor, Tensor]:

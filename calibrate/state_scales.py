@@ -22,7 +22,7 @@ from qmamba_compile import quant
 
 from . import distributed
 from .capture import Statistics, shape_of
-from .recurrence import Scan, mixers, replaced
+from .recurrence import Recurrence, Scan, mixers, replaced
 
 EXPONENTS = (0.3, 0.5, 0.7, 1.0)
 
@@ -84,24 +84,7 @@ def sensitivities(
     }
 
     def run(scan: Scan) -> tuple[Tensor, Tensor | None]:
-        y, _ = torch.ops.qmamba.ssm_scan_quantized(
-            scan.x,
-            scan.dt,
-            scan.A,
-            scan.B,
-            scan.C,
-            scan.D,
-            scan.dt_bias,
-            scan.initial_state,
-            None,
-            scan.dt_softplus,
-            scan.dt_min,
-            scan.dt_max,
-            None,
-            False,
-            0,
-            1,
-        )
+        y, _ = Recurrence(None)(scan)
         if not y.requires_grad:
             y.requires_grad_()
         # Without the graph that the arguments hang on: the hook outlives the forward.
