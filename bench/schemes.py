@@ -1,7 +1,7 @@
 """Ways to quantize a state that the packed state does not know, in plain torch: what DSQ is compared with.
 
-A scheme gives the step size of every element of h [b, h, p, n] from h itself; the largest magnitude that a scale serves lands
-on the largest code, as everywhere. Scales are bfloat16, as in the packed state.
+A scheme gives the step size of every element of h [b, h, p, n] from h itself; the largest magnitude that a scale serves
+lands on the largest code, as everywhere. Scales are bfloat16, as in the packed state.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ class EsrOptions:
     Attributes:
         trajectory: ``"exact"``, the recurrence that decode runs, or ``"single-step"``, the paper's simulation.
         learn: what is tuned: rows of ``in_proj`` (``"in_proj"``), and ``"state_scale"`` with them.
-        loss: mean square error of the ``"block"``'s output or of the ``"mixer"``'s, or ``"model"``: how far the model's
-            prediction is from the float one (Kullback-Leibler), which takes the blocks behind into every step.
+        loss: mean square error of the ``"block"``'s output or of the ``"mixer"``'s; or ``"model"``: all layers at once,
+            by how far the model's prediction is from the float one (Kullback-Leibler). That takes the activations of the
+            whole model for one step's samples, and as many block runs as the others.
         learning_rate: of AdamW, weight decay 0.
         schedule: ``"constant"`` as in the paper, or ``"cosine"`` to zero.
         epochs, batch: passes over the samples, samples a step.
@@ -54,6 +55,8 @@ class EsrOptions:
     margin: float = 1.0
 
 
+TOGETHER = "all layers"
+
 PAPER = EsrOptions(trajectory="single-step", schedule="constant")
 
 
@@ -62,7 +65,7 @@ class BlockResult:
     """What ESR did to a block.
 
     Attributes:
-        layer: the Mamba2 layer that was tuned.
+        layer: the Mamba2 layer that was tuned, or `TOGETHER`.
         loss_first, loss_last: over the first and over the last epoch, relative to the mean square of the target, or in
             nats a token (``"model"``); ``None`` where it was not finite.
         nats_before, nats_after: of the validation samples by the whole quantized model, with old and with new weights.
@@ -79,12 +82,16 @@ class BlockResult:
     note: str = ""
 
 
+Outcome = tuple[BlockResult, dict[str, Tensor], Tensor]
+"""The result, what is kept by artifact key, and the code lengths of the validation windows from then on."""
+
+
 class Reconstruction:
     """One run of ESR over a model.
 
     Attributes:
         tuned: artifact key -> tensor, of the blocks that kept theirs.
-        results: one for each Mamba2 layer.
+        results: one for each Mamba2 layer; or one altogether.
     """
 
     def __init__(
@@ -126,6 +133,9 @@ class Reconstruction:
         Args:
             advance: called with what is being tuned and the number of optimizer steps that are done.
         """
+        if self.options.loss == "model":
+            self._take_over("esr_all", TOGETHER, lambda: self._tune_together(advance))
+            return
         float_hidden = self._embedded(self.sample_ids)
         hidden = self._embedded(self.sample_ids)
         validation = self._embedded(self.validation_ids)
@@ -133,24 +143,38 @@ class Reconstruction:
         for index in range(len(self.blocks.names)):
             layer = self.blocks.mixer.get(index)
             if layer is not None:
-                done = self.work.load(f"esr_{index:03}")
-                if done is None:
-                    nats = self._validate(validation, index) if nats is None else nats
-                    result, tensors, nats = self._tune(index, layer, hidden, float_hidden, validation, nats, advance)
-                    self.work.save(f"esr_{index:03}", {**tensors, "nats": nats}, dataclasses.asdict(result))
-                else:
-                    tensors, result = done[0], BlockResult(**done[1])
-                    nats = tensors.pop("nats")
-                    self._install(layer, tensors)
-                    advance(layer, self.steps_per_block)
-                self.results.append(result)
-                self.tuned.update(tensors)
+                before = nats
+
+                def tune(index: int = index, layer: str = layer, before: Tensor | None = before) -> Outcome:
+                    nats = self._validate(validation, index) if before is None else before
+                    return self._tune(index, layer, hidden, float_hidden, validation, nats, advance)
+
+                nats, resumed = self._take_over(f"esr_{index:03}", layer, tune)
+                if resumed:
+                    advance(layer, self.steps_per_layer)
             self._advance(self.float_blocks, float_scan, self.sample_ids, float_hidden, index)
             self._advance(self.blocks, self.recurrence, self.sample_ids, hidden, index)
             self._advance(self.blocks, self.recurrence, self.validation_ids, validation, index)
 
+    def _take_over(self, stage: str, layer: str, tune: Callable[[], Outcome]) -> tuple[Tensor, bool]:
+        """The outcome of ``tune``, or of an interrupted run: noted, kept on disk, and in the model.
+
+        Returns the code lengths of the validation windows, and whether an interrupted run had it.
+        """
+        done = self.work.load(stage)
+        if done is None:
+            result, tensors, nats = tune()
+            self.work.save(stage, {**tensors, "nats": nats}, dataclasses.asdict(result))
+        else:
+            tensors, result = done[0], BlockResult(**done[1])
+            nats = tensors.pop("nats")
+            self._install(tensors)
+        self.results.append(result)
+        self.tuned.update(tensors)
+        return nats, done is not None
+
     @property
-    def steps_per_block(self) -> int:
+    def steps_per_layer(self) -> int:
         """Optimizer steps for one layer."""
         return self.options.epochs * math.ceil(self.count / self.options.batch)
 
@@ -212,32 +236,47 @@ class Reconstruction:
         validation: Activations,
         nats: Tensor,
         advance: Callable[[str, int], None],
-    ) -> tuple[BlockResult, dict[str, Tensor], Tensor]:
-        """Train one block and decide; what is kept, and the validation windows' code lengths after it."""
-        model, path = self.blocks.model, f"{layer}.in_proj"
-        rows = bcdt_rows(model.get_submodule(layer))
-        old, original = model.get_submodule(path), self.float_blocks.model.get_submodule(path)
-        int8 = isinstance(old, W8A8Linear)
-        tuned = TunedLinear(original.weight, original.bias, rows, int8=int8, smooth=self.smooth.get(path))
-        run: Any = dataclasses.replace(self.recurrence, single_step=self.options.trajectory == "single-step")
-        parameters = [tuned.rows]
-        if "state_scale" in self.options.learn:
-            run = LearnedScale(run, layer)
-            parameters.append(run.log_scale)
-        set_module(model, path, tuned)
-        try:
-            first, last = self._train(index, layer, parameters, run, hidden, float_hidden, advance)
-        finally:
-            set_module(model, path, old)
-        tensors = {f"{path}.weight_bcdt": tuned.rows.detach().cpu()}
-        if "state_scale" in self.options.learn:
-            tensors[f"{layer}.state_scale"] = run.scale().cpu()
+    ) -> Outcome:
+        """Train one block and decide."""
+
+        def loss_of(run: Run, mine: Tensor) -> tuple[Tensor, float]:
+            ids = self.sample_ids[mine]
+            with torch.no_grad():
+                target = self._output(self.float_blocks, float_scan, ids, float_hidden[mine], index)
+            error = (self._output(self.blocks, run, ids, hidden[mine], index) - target).square()
+            return error.flatten(1).mean(dim=1).sum(), target.double().square().flatten(1).mean(dim=1).sum().item()
+
+        trained = self._train([layer], loss_of, index, advance)
+        return self._decide(layer, *trained, nats, lambda: self._validate(validation, index))
+
+    def _tune_together(self, advance: Callable[[str, int], None]) -> Outcome:
+        """Train all layers at once by the model's prediction, and decide."""
+        validation = self._embedded(self.validation_ids)
+
+        def loss_of(run: Run, mine: Tensor) -> tuple[Tensor, float]:
+            ids = self.sample_ids[mine].to(self.device)
+            with torch.no_grad(), replaced(self.float_blocks.model, float_scan):
+                target = self.float_blocks.model(ids, use_cache=False).logits.float().log_softmax(-1)
+            with replaced(self.blocks.model, run):
+                said = self.blocks.model(ids, use_cache=False).logits.float().log_softmax(-1)
+            divergence = F.kl_div(said, target, reduction="none", log_target=True).sum(-1)
+            return divergence.mean(dim=1).sum(), float(len(mine))
+
+        nats = self._validate(validation, 0)
+        trained = self._train(list(self.blocks.mixer.values()), loss_of, 0, advance)
+        return self._decide(TOGETHER, *trained, nats, lambda: self._validate(validation, 0))
+
+    def _decide(
+        self, layer: str, tensors: dict[str, Tensor], losses: list[float], nats: Tensor, validate: Callable[[], Tensor]
+    ) -> Outcome:
+        """Keep trained tensors only if they win."""
         mean = nats.mean().item()
-        if not math.isfinite(last):
-            note = f"loss {last}: lower the learning rate"
-            return BlockResult(layer, _finite(first), None, mean, mean, False, note), {}, nats
-        undo = self._install(layer, tensors)
-        after = self._validate(validation, index)
+        first, last = _finite(losses[0]), _finite(losses[-1])
+        if last is None:
+            note = "the loss was not finite: lower the learning rate"
+            return BlockResult(layer, first, None, mean, mean, False, note), {}, nats
+        undo = self._install(tensors)
+        after = validate()
         gain = nats - after
         # NaN compares as False: it never wins.
         kept = bool(gain.mean() > self.options.margin * standard_error(gain))
@@ -247,49 +286,86 @@ class Reconstruction:
         undo()
         return result, {}, nats
 
-    def _install(self, layer: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+    def _install(self, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
         """Put tuned tensors into the quantized model and its recurrence; returns what takes them out again."""
-        model, recurrence, undo = self.blocks.model, self.recurrence, []
-        path = f"{layer}.in_proj"
-        rows = tensors.get(f"{path}.weight_bcdt")
-        if rows is not None:
+        model, recurrence = self.blocks.model, self.recurrence
+        replaced_modules: dict[str, nn.Module] = {}
+        for key, tensor in tensors.items():
+            path, _, kind = key.rpartition(".")
+            if kind == "state_scale":
+                scales = {**(self.recurrence.state_scale or {}), path: tensor.to(self.device)}
+                self.recurrence = dataclasses.replace(self.recurrence, state_scale=scales)
+                continue
             old, original = model.get_submodule(path), self.float_blocks.model.get_submodule(path)
-            weight = torch.cat([original.weight[: -len(rows)], rows.to(original.weight)]).detach()
+            weight = torch.cat([original.weight[: -len(tensor)], tensor.to(original.weight)]).detach()
             if isinstance(old, W8A8Linear):
                 new: nn.Module = W8A8Linear(weight, original.bias, smooth=old.smooth, act_scale=old.act_scale)
             else:
                 new = copy.deepcopy(original)
                 new.weight = nn.Parameter(weight, requires_grad=False)
+            replaced_modules[path] = old
             set_module(model, path, new)
-            undo.append(lambda: set_module(model, path, old))
-        scale = tensors.get(f"{layer}.state_scale")
-        if scale is not None and recurrence.state_scale is not None:
-            scales = {**recurrence.state_scale, layer: scale.to(self.device)}
-            self.recurrence = dataclasses.replace(recurrence, state_scale=scales)
-            undo.append(lambda: setattr(self, "recurrence", recurrence))
-        return lambda: [step() for step in undo] and None
+
+        def undo() -> None:
+            self.recurrence = recurrence
+            for path, module in replaced_modules.items():
+                set_module(model, path, module)
+
+        return undo
 
     def _train(
         self,
-        index: int,
-        layer: str,
-        parameters: list[nn.Parameter],
-        run: Run,
-        hidden: Activations,
-        float_hidden: Activations,
+        layers: list[str],
+        loss_of: Callable[[Run, Tensor], tuple[Tensor, float]],
+        number: int,
         advance: Callable[[str, int], None],
-    ) -> tuple[float, float]:
-        """Mean loss over the first and over the last epoch, relative to the mean square of the target.
+    ) -> tuple[dict[str, Tensor], list[float]]:
+        """Tensors by artifact key, and the mean loss of every epoch; NaN in the last place when it was not finite.
 
-        Every process works on its own samples of a step; their gradients are added up, so that all take the same step.
+        Args:
+            loss_of: (recurrence, samples [b]) -> loss summed over the samples, and the size of what it is relative to.
+            number: of this training, for its order of samples.
         """
+        model, linears, parameters = self.blocks.model, dict[str, nn.Module](), list[nn.Parameter]()
+        run: Any = dataclasses.replace(self.recurrence, single_step=self.options.trajectory == "single-step")
+        for layer in layers:
+            path = f"{layer}.in_proj"
+            linears[path] = model.get_submodule(path)
+            original = self.float_blocks.model.get_submodule(path)
+            rows, int8 = bcdt_rows(model.get_submodule(layer)), isinstance(linears[path], W8A8Linear)
+            tuned = TunedLinear(original.weight, original.bias, rows, int8=int8, smooth=self.smooth.get(path))
+            set_module(model, path, tuned)
+            parameters.append(tuned.rows)
+        tensors = {f"{path}.weight_bcdt": rows for path, rows in zip(linears, parameters, strict=True)}
+        if "state_scale" in self.options.learn:
+            run = LearnedScale(run, layers)
+            parameters += run.log_scale.values()
+        try:
+            losses = self._descend(parameters, lambda mine: loss_of(run, mine), number, layers[0], advance)
+        finally:
+            for path, linear in linears.items():
+                set_module(model, path, linear)
+        found = {key: rows.detach().cpu() for key, rows in tensors.items()}
+        if isinstance(run, LearnedScale):
+            found |= {f"{layer}.state_scale": run.scale(layer).cpu() for layer in layers}
+        return found, losses
+
+    def _descend(
+        self,
+        parameters: list[nn.Parameter],
+        loss_of: Callable[[Tensor], tuple[Tensor, float]],
+        number: int,
+        text: str,
+        advance: Callable[[str, int], None],
+    ) -> list[float]:
+        """Every process works on its own samples of a step; gradients are added up, so that all take the same step."""
         rank, size = distributed.world()
         options = self.options
         optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
-        steps = self.steps_per_block
+        steps = self.steps_per_layer
         if options.schedule == "cosine":
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        generator = torch.Generator().manual_seed(self.seed * 10007 + index)
+        generator = torch.Generator().manual_seed(self.seed * 10007 + number)
         losses: list[float] = []
         for epoch in range(options.epochs):
             sums = torch.zeros(2, dtype=torch.float64)
@@ -297,7 +373,7 @@ class Reconstruction:
                 optimizer.zero_grad()
                 mine = batch[batch % size == rank] // size
                 if len(mine):
-                    error, size_of_target = self._loss(index, run, mine, hidden, float_hidden)
+                    error, size_of_target = loss_of(mine)
                     # A mean over the whole step's samples, whichever process has them.
                     (error / len(batch)).backward()
                     sums += torch.tensor([error.item(), size_of_target], dtype=torch.float64)
@@ -306,32 +382,14 @@ class Reconstruction:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
                 if not all(gradient.isfinite().all() for gradient in gradients):
-                    return losses[0] if losses else math.nan, math.nan
+                    return [*losses, math.nan]
                 optimizer.step()
                 if options.schedule == "cosine":
                     schedule.step()
-                advance(f"{layer}, epoch {epoch + 1}", 1)
+                advance(f"{text}, epoch {epoch + 1}", 1)
             distributed.sum_([sums])
             losses.append((sums[0] / sums[1]).item())
-        return losses[0], losses[-1]
-
-    def _loss(
-        self, index: int, run: Run, mine: Tensor, hidden: Activations, float_hidden: Activations
-    ) -> tuple[Tensor, float]:
-        """Loss summed over samples ``mine`` [b], a mean over everything else, and what it is relative to."""
-        ids, entered, float_entered = self.sample_ids[mine], hidden[mine], float_hidden[mine]
-        if self.options.loss != "model":
-            with torch.no_grad():
-                target = self._output(self.float_blocks, float_scan, ids, float_entered, index)
-            error = (self._output(self.blocks, run, ids, entered, index) - target).square()
-            return error.flatten(1).mean(dim=1).sum(), target.double().square().flatten(1).mean(dim=1).sum().item()
-        ids = ids.to(self.device)
-        with torch.no_grad(), replaced(self.float_blocks.model, float_scan):
-            logits = self.float_blocks.logits(ids, float_entered.to(self.device), index).float()
-        with replaced(self.blocks.model, run):
-            said = self.blocks.logits(ids, entered.to(self.device), index).float()
-        divergence = F.kl_div(said.log_softmax(-1), logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        return divergence.mean(dim=1).sum(), float(len(mine))
+        return losses
 
 
 def _finite(value: float) -> float | None:

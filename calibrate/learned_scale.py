@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,25 +40,25 @@ class _Requantize(torch.autograd.Function):
 
 
 class LearnedScale:
-    """A recurrence whose state_scale is a parameter in one layer. In plain torch, one token at a time: slow.
+    """A recurrence whose state_scale is a parameter in some layers. There in plain torch, one token at a time: slow.
 
     Attributes:
-        log_scale: the parameter [h, n].
+        log_scale: layer -> the parameter [h, n].
     """
 
-    def __init__(self, recurrence: Recurrence, layer: str) -> None:
+    def __init__(self, recurrence: Recurrence, layers: Iterable[str]) -> None:
         if recurrence.state_scale is None or recurrence.bits is None:
             raise CalibrationError("a learned state_scale needs calibrated scales and a quantized state")
-        self.recurrence, self.layer = recurrence, layer
-        self.log_scale = nn.Parameter(recurrence.state_scale[layer].float().log())
+        self.recurrence = recurrence
+        self.log_scale = {layer: nn.Parameter(recurrence.state_scale[layer].float().log()) for layer in layers}
 
-    def scale(self) -> Tensor:
+    def scale(self, layer: str) -> Tensor:
         """state_scale [h, n] as learned so far."""
-        return self.log_scale.detach().exp()
+        return self.log_scale[layer].detach().exp()
 
     def __call__(self, scan: Scan) -> tuple[Tensor, Tensor | None]:
-        """The scan, differentiable in ``log_scale`` where the layer is the learned one."""
-        if scan.layer != self.layer:
+        """The scan, differentiable in ``log_scale``."""
+        if scan.layer not in self.log_scale:
             return self.recurrence(scan)
         recurrence, batch = self.recurrence, scan.x.shape[0]
         assert recurrence.bits is not None
@@ -70,7 +71,11 @@ class LearnedScale:
             decay = dA[:, t, :, None, None]
             B, C = (tensor[:, t].float().repeat_interleave(repeats, dim=1) for tensor in (scan.B, scan.C))
             dBx = (dt[:, t, :, None] * B)[:, :, None, :] * x[:, t, :, :, None]
-            read = _Requantize.apply(state, self.log_scale, store) if t % recurrence.flush_interval == 0 else state
+            read = (
+                _Requantize.apply(state, self.log_scale[scan.layer], store)
+                if t % recurrence.flush_interval == 0
+                else state
+            )
             h = read * decay + dBx
             outputs.append(torch.einsum("bhpn,bhn->bhp", h, C))
             state = state * decay + dBx if recurrence.single_step else h

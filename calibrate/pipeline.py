@@ -266,7 +266,8 @@ class Calibration:
             work=self.work,
             memory_limit=self.options.memory,
         )
-        total = reconstruction.steps_per_block * len(mixers(self.model))
+        trainings = 1 if self.options.esr.loss == "model" else len(mixers(self.model))
+        total = reconstruction.steps_per_layer * trainings
         with self._progress("ESR", total) as advance:
             reconstruction.run(advance)
         self.results = reconstruction.results

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calibrate.capture import capture
-from calibrate.esr import PAPER, EsrOptions, Reconstruction
+from calibrate.esr import PAPER, TOGETHER, EsrOptions, Reconstruction
 from calibrate.evaluate import score
 from calibrate.learned_scale import LearnedScale
 from calibrate.quantized_model import W8A8Linear, bcdt_rows, quantized_copy
@@ -66,16 +66,18 @@ def reconstruct(lively, windows, scales, tmp_path):
 )
 def test_training_lowers_the_loss(reconstruct, changes):
     reconstruction, _ = reconstruct(epochs=4, **changes)
-    assert [result.layer for result in reconstruction.results] == list(LAYERS)
+    expected = [TOGETHER] if changes.get("loss") == "model" else list(LAYERS)
+    assert [result.layer for result in reconstruction.results] == expected
     for result in reconstruction.results:
         assert result.loss_last < result.loss_first
 
 
-def test_what_is_kept_is_in_the_model_and_never_worse(reconstruct, windows, bundled):
+@pytest.mark.parametrize("loss", ["block", "model"])
+def test_what_is_kept_is_in_the_model_and_never_worse(reconstruct, windows, bundled, loss):
     """On a trained model: a random one says nothing of the text, and nothing makes it better."""
     statistics = capture(bundled, [windows[:4]])
     scales = {layer: power_scale(statistics, layer, 0.5) for layer in mixers(bundled)}
-    reconstruction, quantized = reconstruct(model=bundled, scales=scales, epochs=1, loss="model")
+    reconstruction, quantized = reconstruct(model=bundled, scales=scales, loss=loss)
     kept = [result for result in reconstruction.results if result.kept]
     assert kept, reconstruction.results
     for before, after in itertools.pairwise(reconstruction.results):
@@ -92,7 +94,8 @@ def test_what_is_kept_is_in_the_model_and_never_worse(reconstruct, windows, bund
         assert torch.equal(mixer.in_proj.weight[:-rows], was.in_proj.weight[:-rows])
         changed = not torch.equal(mixer.in_proj.weight[-rows:], was.in_proj.weight[-rows:])
         assert changed == (f"{layer}.in_proj.weight_bcdt" in reconstruction.tuned)
-    assert set(reconstruction.tuned) == {f"{result.layer}.in_proj.weight_bcdt" for result in kept}
+    names = list(mixers(bundled)) if kept[0].layer == TOGETHER else [result.layer for result in kept]
+    assert set(reconstruction.tuned) == {f"{name}.in_proj.weight_bcdt" for name in names}
 
 
 def test_weights_that_do_not_win_do_not_stay(reconstruct, lively):
@@ -142,9 +145,12 @@ def test_an_interrupted_run_goes_on_where_it_was(reconstruct, tmp_path, monkeypa
     monkeypatch.setattr(Reconstruction, "_tune", killed)
     with pytest.raises(KeyboardInterrupt):
         reconstruct(Work(tmp_path / "killed", {}, resume=False))
-    monkeypatch.setattr(
-        Reconstruction, "_tune", lambda self, index, *args: calls.append(index) or tune(self, index, *args)
-    )
+
+    def counted(self, index, *args):
+        calls.append(index)
+        return tune(self, index, *args)
+
+    monkeypatch.setattr(Reconstruction, "_tune", counted)
     resumed, _ = reconstruct(Work(tmp_path / "killed", {}, resume=True))
     assert calls == [0, 1, 1]
     assert resumed.results == whole.results
@@ -168,23 +174,26 @@ def test_a_learned_scale_runs_the_same_scan(single_step):
     scan = random_scan()
     scale = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) + 0.5
     recurrence = Recurrence(4, state_scale={"layer": scale}, single_step=single_step)
-    learned = LearnedScale(recurrence, "layer")
-    assert torch.equal(quant.store_scale(learned.scale()), quant.store_scale(scale))
+    learned = LearnedScale(recurrence, ["layer"])
+    assert torch.equal(quant.store_scale(learned.scale("layer")), quant.store_scale(scale))
     torch.testing.assert_close(learned(scan)[0], recurrence(scan)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_of_a_scale_lowers_the_error():
     """Steps along it bring the output of the recurrence nearer to the float one."""
     scan = random_scan(seqlen=16)
-    learned = LearnedScale(Recurrence(3, state_scale={"layer": torch.ones(2, 16)}), "layer")
+    learned = LearnedScale(Recurrence(3, state_scale={"layer": torch.ones(2, 16)}), ["layer"])
     target = Recurrence(None)(scan)[0]
-    optimizer = torch.optim.Adam([learned.log_scale], lr=0.03)
+    optimizer = torch.optim.Adam([learned.log_scale["layer"]], lr=0.03)
     errors = []
     for _ in range(25):
         optimizer.zero_grad()
         error = (learned(scan)[0] - target).square().mean()
         error.backward()
-        assert learned.log_scale.grad.sum(dim=1).abs().max() < 1e-5 * learned.log_scale.grad.abs().max() + 1e-7
+        assert (
+            learned.log_scale["layer"].grad.sum(dim=1).abs().max()
+            < 1e-5 * learned.log_scale["layer"].grad.abs().max() + 1e-7
+        )
         optimizer.step()
         errors.append(error.item())
     assert sum(errors[-5:]) < 0.9 * sum(errors[:5])
