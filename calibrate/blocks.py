@@ -112,7 +112,7 @@ class Blocks:
         with contextlib.ExitStack() as stack:
             for index in range(start):
                 block = self.block(index)
-                block.forward = _returning(hidden, self._width[index])  # type: ignore[method-assign]
+                block.forward = _returning(hidden, self._width[index])
                 stack.callback(block.__dict__.pop, "forward")
             yield
 

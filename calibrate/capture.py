@@ -77,7 +77,7 @@ def capture(model: Any, batches: Sequence[Tensor], advance: Callable[[int], None
     statistics = Statistics()
     for path, mixer in layers.items():
         # Filled even where no batch of this process reaches it, so that all processes reduce the same tensors.
-        zeros = torch.zeros(shape_of(mixer), dtype=torch.float64, device=mixer.A_log.device)  # type: ignore[arg-type, union-attr]
+        zeros = torch.zeros(shape_of(mixer), dtype=torch.float64, device=mixer.A_log.device)
         statistics.state_sum[path], statistics.state_max[path] = zeros, zeros.clone()
     all_looks = sum(math.ceil(ids.shape[1] / SEGMENT) for ids in batches)
     rows_a_look = math.ceil(ROWS / max(all_looks, 1))
@@ -86,7 +86,7 @@ def capture(model: Any, batches: Sequence[Tensor], advance: Callable[[int], None
     picked: dict[str, list[Tensor]] = {}
     channels: dict[str, list[Tensor]] = {}
 
-    def look(scan: Scan) -> tuple[Tensor, Tensor]:
+    def look(scan: Scan) -> tuple[Tensor, Tensor | None]:
         outputs, state = [], scan.initial_state
         picks, places = [], []
         for start in range(0, scan.x.shape[1], SEGMENT):

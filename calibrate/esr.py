@@ -37,8 +37,8 @@ class EsrOptions:
         trajectory: ``"exact"``, the recurrence that decode runs, or ``"single-step"``, the paper's simulation.
         learn: what is tuned: rows of ``in_proj`` (``"in_proj"``), and ``"state_scale"`` with them.
         loss: mean square error of the ``"block"``'s output or of the ``"mixer"``'s; or ``"model"``: all layers at once,
-            by how far the model's prediction is from the float one (Kullback-Leibler). That takes the activations of the
-            whole model for one step's samples, and as many block runs as the others.
+            by how far the model's prediction is from the float one (Kullback-Leibler). That takes the whole model's
+            activations for one step's samples, and as many block runs as the others.
         learning_rate: of AdamW, weight decay 0.
         schedule: ``"constant"`` as in the paper, or ``"cosine"`` to zero.
         epochs, batch: passes over the samples, samples a step.
@@ -217,7 +217,7 @@ class Reconstruction:
     @torch.no_grad()
     def _validate(self, validation: Activations, index: int) -> Tensor:
         """Code length of every validation window by the quantized model, from block ``index`` on: [w] float64."""
-        nats = []
+        nats: list[Tensor] = []
         with replaced(self.blocks.model, self.recurrence):
             for batch in self._batches(self.validation_ids):
                 ids = self.validation_ids[batch].to(self.device)

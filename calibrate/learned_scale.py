@@ -24,7 +24,7 @@ class _Requantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, log_scale: Tensor, store: StateStore) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, h: Tensor, log_scale: Tensor, store: StateStore) -> Tensor:
         store.calibrated = quant.store_scale(log_scale.exp())
         q = store(h)
         largest = (h.abs() / store.calibrated.float()[..., None, :]).argmax(dim=-1, keepdim=True)
@@ -32,7 +32,7 @@ class _Requantize(torch.autograd.Function):
         return q
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         difference, largest = ctx.saved_tensors
         felt = grad * difference  # [b, h, p, n]
         felt = felt.scatter_add(-1, largest, -felt.sum(dim=-1, keepdim=True))

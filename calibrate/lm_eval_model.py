@@ -195,7 +195,7 @@ class _Stops(StoppingCriteria):
     def __init__(self, until: list[str], prompt: int, decode: Callable[[Sequence[int]], str]) -> None:
         self._until, self._prompt, self._decode = until, prompt, decode
 
-    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         texts = (self._decode(row[self._prompt :].tolist()) for row in ids)
         done = [any(stop in text for stop in self._until) for text in texts]
         return torch.tensor(done, device=ids.device)

@@ -297,7 +297,7 @@ class Calibration:
 
 
 def _esr_metrics(results: list[Any]) -> dict[str, float]:
-    metrics = {}
+    metrics: dict[str, float] = {}
     for result in results:
         values = {
             "nats_before": result.nats_before,

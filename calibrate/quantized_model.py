@@ -23,6 +23,12 @@ class W8A8Linear(nn.Module):
         act_scale: static activation scale [], or ``None`` for one scale a token.
     """
 
+    qdata: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    smooth: Tensor | None
+    act_scale: Tensor | None
+
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, smooth: Tensor | None = None, act_scale: Tensor | None = None
     ) -> None:
@@ -56,12 +62,12 @@ class _StraightThroughLinear(torch.autograd.Function):
     """The int8 product forward; backward, that of the values which its codes stand for."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: W8A8Linear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, linear: W8A8Linear) -> Tensor:
         ctx.linear = linear
         return linear.quantized(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         linear = ctx.linear
         weight = linear.qdata.to(grad) * linear.scale.to(grad).view(-1, 1)
         back = grad @ weight
@@ -76,6 +82,10 @@ class TunedLinear(nn.Module):
     Attributes:
         rows: the parameter [r, in_features], for the last r rows of the weight.
     """
+
+    frozen: Tensor
+    bias: Tensor | None
+    smooth: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, *, int8: bool, smooth: Tensor | None) -> None:
         super().__init__()

@@ -143,7 +143,7 @@ def layer_seed(seed: int, layer: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def mixers(model: nn.Module) -> dict[str, nn.Module]:
+def mixers(model: nn.Module) -> dict[str, Any]:
     """Module path -> Mamba2 layer, in the order of the model."""
     found = {}
     for path, module in model.named_modules():
@@ -196,7 +196,7 @@ def replaced(model: nn.Module, run: Run) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for path, module in layers.items():
             stack.callback(module.register_forward_pre_hook(enter(path)).remove)
-        for module in modules:
-            stack.callback(setattr, module, _SCAN, getattr(module, _SCAN))
-            setattr(module, _SCAN, chunk_scan)
+        for functions in modules:
+            stack.callback(setattr, functions, _SCAN, getattr(functions, _SCAN))
+            setattr(functions, _SCAN, chunk_scan)
         yield

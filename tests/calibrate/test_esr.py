@@ -165,8 +165,8 @@ def random_scan(seed=0, seqlen=24):
         return torch.randn(*shape, generator=generator)
 
     A = -torch.rand(2, generator=generator)
-    return Scan("layer", randn(2, seqlen, 2, 8), randn(2, seqlen, 2), A, randn(2, seqlen, 1, 16), randn(2, seqlen, 1, 16),
-                randn(2), randn(2), None, True, 0.0, float("inf"))  # fmt: skip
+    x, dt, B, C = randn(2, seqlen, 2, 8), randn(2, seqlen, 2), randn(2, seqlen, 1, 16), randn(2, seqlen, 1, 16)
+    return Scan("layer", x, dt, A, B, C, randn(2), randn(2), None, True, 0.0, float("inf"))
 
 
 @pytest.mark.parametrize("single_step", [False, True])
