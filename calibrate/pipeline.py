@@ -112,6 +112,11 @@ class Calibration:
         """All stages; writes the artifact and removes the work folder."""
         tensors: dict[str, Tensor] = {}
         float_score = self._score("float", self.model, float_scan)
+        if not math.isfinite(float_score.perplexity):
+            raise CalibrationError(
+                f"{self.tokens.source}: the float model's perplexity is {float_score.perplexity}; check its weights, and "
+                "that the text is of the kind it was trained on"
+            )
         statistics = self._statistics()
         scales = self._state_scales(statistics)
         tensors |= {f"{layer}.state_scale": scale.cpu() for layer, scale in scales.items()}

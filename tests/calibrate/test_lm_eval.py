@@ -11,7 +11,7 @@ import transformers
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from calibrate import lm_eval_model  # noqa: F401  (registers the model)
+from calibrate import lm_eval_model
 from calibrate.quantized_model import quantized_copy
 from calibrate.recurrence import Recurrence, replaced
 
