@@ -1,4 +1,4 @@
-"""``python -m bench accuracy``: what a packed state costs in perplexity, by scheme, rounding and bits, with and without ESR.
+"""``python -m bench accuracy``: what a packed state costs in perplexity, by scheme, rounding and bits; ESR.
 
 Every figure is the perplexity of the recurrence on held-out windows, requantized at every token, as an increase over
 the float model on the same windows; the standard error is that of paired differences. Scales and ESR see other text.

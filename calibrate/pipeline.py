@@ -114,8 +114,8 @@ class Calibration:
         float_score = self._score("float", self.model, float_scan)
         if not math.isfinite(float_score.perplexity):
             raise CalibrationError(
-                f"{self.tokens.source}: the float model's perplexity is {float_score.perplexity}; check its weights, and "
-                "that the text is of the kind it was trained on"
+                f"{self.tokens.source}: the float model's perplexity is {float_score.perplexity}; check its weights, "
+                "and that the text is of the kind it was trained on"
             )
         statistics = self._statistics()
         scales = self._state_scales(statistics)

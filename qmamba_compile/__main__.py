@@ -1,4 +1,4 @@
-"""Command line: ``qmamba explain | generate | render | env``, and what other packages add. The only file that prints."""
+"""Command line: ``qmamba explain | generate | render | env``, and what packages add. The only file that prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from . import report as report_module
 from .config import QMambaConfig
 from .errors import ConfigError, QMambaError, StrictError
 from .report import Report
-
 
 
 class _Commands(typer.core.TyperGroup):

@@ -63,6 +63,14 @@ def test_the_artifact_is_what_the_backend_reads(calibrate, lively, compiled, tok
     assert (theirs - expected).abs().mean() < 0.02 * (original - expected).abs().mean()
 
 
+def test_the_backend_refuses_tuned_rows_that_it_would_not_apply(calibrate, lively, compiled, tokens, tmp_path):
+    calibrate()
+    for options in ({"weights": None}, {"skip_layers": ["backbone.layers.1"]}):
+        model = compiled(lively(), calibration=str(tmp_path / "a.safetensors"), **options)
+        with torch.no_grad(), pytest.raises(Exception, match="tuned rows are applied when their linear becomes int8"):
+            model(tokens(2, 20), use_cache=True)
+
+
 def test_the_same_seed_gives_the_same_artifact(calibrate):
     first, second = calibrate("a.safetensors"), calibrate("b.safetensors")
     assert first.digest == second.digest
