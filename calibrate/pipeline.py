@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import rich.progress
-import torch
 from torch import Tensor
 
-from qmamba_compile import quant
 from qmamba_compile.artifact import Artifact, Header, write_artifact
 
 from . import distributed
@@ -313,9 +311,3 @@ def _esr_metrics(results: list[Any]) -> dict[str, float]:
         }
         metrics |= {f"esr/{result.layer}/{name}": value for name, value in values.items() if value is not None}
     return metrics
-
-
-def grid_bits(bits: int, dstate: int, headdim: int, *, dynamic: bool) -> float:
-    """Bits per state element of a packed state, its scales included."""
-    scale_bits = torch.finfo(quant.SCALE_DTYPE).bits
-    return bits + scale_bits / dstate + (scale_bits / headdim if dynamic else 0.0)
