@@ -44,7 +44,7 @@ RATES = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 RECIPES = {
     "paper (single step, constant rate)": PAPER,
     "exact trajectory, block by block": EsrOptions(),
-    "exact trajectory, all layers by the prediction": EsrOptions(loss="model", batch=4, learning_rate=2e-3),
+    "exact trajectory, all layers by the prediction": EsrOptions(loss="model", batch=4),
 }
 PARTS = ("table", "esr", "rates", "plots")
 console = rich.console.Console()
