@@ -1,4 +1,5 @@
-"""Calibration: state scales, SmoothQuant factors and ESR, written to an artifact that the passes read.
+"""Calibration and faithful evaluation: state scales, SmoothQuant, ESR, perplexity of the recurrence that decode runs.
 
-Will use `qmamba_compile.quant`, `artifact`, `state` and `ops`, never the passes. Nothing is here yet.
+Uses `qmamba_compile.quant`, `artifact`, `state` and the operators, never the passes. ``qmamba calibrate`` writes the
+artifact that ``torch.compile(model, backend="qmamba", options={"calibration": ...})`` reads.
 """

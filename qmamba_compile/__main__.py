@@ -1,4 +1,4 @@
-"""Command line: ``qmamba explain | generate | render | env``. The only file that prints."""
+"""Command line: ``qmamba explain | generate | render | env``, and what packages add. The only file that prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,31 @@ from .config import QMambaConfig
 from .errors import ConfigError, QMambaError, StrictError
 from .report import Report
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands of this file, and those that installed packages name as entry points ``qmamba.commands``.
+
+    So ``qmamba calibrate`` exists, and this package imports nothing of calibration.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(_added_commands())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        entry_point = _added_commands().get(cmd_name)
+        if entry_point is None:
+            return super().get_command(ctx, cmd_name)
+        command = typer.main.get_command(entry_point.load())
+        command.name = cmd_name
+        return command
+
+
+def _added_commands() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group="qmamba.commands")}
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Run Mamba2 models with int8 linears and a 4-bit SSM state: torch.compile(model, backend='qmamba').",
     no_args_is_help=True,
     add_completion=False,

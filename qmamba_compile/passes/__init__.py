@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..artifact import Artifact, check_model
+from ..config import QMambaConfig
 from ..errors import ArtifactError
 from ..fx_utils import iter_calls, op_name, parameter_path, placeholders, shape_of
 from ..report import Report
@@ -50,14 +51,14 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
     if context.artifact is not None:
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
         context.artifact = check_model(context.artifact, shapes)
-        _refuse_unapplied(context.artifact)
+        _refuse_unapplied(context.artifact, context.config)
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)
 
 
-def _refuse_unapplied(artifact: Artifact) -> None:
-    """No pass applies tuned convolutions or biases yet; running without them would be another model."""
+def _refuse_unapplied(artifact: Artifact, config: QMambaConfig) -> None:
+    """Tuned weights that no pass applies: running without them would be another model."""
     for key in artifact.tensors:
         layer, _, kind = key.rpartition(".")
         convolution = len(artifact.header.shapes.get(f"{layer}.weight", ())) == 3
@@ -65,4 +66,9 @@ def _refuse_unapplied(artifact: Artifact) -> None:
             raise ArtifactError(
                 f"{artifact.source}: {key}: tuned convolutions and biases are not applied by this version; allowed: "
                 "weight_bcdt of linears; calibrate without them"
+            )
+        if kind == "weight_bcdt" and (config.weights is None or not config.quantize_linear or config.excludes(layer)):
+            raise ArtifactError(
+                f"{artifact.source}: {key}: tuned rows are applied when their linear becomes int8, and these options "
+                "leave it in floating point; allowed: weights='int8'; or calibrate with --no-esr"
             )

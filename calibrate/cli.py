@@ -1,0 +1,310 @@
+"""Command lines: ``qmamba calibrate`` (``python -m calibrate`` for torchrun), ``qmamba eval``, ``qmamba lm-eval``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.console
+import rich.table
+import torch
+import typer
+
+from qmamba_compile.artifact import Artifact, read_artifact
+from qmamba_compile.errors import ConfigError
+
+from . import distributed
+from .data import cut_windows, read_tokens
+from .errors import CalibrationError
+from .esr import EsrOptions
+from .evaluate import PROMPT, Score, score
+from .pipeline import Calibration, Options
+from .quantized_model import fit_artifact, quantized_copy
+from .recurrence import Recurrence, Run, float_scan, mixers
+
+_out = rich.console.Console()
+_err = rich.console.Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="Folder or hub name of a transformers model.")]
+TextField = Annotated[str, typer.Option(help="Column of a JSONL or Parquet file or a data set that holds the text.")]
+
+
+def calibrate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a data set: name[:config][@split].")],
+    out: Annotated[Path, typer.Option(help="The artifact to write.")],
+    text_field: TextField = "text",
+    weights: Annotated[str, typer.Option(help="Linears to calibrate for: int8 or none.")] = "int8",
+    state_bits: Annotated[int, typer.Option(help="Bits of the state: 8, 4, 3 or 2.")] = 4,
+    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
+    samples: Annotated[int, typer.Option(min=1, help="Windows for statistics and ESR.")] = 64,
+    validation: Annotated[int, typer.Option(min=2, help="Windows that every choice is made on.")] = 32,
+    length: Annotated[int, typer.Option(min=PROMPT + 1, help="Tokens of a window.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that run together, and of one optimizer step.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    fit: Annotated[bool, typer.Option(help="Try scales fitted to what the loss feels (a backward pass).")] = True,
+    smooth: Annotated[bool, typer.Option(help="Try SmoothQuant.")] = True,
+    static_activations: Annotated[bool, typer.Option(help="Write static activation scales.")] = False,
+    esr: Annotated[bool, typer.Option(help="Tune what makes B, C and dt.")] = True,
+    esr_trajectory: Annotated[str, typer.Option(help="exact, or single-step as in the paper.")] = "exact",
+    esr_learn: Annotated[str, typer.Option(help="What is tuned: in_proj, or in_proj,state_scale.")] = "in_proj",
+    esr_loss: Annotated[str, typer.Option(help="Error of the output of the: block, mixer or model.")] = "block",
+    esr_lr: Annotated[float, typer.Option(help="Learning rate.")] = EsrOptions.learning_rate,
+    esr_schedule: Annotated[str, typer.Option(help="cosine or constant.")] = EsrOptions.schedule,
+    esr_epochs: Annotated[int, typer.Option(min=1)] = EsrOptions.epochs,
+    memory: Annotated[
+        float, typer.Option(help="GB of activations to hold in memory; beyond it they are in a file.")
+    ] = 2.0,
+    resume: Annotated[bool, typer.Option(help="Go on with what an interrupted run has finished.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+) -> None:
+    """Make a calibration artifact: state scales, SmoothQuant factors, weights tuned by ESR.
+
+    Every choice is made by recurrent perplexity on validation samples, so nothing that is written makes it worse there.
+    Under torchrun, processes share the samples.
+    """
+    _allow("--weights", weights, ("int8", "none"))
+    _allow("--state-bits", state_bits, (8, 4, 3, 2))
+    _allow("--rounding", rounding, ("nearest", "stochastic"))
+    _allow("--esr-trajectory", esr_trajectory, ("exact", "single-step"))
+    _allow("--esr-loss", esr_loss, ("block", "mixer", "model"))
+    _allow("--esr-schedule", esr_schedule, ("cosine", "constant"))
+    learn = tuple(esr_learn.split(","))
+    for name in learn:
+        _allow("--esr-learn", name, ("in_proj", "state_scale"))
+    options = Options(
+        weights=None if weights == "none" else weights,
+        state_bits=state_bits,
+        rounding=rounding,
+        samples=samples,
+        validation=validation,
+        length=length,
+        batch=batch,
+        seed=seed,
+        fit=fit,
+        smooth=smooth,
+        static_activations=static_activations,
+        memory=int(memory * 2**30),
+        esr=EsrOptions(esr_trajectory, learn, esr_loss, esr_lr, esr_schedule, esr_epochs, batch) if esr else None,
+    )
+    with distributed.joined() as device:
+        network = load_model(model).to(device)
+        limit = 4 * (samples + validation) * length
+        tokens = read_tokens(data, model, network, field=text_field, limit=limit)
+        calibration = Calibration(network, tokens, options, out, resume=resume, quiet=quiet)
+        artifact = calibration.run()
+        if distributed.is_main():
+            _summary(artifact, calibration)
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder or hub name of a transformers model.")],
+    text: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a data set: name[:config][@split].")],
+    text_field: TextField = "text",
+    calibration: Annotated[str | None, typer.Option(help="Calibration artifact.")] = None,
+    state_bits: Annotated[str, typer.Option(help="8, 4, 3, 2 or none.")] = "4",
+    weights: Annotated[str, typer.Option(help="int8 or none.")] = "int8",
+    state_scales: Annotated[
+        str | None, typer.Option(help="dynamic or calibrated; by default calibrated when --calibration is given.")
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of stochastic rounding.")] = 0,
+    flush_interval: Annotated[int, typer.Option(min=1, help="Steps between two requantizations.")] = 1,
+    length: Annotated[int, typer.Option(min=PROMPT + 1, help="Tokens of a window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(min=1, help="Only so many, spread evenly over the text.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Perplexity of the recurrence on a text, with the state requantized as decode does it.
+
+    The text is cut into windows, each from an empty state. A byte vocabulary also gives bits per byte.
+    """
+    _allow("--state-bits", state_bits, ("8", "4", "3", "2", "none"))
+    _allow("--weights", weights, ("int8", "none"))
+    _allow("--rounding", rounding, ("nearest", "stochastic"))
+    _allow("--state-scales", state_scales, ("dynamic", "calibrated", None))
+    with distributed.joined() as device:
+        network = load_model(model).to(device)
+        network, run = quantize(
+            network,
+            state_bits=None if state_bits == "none" else int(state_bits),
+            weights=None if weights == "none" else weights,
+            state_scales=state_scales,
+            rounding=rounding,
+            calibration=calibration,
+            seed=seed,
+            flush_interval=flush_interval,
+        )
+        tokens = read_tokens(text, model, network, field=text_field)
+        cut = cut_windows(tokens, length)
+        if windows is not None and windows < len(cut):
+            cut = cut[torch.linspace(0, len(cut) - 1, windows).long()]
+        result = score(network, cut, run, batch=batch)
+    if not distributed.is_main():
+        return
+    if not math.isfinite(result.nats.mean().item()):
+        raise CalibrationError(
+            f"{model}: the perplexity on {text} is not finite; try --state-bits 8 or none, to see where it comes from"
+        )
+    report = _report(result, tokens.nbytes / len(tokens.ids))
+    report |= {"model": model, "text": text, "state_bits": state_bits, "weights": weights, "rounding": rounding}
+    report |= {"state_scales": state_scales or ("calibrated" if calibration else "dynamic"), "calibration": calibration}
+    if as_json:
+        sys.stdout.write(json.dumps(report) + "\n")
+    else:
+        table = rich.table.Table(show_header=False, box=None)
+        for key, value in report.items():
+            table.add_row(key, f"{value:.5f}" if isinstance(value, float) else str(value))
+        _out.print(table)
+
+
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval with the model `qmamba` registered: all arguments go to lm_eval, such as --tasks and --model_args."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as problem:
+        raise CalibrationError(
+            f"lm-eval is not installed ({problem}); pip install 'qmamba-compile[calibrate]'"
+        ) from problem
+    from . import lm_eval_model  # noqa: F401  (registers the model)
+
+    arguments = list(context.args)
+    if "--model" not in arguments:
+        arguments += ["--model", "qmamba"]
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
+
+
+def _command(function: Any, **settings: Any) -> typer.Typer:
+    """A Typer application of one command; `qmamba` finds it as an entry point."""
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    application.command(**settings)(function)
+    return application
+
+
+calibrate_app = _command(calibrate)
+evaluate_app = _command(evaluate)
+lm_eval_app = _command(
+    lm_eval, add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str) -> Any:
+    """A transformers model, ready for inference.
+
+    Raises:
+        ConfigError: there is none. CalibrationError: it has no Mamba2 layer.
+    """
+    import transformers
+
+    # Both warn about their own optional parts.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+    path = Path(name).expanduser()
+    if not path.is_dir() and looks_like_path:
+        raise ConfigError(f"{name}: no such folder; give a folder with config.json, or a hub name")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(path) if path.is_dir() else name)
+    except (OSError, ValueError) as problem:
+        raise ConfigError(f"{name}: cannot be loaded: {problem}") from None
+    if not mixers(model):
+        raise CalibrationError(
+            f"{name}: a {type(model).__name__} without a Mamba2 layer; give a Mamba2 model or a hybrid"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def quantize(
+    model: Any,
+    *,
+    state_bits: int | None,
+    weights: str | None,
+    state_scales: str | None,
+    rounding: str,
+    calibration: str | None,
+    seed: int = 0,
+    flush_interval: int = 1,
+) -> tuple[Any, Run]:
+    """A quantized copy of ``model`` and its recurrence.
+
+    Raises:
+        ConfigError: calibrated scales without an artifact. ArtifactError: the artifact belongs to another model.
+    """
+    if state_scales is None:
+        state_scales = "calibrated" if calibration else "dynamic"
+    calibrated = state_scales == "calibrated" and state_bits is not None
+    if calibrated and calibration is None:
+        raise ConfigError("--state-scales calibrated needs --calibration FILE; make one with `qmamba calibrate`")
+    artifact = None
+    if calibration is not None:
+        artifact = fit_artifact(read_artifact(calibration), model, needs_state_scale=calibrated)
+    device = next(model.parameters()).device
+    quantized = quantized_copy(model, weights=weights, artifact=artifact).to(device)
+    if state_bits is None:
+        return quantized, float_scan
+    scales = None
+    if calibrated:
+        assert artifact is not None
+        scales = {layer: artifact.tensors[f"{layer}.state_scale"].to(device) for layer in mixers(model)}
+    run = Recurrence(state_bits, rounding == "stochastic", seed, flush_interval=flush_interval, state_scale=scales)
+    return quantized, run
+
+
+# --- output --------------------------------------------------------------------------------------------------------
+
+
+def _report(result: Score, bytes_per_token: float) -> dict[str, Any]:
+    nats = result.nats.mean().item()
+    # A tokenizer's tokens are as long as they are on average over the whole text.
+    return {
+        "perplexity": result.perplexity,
+        "bits_per_byte": nats / math.log(2) / bytes_per_token,
+        "tokens": result.tokens,
+        "windows": len(result.nats),
+    }
+
+
+def _summary(artifact: Artifact, calibration: Calibration) -> None:
+    table = rich.table.Table(title="tried on the validation samples", title_justify="left", box=None)
+    for column in ("stage", "tried", "perplexity", ""):
+        table.add_column(column, justify="right" if column == "perplexity" else "left")
+    for choice in calibration.choices:
+        table.add_row(choice.stage, choice.name, f"{choice.perplexity:.4f}", "taken" if choice.taken else "")
+    _out.print(table)
+    if calibration.results:
+        table = rich.table.Table(title="ESR", title_justify="left", box=None)
+        for column in ("layer", "loss, first epoch", "last epoch", "perplexity before", "after", ""):
+            table.add_column(column, justify="left" if column in ("layer", "") else "right")
+        for result in calibration.results:
+            cells = [
+                "-" if value is None else f"{value:.5f}"
+                for value in (
+                    result.loss_first,
+                    result.loss_last,
+                    math.exp(result.nats_before),
+                    None if result.nats_after is None else math.exp(result.nats_after),
+                )
+            ]
+            table.add_row(result.layer, *cells, "kept" if result.kept else result.note or "old weights stay")
+        _out.print(table)
+    header = artifact.header
+    table = rich.table.Table(title="recurrent perplexity on the validation samples", title_justify="left", box=None)
+    table.add_row("float", f"{header.metrics_before['perplexity_float']:.4f}")
+    table.add_row("quantized, dynamic scales", f"{header.metrics_before['perplexity_dynamic_scales']:.4f}")
+    table.add_row("quantized, calibrated", f"{header.metrics_after['perplexity']:.4f}")
+    _out.print(table)
+    _out.print(f"{artifact.source}: {sum(t.nbytes for t in artifact.tensors.values()):,} bytes of tensors")
+
+
+def _allow(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option} {value} is not allowed; use one of {', '.join(str(a) for a in allowed if a)}")

@@ -1,0 +1,127 @@
+"""lm-eval's tasks by the faithful scan, against a run token by token; tasks are written here, no hub is asked."""
+
+from __future__ import annotations
+
+import json
+
+import lm_eval
+import pytest
+import torch
+import transformers
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from calibrate import lm_eval_model
+from calibrate.quantized_model import quantized_copy
+from calibrate.recurrence import Recurrence, replaced
+
+TASKS = {
+    "choices": """
+task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: "%s"}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["yes", "no!", " may be"]
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+""",
+    "rolling": """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: "%s"}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: byte_perplexity}]
+""",
+    "continuations": """
+task: continuations
+dataset_path: json
+dataset_kwargs: {data_files: {test: "%s"}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["q"], max_gen_toks: 12}
+metric_list: [{metric: exact_match}]
+""",
+}
+QUESTIONS = ["import os", "def main(argument):\n    return", "x", "class Reader:\n    def read(self"]
+
+
+@pytest.fixture(scope="module")
+def answers(model_folder, tmp_path_factory):
+    """What lm-eval says, and its samples, by task."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": question, "answer": index % 3} for index, question in enumerate(QUESTIONS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(task % (folder / "rows.jsonl"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        return lm_eval.simple_evaluate(
+            model="qmamba",
+            model_args=f"pretrained={model_folder},weights=none,batch_size=3",
+            tasks=list(TASKS),
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+            bootstrap_iters=0,
+        )
+
+
+@pytest.fixture(scope="module")
+def stepping(model_folder):
+    """Log-probabilities [l, vocab] of the token behind each of ``ids``, one step at a time on a packed state."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    model = quantized_copy(network, weights=None)
+
+    @torch.no_grad()
+    def run(ids):
+        with replaced(model, Recurrence(4)):
+            out = model(torch.tensor([ids[:1]]), use_cache=True)
+            logits = [out.logits[0, -1]]
+            for token in ids[1:]:
+                out = model(torch.tensor([[token]]), cache_params=out.cache_params, use_cache=True)
+                logits.append(out.logits[0, -1])
+        return torch.stack(logits).log_softmax(-1)
+
+    return run
+
+
+def likelihood(stepping, context, continuation):
+    ids = list(context) + list(continuation)
+    said = stepping(ids[:-1])[len(context) - 1 :]
+    return said.gather(1, torch.tensor(list(continuation))[:, None]).sum().item()
+
+
+def test_multiple_choice(answers, stepping):
+    for sample in answers["samples"]["choices"]:
+        question = sample["doc"]["question"].encode()
+        for choice, ((said, _),) in zip((b"yes", b"no!", b" may be"), sample["resps"], strict=True):
+            # lm-eval puts a space between the two.
+            assert float(said) == pytest.approx(likelihood(stepping, question, b" " + choice), rel=2e-3)
+    assert 0 <= answers["results"]["choices"]["acc,none"] <= 1
+
+
+def test_rolling(answers, stepping):
+    for sample in answers["samples"]["rolling"]:
+        question = sample["doc"]["question"].encode()
+        assert float(sample["resps"][0][0]) == pytest.approx(likelihood(stepping, b"\n", question), rel=2e-3)
+
+
+def test_generation(answers, stepping):
+    """Greedy, batched with prompts of other lengths: token by token the same, up to a near tie."""
+    for sample in answers["samples"]["continuations"]:
+        ids, written = list(sample["doc"]["question"].encode()), []
+        for _ in range(12):
+            log = stepping(ids + written)[-1]
+            written.append(int(log.argmax()))
+        expected = bytes(written).decode(errors="replace").split("q")[0]
+        assert sample["resps"][0][0] == expected
+
+
+def test_the_model_is_registered():
+    assert get_model("qmamba") is lm_eval_model.QMambaLM
