@@ -380,7 +380,7 @@ class _calibration_file:  # noqa: N801
         import sys
 
         sys.path.insert(0, str(ROOT / "demo"))
-        from train import stdlib_files  # type: ignore[import-not-found]
+        from train import stdlib_files
 
         path = Path(self._folder.name) / "standard library"
         path.write_bytes(b"".join(stdlib_files(heldout=False).values()))

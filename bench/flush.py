@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+
 from calibrate.cli import load_model
 from calibrate.data import cut_windows, read_tokens
 from calibrate.evaluate import score
 from calibrate.recurrence import Recurrence, float_scan
-
 from qmamba_compile import DSQState
 from qmamba_compile.recurrence import new_ring
 
