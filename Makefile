@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow train lint clean
+.PHONY: demo test test-slow train calibrate lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -18,6 +18,10 @@ test-slow: $(STAMP)
 
 train: $(STAMP)
 	$(BIN)/python demo/train.py --resume
+
+calibrate: $(STAMP)
+	$(BIN)/python demo/train.py --write-training build/stdlib.txt
+	$(BIN)/qmamba calibrate demo/tiny-mamba2 --data build/stdlib.txt --out demo/tiny-mamba2/calibration.safetensors
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -232,6 +232,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint if there is one")
     parser.add_argument("--export", action="store_true", help="save the checkpoint without training")
     parser.add_argument("--write-heldout", action="store_true", help="only write demo/heldout.txt")
+    parser.add_argument("--write-training", type=Path, help="only write the training text to this file")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--horizon", type=int, default=3000, help="where the cosine would end without the cooldown")
     parser.add_argument("--cooldown", type=int, default=250, help="steps over which the learning rate goes to zero")
@@ -252,7 +253,10 @@ def main() -> None:
     if args.write_heldout or not HELDOUT.exists():
         write_heldout(HELDOUT)
         console.print(f"{HELDOUT}: {HELDOUT.stat().st_size} bytes")
-    if args.write_heldout:
+    if args.write_training is not None:
+        args.write_training.parent.mkdir(parents=True, exist_ok=True)
+        args.write_training.write_bytes(b"".join(stdlib_files(heldout=False).values()))
+    if args.write_heldout or args.write_training is not None:
         return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
