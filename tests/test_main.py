@@ -46,9 +46,11 @@ def test_explain_counts_what_the_toy_model_has(toy):
 
 def test_explain_gives_bytes_before_and_after(toy):
     state, weights = toy["bytes"]["state_per_sequence"], toy["bytes"]["weights"]
-    # Two layers of 4 heads, headdim 64, dstate 64: 4 bytes an element before, 4.5 bits and 16 bytes a sequence after.
+    # Two layers of 4 heads, headdim 64, dstate 64: 4 bytes an element before, 4.5 bits and 16 bytes a sequence after;
+    # and a ring: seven slots of x and B in 16 bits and 4 sums, and a position.
+    ring = 7 * (2 * 4 * 64 + 2 * 64 + 4 * 4) + 4
     assert state["before"] == 2 * 4 * 64 * 64 * 4
-    assert state["after"] == 2 * (4 * 64 * 64 // 2 + 2 * 4 * (64 + 64) + 16)
+    assert state["after"] == 2 * (4 * 64 * 64 // 2 + 2 * 4 * (64 + 64) + 16 + ring)
     linears = sum(g["passes"]["quantize_linear"]["bytes_before"] for g in toy["graphs"][:1])
     assert weights["before"] - weights["after"] > 0.7 * linears
 

@@ -10,7 +10,7 @@ from calibrate.capture import ROWS, SEGMENT, Statistics, capture
 from calibrate.recurrence import float_scan, replaced
 from calibrate.smooth import activation_scales, smooth_factors
 from calibrate.state_scales import LOOK, fitted_scale, power_scale, sensitivities
-from qmamba_compile import ops, quant
+from qmamba_compile import quant, recurrence
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_sensitivities_are_squared_gradients(lively, windows):
             # A leaf added to every state has the gradient that the state has.
             bump = torch.zeros_like(state, requires_grad=True)
             states.append(bump)
-            state, y = ops.ssm_step_reference(
+            state, y = recurrence.step(
                 state, scan.x[:, t], scan.dt[:, t], scan.A, scan.B[:, t], scan.C[:, t], scan.D, scan.dt_bias, True
             )
             repeats = scan.x.shape[2] // scan.C.shape[2]

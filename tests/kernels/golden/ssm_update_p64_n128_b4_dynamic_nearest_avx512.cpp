@@ -134,6 +134,15 @@ struct Input {
         return dtype == 0 ? ((const float*)data)[index] : from_bfloat16(((const uint16_t*)data)[index]);
     }
 
+    // `HEADDIM` values from `offset`.
+    void read_row(int64_t offset, float* row) const {
+        if (dtype == 0) {
+            memcpy(row, (const float*)data + offset, HEADDIM * sizeof(float));
+        } else {
+            for (int p = 0; p < HEADDIM; ++p) row[p] = from_bfloat16(((const uint16_t*)data)[offset + p]);
+        }
+    }
+
     // Spread `DSTATE` values from `offset` over the runs of a row in scratch; pads are left alone.
     void read_columns(int64_t offset, float* row) const {
         for (int run = 0; run < RUNS; ++run) {
@@ -357,18 +366,19 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
 
 void update_head(const Arguments& a, int64_t item, Scratch& s) {
     const int64_t b = item / a.nheads, head = item % a.nheads, group = head / (a.nheads / a.ngroups);
-    for (int p = 0; p < HEADDIM; ++p) s.x[p] = a.x.at(b * a.x.batch_stride + head * a.x.head_stride + p);
+    a.x.read_row(b * a.x.batch_stride + head * a.x.head_stride, s.x);
     a.B.read_columns(b * a.B.batch_stride + group * a.B.head_stride, s.B);
     a.C.read_columns(b * a.C.batch_stride + group * a.C.head_stride, s.C);
     store_head(a, b, head, s);
-    const float D = a.D.data ? a.D.at(head) : 0.0f;
-    for (int p = 0; p < HEADDIM; ++p) {
-        const float y = a.D.data ? s.y[p] + s.x[p] * D : s.y[p];
-        if (a.x.dtype == 0) {
-            ((float*)a.y)[item * HEADDIM + p] = y;
-        } else {
-            ((uint16_t*)a.y)[item * HEADDIM + p] = to_bfloat16(y);
-        }
+    if (a.D.data) {
+        const float D = a.D.at(head);
+        for (int p = 0; p < HEADDIM; ++p) s.y[p] += s.x[p] * D;
+    }
+    if (a.x.dtype == 0) {
+        memcpy((float*)a.y + item * HEADDIM, s.y, HEADDIM * sizeof(float));
+    } else {
+        uint16_t* y = (uint16_t*)a.y + item * HEADDIM;
+        for (int p = 0; p < HEADDIM; ++p) y[p] = to_bfloat16(s.y[p]);
     }
 }
 

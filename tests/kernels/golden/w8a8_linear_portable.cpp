@@ -54,11 +54,15 @@ inline Floats splat(float value) { return Floats{} + value; }
 
 inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
+// Lanes of two vectors; those of the second count on from the first's.
 #if defined(__clang__)
-#define ROTATED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLED_SHORTS SHUFFLED
 #else
-#define ROTATED(x, ...) __builtin_shuffle(x, (Ints){__VA_ARGS__})
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#define SHUFFLED_SHORTS(a, b, ...) __builtin_shuffle(a, b, (Shorts){__VA_ARGS__})
 #endif
+#define ROTATED(x, ...) SHUFFLED(x, x, __VA_ARGS__)
 
 // Sum of all lanes by halving: lane i and lane i + step. Every lane ends with the same sum.
 inline float sum_lanes(Floats x) {
