@@ -10,6 +10,8 @@ fuse_norm_linear  (fusion)    the norm before a linear becomes part of it
 
 from __future__ import annotations
 
+import logging
+
 from torch import fx
 
 from ..artifact import Artifact, check_model
@@ -25,6 +27,8 @@ from .fuse_ssm_update import FuseSsmUpdate
 from .match_mamba2 import is_step, scan_anchors
 from .quantize_linear import QuantizeLinear
 from .quantize_state import QuantizeState
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["PIPELINE", "GraphPass", "PassContext", "StateOutput", "phase_of", "run_pipeline"]
 
@@ -52,9 +56,27 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
         context.artifact = check_model(context.artifact, shapes)
         _refuse_unapplied(context.artifact, context.config)
+        _warn_of_other_interval(context.artifact, context.config)
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)
+
+
+def _warn_of_other_interval(artifact: Artifact, config: QMambaConfig) -> None:
+    """ESR bends weights against the error of one way of storing; without that error they are only bent.
+
+    Bundled model, tuned for a store at every step, run with a store in eight: +0.91 % perplexity, not +0.18 %.
+    """
+    tuned_for = artifact.header.config.get("flush_interval", 1)
+    if tuned_for != config.flush_interval and any(key.endswith(".weight_bcdt") for key in artifact.tensors):
+        logger.warning(
+            "%s: its weights were tuned for flush_interval=%s and run with %s, which may cost more than it saves; "
+            "set flush_interval=%s, or calibrate with --no-esr",
+            artifact.source,
+            tuned_for,
+            config.flush_interval,
+            tuned_for,
+        )
 
 
 def _refuse_unapplied(artifact: Artifact, config: QMambaConfig) -> None:
