@@ -35,7 +35,7 @@ from qmamba_compile.passes.int8_weight import held_nbytes  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = ("eager_fp32", "inductor_fp32", "w8a8h4")
-EVERY_STEP = "w8a8h4_every_step"
+EVERY_STEP = "w8a8h4_flush1"
 PROMPT = 'import os\nimport sys\n\n\ndef read_config(path):\n    """'
 TIMED_BLOCKS, BLOCK_STEPS = 9, 16
 console = rich.console.Console()
