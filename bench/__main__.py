@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import sys
 from typing import Annotated
@@ -18,24 +17,19 @@ QUESTIONS = {
     "memory": ("memory", "bytes of weights and state, peak of prefill"),
     "cost": ("cost", "time against tokens generated, batch and length"),
     "accuracy": ("accuracy", "perplexity against bits, scales and rounding"),
+    "flush": ("flush", "accuracy, size and time by flush_interval"),
     "roofline": ("roofline", "generated kernels against the roofs of GPUs"),
     "gpu": ("gpu", "kernels on the GPU of this machine"),
 }
-
-
-def available() -> dict[str, tuple[str, str]]:
-    """The questions whose script is there."""
-    return {name: entry for name, entry in QUESTIONS.items() if importlib.util.find_spec(f"bench.{entry[0]}")}
 
 
 def dispatch(
     context: typer.Context,
     question: Annotated[str, typer.Argument(help="What to measure; QUESTION --help lists its options.")],
 ) -> None:
-    questions = available()
-    if question not in questions:
-        raise typer.BadParameter(f"{question!r} is unknown; allowed: {', '.join(questions)}", param_hint="QUESTION")
-    module = f"bench.{questions[question][0]}"
+    if question not in QUESTIONS:
+        raise typer.BadParameter(f"{question!r} is unknown; allowed: {', '.join(QUESTIONS)}", param_hint="QUESTION")
+    module = f"bench.{QUESTIONS[question][0]}"
     sys.argv = [f"python -m bench {question}", *context.args]
     runpy.run_module(module, run_name="__main__")
 
@@ -43,7 +37,7 @@ def dispatch(
 def main() -> None:
     # What follows the question belongs to its script, --help included.
     settings = {"allow_interspersed_args": False, "allow_extra_args": True, "ignore_unknown_options": True}
-    listing = "\n".join(f"  {name:<10}{text}" for name, (_, text) in available().items())
+    listing = "\n".join(f"  {name:<10}{text}" for name, (_, text) in QUESTIONS.items())
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(context_settings=settings, help=f"Benchmarks.\n\n\b\n{listing}", no_args_is_help=True)(dispatch)
     app(prog_name="python -m bench")

@@ -63,8 +63,8 @@ def main(
 
 
 def _accuracy(path: Path, text: Path, windows: int, length: int) -> list[dict[str, Any]]:
-    model, tokenizer = load_model(str(path))
-    ids = cut_windows(read_tokens(str(text), tokenizer, model.config.vocab_size), length)[:windows]
+    model = load_model(str(path))
+    ids = cut_windows(read_tokens(str(text), str(path), model), length)[:windows]
     reference = score(model, ids, float_scan)
     outliers = Outliers.random(model)
     mixer = model.backbone.layers[0].mixer

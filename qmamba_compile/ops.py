@@ -343,8 +343,9 @@ def w8a8_linear(
     act_scale: Tensor | None,
 ) -> Tensor:
     """`w8a8_linear_reference` by the fastest kernel that this device has."""
-    if x.is_cpu:
-        y = cpu_kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+    if x.is_cpu or x.is_cuda:
+        kernels = cpu_kernels if x.is_cpu else gpu_kernels
+        y = kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
         if y is not None:
             return y
     return w8a8_linear_reference(x, qdata, scale, bias, act_pre_scale, act_scale)
@@ -365,10 +366,6 @@ def w8a8_linear_reference(
         act_pre_scale: SmoothQuant factors [k] that multiply x, or ``None``.
         act_scale: static activation scale (one number); ``None`` quantizes each token by its own largest magnitude.
     """
-    if x.is_cuda:
-        y = gpu_kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
-        if y is not None:
-            return y
     rows = x.reshape(-1, x.shape[-1])
     if act_pre_scale is not None:
         rows = rows * act_pre_scale
