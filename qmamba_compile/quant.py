@@ -30,6 +30,8 @@ STATE_BITS = (8, 4, 2)
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
+NOISE_TURN = 40503
+"""What a step adds to every 16 random bits: 2^16 over the golden ratio, odd, so that 2^16 steps visit every value."""
 _MASK32 = 0xFFFFFFFF
 
 
@@ -207,6 +209,13 @@ def _wide_product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 def uniform_noise(rng: Tensor, shape: torch.Size | tuple[int, int, int]) -> Tensor:
     """Uniform numbers in (0, 1), float32 [b, h, p, n], that depend on key, step and element, not on the batch slot.
 
+    Each is uniform, so rounding is unbiased; but an element's numbers at successive steps are not independent: they
+    turn by the golden ratio from a random start, which is drawn anew every 2^16 steps. A slow state that moves by a
+    small part of a step size is so lifted to the next code at even intervals, and its errors do not add up as a random
+    walk does. Perplexity over the float state, bundled model, stored at every step, 95 windows of 1024 bytes,
+    independent / turning: dynamic +0.63, +0.50 % / +0.49, +0.45 % (two seeds), calibrated +0.61 / +0.42 %, 3 bits +3.6
+    / +2.8 %.
+
     One Philox call gives eight numbers of 16 bits: with ``octant = ceil(n / 8)``, column ``c`` of a row takes counter
     ``row * octant + c % octant``, word ``c // octant // 2``, low half first. So eight runs of a row are contiguous.
 
@@ -218,13 +227,13 @@ def uniform_noise(rng: Tensor, shape: torch.Size | tuple[int, int, int]) -> Tens
     octant = (dstate + 7) // 8
     counter = torch.arange(nheads * headdim * octant, device=rng.device).view(1, nheads, headdim, octant)
     key, step = rng[:, 0].view(-1, 1, 1, 1), rng[:, 1].view(-1, 1, 1, 1)
-    zero = torch.zeros_like(counter)
+    zero, start = torch.zeros_like(counter * step), step >> 16
     words = philox(
-        (counter + zero * step, zero + zero * step, (step & _MASK32) + zero, ((step >> 32) & _MASK32) + zero),
+        (counter + zero, zero, (start & _MASK32) + zero, ((start >> 32) & _MASK32) + zero),
         (key & _MASK32, (key >> 32) & _MASK32),
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    columns = torch.cat(halves, dim=-1)[..., :dstate]
+    columns = (torch.cat(halves, dim=-1)[..., :dstate] + (step & 0xFFFF) * NOISE_TURN) & 0xFFFF
     return (columns.float() + 0.5) * 2.0**-16
 
 

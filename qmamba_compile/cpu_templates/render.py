@@ -203,6 +203,7 @@ def _constants(spec: Spec) -> dict[str, object]:
             "largest": quant.max_code(spec.bits),
             "offset": offset,
             "zero_byte": quant.zero_byte(spec.bits),
+            "noise_turn": quant.NOISE_TURN,
             "byte_columns": ", ".join(["c"] + [f"c + {index * run}" for index in range(1, runs)]),
             # Sixteen floats fit in one AVX-512 register, which vpermps indexes with four bits of each lane.
             "by_table": spec.kernel == "ssm_update" and spec.isa == "avx512" and spec.bits < 8,

@@ -305,6 +305,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "padded_rows": spec.rows,
         "largest": quant.max_code(spec.bits),
         "tiny_scale": quant.TINY_SCALE,
+        "noise_turn": quant.NOISE_TURN,
         "offset": offset,
         "rounder": rounder,
         "surplus": sum(constant_bits << shift for shift in range(0, 32, spec.bits)) % 2**32,

@@ -294,11 +294,12 @@ inline Words interleave(Longs even, Longs odd) { return (Words)((even & 0xffffff
 // quant.uniform_noise of one row, counted over heads and channels: Philox4x32-10, in column order.
 inline void fill_noise(uint64_t key, uint64_t step, uint64_t row, float* noise) {
     constexpr Longs EVEN = {0, 2, 4, 6};
-    const Longs step_low = Longs{} + (uint32_t)step, step_high = Longs{} + (step >> 32);
+    const Longs start_low = Longs{} + (step >> 16 & 0xffffffffu), start_high = Longs{} + (step >> 48);
+    const Words turn = Words{} + (((uint32_t)step * 40503u & 0xffffu) << 7);
     alignas(64) uint32_t words[4][OCTANT_LANES];
     for (int j = 0; j < OCTANT; j += LANES) {
         const Longs counter = EVEN + (row * OCTANT + j);
-        Philox even = {counter, Longs{}, step_low, step_high}, odd = {counter + 1, Longs{}, step_low, step_high};
+        Philox even = {counter, Longs{}, start_low, start_high}, odd = {counter + 1, Longs{}, start_low, start_high};
         uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
 #pragma GCC unroll 10
         for (int round = 0; round < 10; ++round) {
@@ -316,9 +317,9 @@ inline void fill_noise(uint64_t key, uint64_t step, uint64_t row, float* noise) 
 #pragma GCC unroll 8
     for (int part = 0; part < 8; ++part) {
         for (int j = 0; j < OCTANT; j += LANES) {
-            // (half + 0.5) / 2^16 as the fraction of a number from 1 to 2.
+            // (half + turn + 0.5) / 2^16 as the fraction of a number from 1 to 2.
             const Words word = load<Words>(words[part / 2] + j);
-            const Words fraction = (part % 2 ? word >> 9 : word << 7) & 0x7fff80u;
+            const Words fraction = ((part % 2 ? word >> 9 : word << 7) + turn) & 0x7fff80u;
             store(noise + part * OCTANT + j, (Floats)(fraction | 0x3f800040u) - 1.0f);
         }
     }
