@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from . import quant, recurrence
+from . import ops as _ops  # noqa: F401  (registers qmamba::*)
+from . import quant
 from .errors import StateError
 from .recurrence import Ring
 
 aten = torch.ops.aten
+
+RING_TENSORS = tuple(f"ring_{name}" for name in Ring._fields)
+"""Names of a ring's tensors among those that a state is made of."""
 
 
 class DSQState(torch.Tensor):
@@ -31,7 +35,7 @@ class DSQState(torch.Tensor):
         rng: int64 [b, 2], the key and the number of stores so far of each sequence.
         bits: bits of a code.
         stochastic: rounding of the next store.
-        ring: inputs of the steps since the codes were stored (`recurrence.Ring`), or None when every step stores.
+        ring_x, ring_B, ...: of a checkpointed state, what `ring` is made of.
     """
 
     packed: Tensor
@@ -40,7 +44,6 @@ class DSQState(torch.Tensor):
     rng: Tensor
     bits: int
     stochastic: bool
-    ring: Ring | None
 
     @staticmethod
     def __new__(
@@ -63,11 +66,10 @@ class DSQState(torch.Tensor):
             cls, outer_size, strides=outer_stride, dtype=torch.float32, device=packed.device, requires_grad=False
         )
         self.packed, self.channel_scale, self.state_scale, self.rng = packed, channel_scale, state_scale, rng
-        self.bits, self.stochastic, self.ring = bits, stochastic, ring
+        self.bits, self.stochastic = bits, stochastic
         if ring is not None:
-            # Under the names that __tensor_flatten__ gives them.
-            for name, tensor in ring._asdict().items():
-                setattr(self, f"ring_{name}", tensor)
+            for name, tensor in zip(RING_TENSORS, ring, strict=True):
+                setattr(self, name, tensor)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -90,14 +92,17 @@ class DSQState(torch.Tensor):
             StateError: dstate does not pack into whole bytes.
         """
         require_packable(h.shape[-1], bits, "DSQState")
-        h = h.detach()
-        rng = quant.new_rng(h.shape[0], seed, h.device)
-        if state_scale is not None:
-            state_scale = quant.store_scale(state_scale)
-        noise_rng = rng if stochastic else None
-        packed, channel_scale, state_scale = quant.quantize_state(h, bits, state_scale=state_scale, rng=noise_rng)
-        rng[:, 1] += 1
+        calibrated = None if state_scale is None else quant.store_scale(state_scale)
+        packed, channel_scale, rng, *dynamic = torch.ops.qmamba.quantize_state(
+            h.detach(), calibrated, bits, stochastic, seed
+        )
+        state_scale = calibrated if calibrated is not None else dynamic[0]
         return cls(packed, channel_scale, state_scale, rng, bits, stochastic, ring)
+
+    @property
+    def ring(self) -> Ring | None:
+        """Inputs of the steps since the codes were stored, or None when every step stores."""
+        return Ring(*(getattr(self, name) for name in RING_TENSORS)) if hasattr(self, "ring_x") else None
 
     @property
     def flush_interval(self) -> int:
@@ -122,8 +127,9 @@ class DSQState(torch.Tensor):
 
     def dequantize(self) -> Tensor:
         """Plain float32 snapshot [b, h, p, n] of the state now, the inputs in the ring included."""
-        checkpoint = quant.dequantize_state(self.packed, self.channel_scale, self.state_scale, self.bits)
-        return checkpoint if self.ring is None else recurrence.materialize(checkpoint, self.ring)
+        return torch.ops.qmamba.dequantize_state(
+            self.packed, self.channel_scale, self.state_scale, self.bits, *(self.ring or ())
+        )
 
     materialize = dequantize
 
@@ -144,23 +150,20 @@ class DSQState(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool]]:
-        names = ["packed", "channel_scale", "state_scale", "rng"]
-        if self.ring is not None:
-            names += [f"ring_{name}" for name, tensor in self.ring._asdict().items() if tensor is not None]
-        return names, (self.bits, self.stochastic)
+        ring = [name for name in RING_TENSORS if getattr(self, name, None) is not None]
+        return ["packed", "channel_scale", "state_scale", "rng", *ring], (self.bits, self.stochastic)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], meta: tuple[int, bool], outer_size: Sequence[int], outer_stride: Sequence[int]
     ) -> DSQState:
-        ring = {name[5:]: tensor for name, tensor in inner.items() if name.startswith("ring_")}
         return DSQState(
             inner["packed"],
             inner["channel_scale"],
             inner["state_scale"],
             inner["rng"],
             *meta,
-            Ring(**ring) if ring else None,
+            Ring(*map(inner.get, RING_TENSORS)) if "ring_x" in inner else None,  # type: ignore[arg-type]
             outer_size=outer_size,
             outer_stride=outer_stride,
         )
@@ -383,18 +386,17 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
             if name != "state_scale" or target.dynamic:
                 getattr(target, name).copy_(getattr(source, name))
         return target
-    state_scale = None if target.dynamic else target.state_scale
-    h = source.to(target.device).expand(target.shape)
-    packed, channel_scale, new_state_scale = quant.quantize_state(
-        h, target.bits, state_scale=state_scale, rng=target.rng if target.stochastic else None
+    torch.ops.qmamba.quantize_state_(
+        target.packed,
+        target.channel_scale,
+        target.state_scale if target.dynamic else None,
+        target.rng,
+        source.detach().to(target.device).expand(target.shape),
+        None if target.dynamic else target.state_scale,
+        target.bits,
+        target.stochastic,
+        None if target.ring is None else target.ring.position,
     )
-    target.packed.copy_(packed)
-    target.channel_scale.copy_(channel_scale)
-    if target.dynamic:
-        target.state_scale.copy_(new_state_scale)
-    target.rng[:, 1] += 1
-    if target.ring is not None:
-        target.ring.position.zero_()
     return target
 
 

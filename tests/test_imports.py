@@ -19,11 +19,11 @@ ALLOWED = {
     "quant": {"errors"},
     "recurrence": {"errors", "quant"},
     "artifact": {"errors", "quant"},
-    "state": {"errors", "quant", "recurrence"},
     "cpu_templates": {"errors", "quant", "recurrence"},
     "triton_templates": {"errors", "quant", "recurrence"},
     "scan_ops": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates"},
-    "ops": {"errors", "quant", "recurrence", "state", "cpu_templates", "triton_templates", "scan_ops"},
+    "ops": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates", "scan_ops"},
+    "state": {"errors", "quant", "recurrence", "ops"},
     "fx_utils": {"errors", "quant", "recurrence", "state", "ops"},
     "report": {"errors", "config", "quant", "state"},
 }

@@ -60,6 +60,8 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)
+    # Once: printing the code of a whole model takes as long as rewriting it.
+    gm.recompile()
 
 
 def _warn_of_other_interval(artifact: Artifact, config: QMambaConfig) -> None:

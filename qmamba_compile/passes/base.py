@@ -128,7 +128,6 @@ class GraphPass:
             if not node.users and node not in unread and removable(node):
                 gm.graph.erase_node(node)
         gm.graph.lint()
-        gm.recompile()
         _dump(gm, f"after_{self.name()}")
         report.seconds[self.name()] = time.perf_counter() - began
         rewritten, skipped = len(report.rewritten(self.name())), len(report.entries)

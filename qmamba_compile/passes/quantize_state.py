@@ -27,13 +27,11 @@ from ..fx_utils import (
     strip,
     value_of,
 )
-from ..recurrence import RING_DTYPES, Ring
+from ..recurrence import RING_DTYPES
 from ..report import Report
-from ..state import DSQState, require_packable
+from ..state import RING_TENSORS, DSQState, require_packable
 from .base import GraphPass, RingLayout, StateOutput
 from .match_mamba2 import is_final_state, is_step
-
-RING = tuple(f"ring_{name}" for name in Ring._fields)
 
 
 class QuantizeState(GraphPass):
@@ -221,7 +219,7 @@ def _float_nbytes(state: DSQState) -> int:
 
 def _read(reader: fx.Node, inner: dict[str, fx.Node], bits: int) -> fx.Node:
     scales = (inner["channel_scale"], inner["state_scale"])
-    ring = [inner.get(name) for name in RING] if "ring_x" in inner else []
+    ring = [inner.get(name) for name in RING_TENSORS] if "ring_x" in inner else []
     return insert_call(reader, torch.ops.qmamba.dequantize_state.default, inner["packed"], *scales, bits, *ring)
 
 

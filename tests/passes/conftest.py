@@ -50,6 +50,7 @@ class Capture:
         for _ in range(self.runs):
             for rewrite in self.passes:
                 rewrite(context)(rewritten, report)
+        rewritten.recompile()
         captured = Captured(before, count_ops(rewritten.graph), rewritten, report, context)
         self.graphs.append(captured)
         sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
