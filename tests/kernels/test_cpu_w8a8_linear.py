@@ -83,7 +83,7 @@ def check(arguments: list[Any]) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("tokens", [*range(1, 18), 33, 130])
+@pytest.mark.parametrize("tokens", [*range(1, 18), 33, *range(47, 61), 130])
 def test_every_number_of_tokens(spec: LayerSpec, tokens: int) -> None:
     check(problem(tokens))
 
@@ -180,7 +180,7 @@ def test_layouts_of_x(spec: LayerSpec, view: Any) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     which=st.sampled_from(RUNNABLE),
-    tokens=st.integers(1, 40),
+    tokens=st.integers(1, 70),
     k=st.integers(2, 300),
     o=st.integers(1, 150),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -198,10 +198,11 @@ def test_panels_and_chunks(spec: LayerSpec, monkeypatch: pytest.MonkeyPatch) -> 
     """Sizes that take several panels of weights and several chunks of tokens, neither of them whole."""
     check(problem(tokens=707, k=768, o=103))
     check(problem(tokens=5, k=7001, o=7))  # four rows are more than a panel
+    check(problem(tokens=100, k=7001, o=50))  # several chunks of tokens, one repacked panel and a part of one
 
 
 def test_threads_do_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for tokens in (1, 40):
+    for tokens in (1, 40, 64):
         arguments = problem(tokens, o=900)
         one = launch.w8a8_linear(*arguments)
         with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@
 //
 // Work: tokens are quantized once to codes [m, k]. Then each OpenMP thread takes panels of weight rows, small enough to
 // stay in the L1 cache, and runs all tokens over a panel, 4 x 4 results at a time. Weights are read as they lie.
+// From 48 tokens on each panel is first repacked, for 12 x 32 results at a time without a sum across lanes.
 //
 // vpdpbusd wants one unsigned operand: weights + 128 (a flipped sign bit). What this adds, 128 * the sum of a token's
 // codes, is taken off at the end; so no sums of weights are kept. The int32 sums wrap, as torch's do.
@@ -331,8 +332,205 @@ inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* 
     return sum;
 }
 
+constexpr int BLOCK = 12, PANEL = 32;  // tokens and rows: 24 vectors of sums, 2 of weights and one of codes
+constexpr int64_t PANELS_FROM = 48;  // tokens
+
+// `rows` rows of `count` codes, at most 16 of 64, plus 128 each: transposed in units of four codes, a vector a unit.
+inline void pack_tile(const int8_t* from, int64_t stride, int64_t rows, int64_t count, Line* to) {
+    __m512i a[16], b[16];
+    const __mmask64 mask = count >= 64 ? ~0ull : (1ull << count) - 1;
+    for (int i = 0; i < 16; ++i) {
+        a[i] = i < rows ? _mm512_maskz_loadu_epi8(mask, from + i * stride) : __m512i{};
+        a[i] = _mm512_xor_si512(a[i], _mm512_set1_epi8(-128));
+    }
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // Quarter q of a[4 g + j] is unit 4 q + j of the rows 4 g to 4 g + 3.
+    for (int j = 0; j < 4; ++j) {
+        const __m512i even_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+        const __m512i odd_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const __m512i even_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512i odd_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        store(to + 2 * j, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+        store(to + 2 * (4 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+        store(to + 2 * (8 + j), _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+        store(to + 2 * (12 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+    }
+}
+
+// Rows from `row`: two vectors for each unit of four codes.
+inline void pack_panel(const Arguments& a, int64_t row, Line* panel) {
+    for (int half = 0; half < 2; ++half) {
+        const int64_t first = row + 16 * half;
+        for (int64_t i = 0; i < a.k; i += 64) {
+            pack_tile(a.qdata + first * a.k + i, a.k, a.o - first, a.k - i, panel + i / 2 + half);
+        }
+    }
+}
+
+// Where codes of a block of tokens lie: unit after unit, in each the tokens one after the other.
+inline int8_t* block_of(const Tokens& t, int64_t token) {
+    return t.codes + token / BLOCK * BLOCK * t.width + token % BLOCK * 4;
+}
+
+inline void spread_token(const Tokens& t, int64_t token, const int8_t* codes) {
+    int8_t* to = block_of(t, token);
+    for (int64_t i = 0; i < t.width; i += 4) memcpy(to + i * BLOCK, codes + i, 4);
+}
+
+// y of one token in 16 rows of a panel.
+inline void write_sums(const Arguments& a, const Tokens& t, int64_t row, int64_t token, __m512i sums) {
+    const int64_t left = a.o - row;
+    if (token >= a.tokens || left <= 0) return;
+    const Ints product = (Ints)sums - t.excess[token];
+    Floats y = __builtin_convertvector(product, Floats) * t.scale[token] * load_first<Floats>(a.scale + row, left);
+    if (a.bias.data) y += read(a.bias, row, left);
+    write(a.y, a.y_dtype, token * a.o + row, y, left);
+}
+
+// y of a panel's rows and 12 tokens of one block.
+inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const Line* panel, int64_t token) {
+    const int8_t* codes = block_of(t, token);
+    const int64_t element = a.y_dtype == 0 ? 4 : 2;
+    for (int64_t next = token; next < token + 12 && next < a.tokens; ++next) {
+        const char* y = (const char*)a.y + (next * a.o + row) * element;
+        __builtin_prefetch(y, 1);
+        __builtin_prefetch(y + 64, 1);
+    }
+    __m512i low0 = {}, high0 = {};
+    __m512i low1 = {}, high1 = {};
+    __m512i low2 = {}, high2 = {};
+    __m512i low3 = {}, high3 = {};
+    __m512i low4 = {}, high4 = {};
+    __m512i low5 = {}, high5 = {};
+    __m512i low6 = {}, high6 = {};
+    __m512i low7 = {}, high7 = {};
+    __m512i low8 = {}, high8 = {};
+    __m512i low9 = {}, high9 = {};
+    __m512i low10 = {}, high10 = {};
+    __m512i low11 = {}, high11 = {};
+
+    for (int64_t unit = 0; unit < t.width / 4; ++unit) {
+        const __m512i low = load<__m512i>(panel + 2 * unit), high = load<__m512i>(panel + 2 * unit + 1);
+        const int8_t* four = codes + unit * 4 * BLOCK;
+        const __m512i code0 = _mm512_set1_epi32(load<int32_t>(four + 0));
+        low0 = _mm512_dpbusd_epi32(low0, low, code0);
+        high0 = _mm512_dpbusd_epi32(high0, high, code0);
+        const __m512i code1 = _mm512_set1_epi32(load<int32_t>(four + 4));
+        low1 = _mm512_dpbusd_epi32(low1, low, code1);
+        high1 = _mm512_dpbusd_epi32(high1, high, code1);
+        const __m512i code2 = _mm512_set1_epi32(load<int32_t>(four + 8));
+        low2 = _mm512_dpbusd_epi32(low2, low, code2);
+        high2 = _mm512_dpbusd_epi32(high2, high, code2);
+        const __m512i code3 = _mm512_set1_epi32(load<int32_t>(four + 12));
+        low3 = _mm512_dpbusd_epi32(low3, low, code3);
+        high3 = _mm512_dpbusd_epi32(high3, high, code3);
+        const __m512i code4 = _mm512_set1_epi32(load<int32_t>(four + 16));
+        low4 = _mm512_dpbusd_epi32(low4, low, code4);
+        high4 = _mm512_dpbusd_epi32(high4, high, code4);
+        const __m512i code5 = _mm512_set1_epi32(load<int32_t>(four + 20));
+        low5 = _mm512_dpbusd_epi32(low5, low, code5);
+        high5 = _mm512_dpbusd_epi32(high5, high, code5);
+        const __m512i code6 = _mm512_set1_epi32(load<int32_t>(four + 24));
+        low6 = _mm512_dpbusd_epi32(low6, low, code6);
+        high6 = _mm512_dpbusd_epi32(high6, high, code6);
+        const __m512i code7 = _mm512_set1_epi32(load<int32_t>(four + 28));
+        low7 = _mm512_dpbusd_epi32(low7, low, code7);
+        high7 = _mm512_dpbusd_epi32(high7, high, code7);
+        const __m512i code8 = _mm512_set1_epi32(load<int32_t>(four + 32));
+        low8 = _mm512_dpbusd_epi32(low8, low, code8);
+        high8 = _mm512_dpbusd_epi32(high8, high, code8);
+        const __m512i code9 = _mm512_set1_epi32(load<int32_t>(four + 36));
+        low9 = _mm512_dpbusd_epi32(low9, low, code9);
+        high9 = _mm512_dpbusd_epi32(high9, high, code9);
+        const __m512i code10 = _mm512_set1_epi32(load<int32_t>(four + 40));
+        low10 = _mm512_dpbusd_epi32(low10, low, code10);
+        high10 = _mm512_dpbusd_epi32(high10, high, code10);
+        const __m512i code11 = _mm512_set1_epi32(load<int32_t>(four + 44));
+        low11 = _mm512_dpbusd_epi32(low11, low, code11);
+        high11 = _mm512_dpbusd_epi32(high11, high, code11);
+    }
+    // Through memory, so that no sum has to live in it before: what follows calls functions, which keep no vector.
+    __m512i sums[24];
+    sums[0] = low0, sums[1] = high0;
+    sums[2] = low1, sums[3] = high1;
+    sums[4] = low2, sums[5] = high2;
+    sums[6] = low3, sums[7] = high3;
+    sums[8] = low4, sums[9] = high4;
+    sums[10] = low5, sums[11] = high5;
+    sums[12] = low6, sums[13] = high6;
+    sums[14] = low7, sums[15] = high7;
+    sums[16] = low8, sums[17] = high8;
+    sums[18] = low9, sums[19] = high9;
+    sums[20] = low10, sums[21] = high10;
+    sums[22] = low11, sums[23] = high11;
+    asm volatile("" : : "r"(sums) : "memory");
+    for (int m = 0; m < 12; ++m) {
+        write_sums(a, t, row, token + m, sums[2 * m]);
+        write_sums(a, t, row + 16, token + m, sums[2 * m + 1]);
+    }
+}
+
+// y of a panel's rows and 4 tokens of one block.
+inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const Line* panel, int64_t token) {
+    const int8_t* codes = block_of(t, token);
+    const int64_t element = a.y_dtype == 0 ? 4 : 2;
+    for (int64_t next = token; next < token + 4 && next < a.tokens; ++next) {
+        const char* y = (const char*)a.y + (next * a.o + row) * element;
+        __builtin_prefetch(y, 1);
+        __builtin_prefetch(y + 64, 1);
+    }
+    __m512i low0 = {}, high0 = {};
+    __m512i low1 = {}, high1 = {};
+    __m512i low2 = {}, high2 = {};
+    __m512i low3 = {}, high3 = {};
+
+    for (int64_t unit = 0; unit < t.width / 4; ++unit) {
+        const __m512i low = load<__m512i>(panel + 2 * unit), high = load<__m512i>(panel + 2 * unit + 1);
+        const int8_t* four = codes + unit * 4 * BLOCK;
+        const __m512i code0 = _mm512_set1_epi32(load<int32_t>(four + 0));
+        low0 = _mm512_dpbusd_epi32(low0, low, code0);
+        high0 = _mm512_dpbusd_epi32(high0, high, code0);
+        const __m512i code1 = _mm512_set1_epi32(load<int32_t>(four + 4));
+        low1 = _mm512_dpbusd_epi32(low1, low, code1);
+        high1 = _mm512_dpbusd_epi32(high1, high, code1);
+        const __m512i code2 = _mm512_set1_epi32(load<int32_t>(four + 8));
+        low2 = _mm512_dpbusd_epi32(low2, low, code2);
+        high2 = _mm512_dpbusd_epi32(high2, high, code2);
+        const __m512i code3 = _mm512_set1_epi32(load<int32_t>(four + 12));
+        low3 = _mm512_dpbusd_epi32(low3, low, code3);
+        high3 = _mm512_dpbusd_epi32(high3, high, code3);
+    }
+    // Through memory, so that no sum has to live in it before: what follows calls functions, which keep no vector.
+    __m512i sums[8];
+    sums[0] = low0, sums[1] = high0;
+    sums[2] = low1, sums[3] = high1;
+    sums[4] = low2, sums[5] = high2;
+    sums[6] = low3, sums[7] = high3;
+    asm volatile("" : : "r"(sums) : "memory");
+    for (int m = 0; m < 4; ++m) {
+        write_sums(a, t, row, token + m, sums[2 * m]);
+        write_sums(a, t, row + 16, token + m, sums[2 * m + 1]);
+    }
+}
+
+// Tokens `token` to `last` (whole blocks, but for the end) over the rows of a panel.
+inline void multiply_packed_panel(
+    const Arguments& a, const Tokens& t, int64_t row, const Line* panel, int64_t token, int64_t last) {
+    for (; token + BLOCK <= last; token += BLOCK) multiply_12(a, t, row, panel, token);
+    for (; token < last; token += 4) multiply_4(a, t, row, panel, token);
+}
+
 // Norm and quantize one token. `row`: scratch of `width` floats, zero from k on.
-void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* row) {
+void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* row, int8_t* spread) {
     if (a.norm.data) {
         norm_token(a, token, row);
     } else {
@@ -358,7 +556,8 @@ void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* ro
     if (!a.act_scale && scale < TINY_SCALE) scale = TINY_SCALE;
     const float inverse = 1.0f / scale;
     const bool finite = isfinite(a.act_scale ? top * inverse : scale);
-    const int32_t sum = finite ? quantize_row(row, a.k, inverse, t.codes + token * t.width) : 0;
+    const int32_t sum = finite ? quantize_row(row, a.k, inverse, spread ? spread : t.codes + token * t.width) : 0;
+    if (finite && spread) spread_token(t, token, spread);
     t.scale[token] = finite ? scale : NAN;
     t.excess[token] = (int32_t)((uint32_t)sum << 7);
 }
@@ -369,23 +568,35 @@ extern "C" void w8a8_linear_avx512_vnni(const void* packed_arguments) {
     Arguments a;
     memcpy(&a, packed_arguments, sizeof a);
     const int64_t width = (a.k + STEP - 1) / STEP * STEP;
-    std::vector<Line> codes((a.tokens * width + 63) / 64), row_scale(a.tokens / 16 + 1), excess(a.tokens / 16 + 1);
+    const bool packed = a.tokens >= PANELS_FROM;
+    const int64_t places = packed ? (a.tokens + BLOCK - 1) / BLOCK * BLOCK : a.tokens;
+    std::vector<Line> codes((places * width + 63) / 64), row_scale(a.tokens / 16 + 1), excess(a.tokens / 16 + 1);
     const Tokens t = {(int8_t*)codes.data(), (float*)row_scale.data(), (int32_t*)excess.data(), width};
-    const int64_t panel = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
-    const int64_t panels = (a.o + panel - 1) / panel;
-    const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
+    const int64_t block = packed ? BLOCK : TOKENS;
+    const int64_t chunk = width * block < CHUNK_BYTES ? CHUNK_BYTES / width / block * block : block;
+    const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
+    const int64_t panel = packed ? PANEL : fitting, panels = (a.o + panel - 1) / panel;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         {
             std::vector<Line> row((width + 15) / 16);
+            std::vector<Line> spread(packed ? width / 64 : 0);
 #pragma omp for schedule(static)
-            for (int64_t token = 0; token < a.tokens; ++token) prepare_token(a, t, token, (float*)row.data());
+            for (int64_t token = 0; token < a.tokens; ++token) {
+                prepare_token(a, t, token, (float*)row.data(), (int8_t*)spread.data());
+            }
         }
+        std::vector<Line> repacked(packed ? width / 2 : 0);
         for (int64_t token = 0; token < a.tokens; token += chunk) {
             const int64_t last = token + chunk < a.tokens ? token + chunk : a.tokens;
 #pragma omp for schedule(static) nowait
             for (int64_t index = 0; index < panels; ++index) {
                 const int64_t row = index * panel, end = row + panel < a.o ? row + panel : a.o;
+                if (packed) {
+                    pack_panel(a, row, repacked.data());
+                    multiply_packed_panel(a, t, row, repacked.data(), token, last);
+                    continue;
+                }
                 multiply_panel(a, t, row, end, token, last);
             }
         }

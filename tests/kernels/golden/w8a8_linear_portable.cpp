@@ -359,17 +359,21 @@ extern "C" void w8a8_linear_portable(const void* packed_arguments) {
     Arguments a;
     memcpy(&a, packed_arguments, sizeof a);
     const int64_t width = (a.k + STEP - 1) / STEP * STEP;
-    std::vector<Line> codes((a.tokens * width + 63) / 64), row_scale(a.tokens / 16 + 1), excess(a.tokens / 16 + 1);
+    const int64_t places = a.tokens;
+    std::vector<Line> codes((places * width + 63) / 64), row_scale(a.tokens / 16 + 1), excess(a.tokens / 16 + 1);
     const Tokens t = {(int8_t*)codes.data(), (float*)row_scale.data(), (int32_t*)excess.data(), width};
-    const int64_t panel = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
-    const int64_t panels = (a.o + panel - 1) / panel;
-    const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
+    const int64_t block = TOKENS;
+    const int64_t chunk = width * block < CHUNK_BYTES ? CHUNK_BYTES / width / block * block : block;
+    const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
+    const int64_t panel = fitting, panels = (a.o + panel - 1) / panel;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         {
             std::vector<Line> row((width + 15) / 16);
 #pragma omp for schedule(static)
-            for (int64_t token = 0; token < a.tokens; ++token) prepare_token(a, t, token, (float*)row.data());
+            for (int64_t token = 0; token < a.tokens; ++token) {
+                prepare_token(a, t, token, (float*)row.data());
+            }
         }
         for (int64_t token = 0; token < a.tokens; token += chunk) {
             const int64_t last = token + chunk < a.tokens ? token + chunk : a.tokens;
