@@ -41,8 +41,8 @@ _PANEL_BYTES = 24 * 2**10
 """Weight rows that all tokens are multiplied with at a time; with a few tokens they fill a 32 KiB L1 cache."""
 
 _PANELS_FROM = 48
-"""Tokens from which repacking weights pays (Xeon with VNNI, one thread; as they lie / repacked). 768x3352: 0.63 / 0.58 ms
-at 32 tokens, 1.14 / 0.84 at 64, 8.96 / 5.52 at 512; 2560x10576: 4.57 / 4.96, 8.36 / 7.72, 64.4 / 48.9."""
+"""Tokens from which repacking weights pays. Milliseconds as they lie / repacked, Xeon with VNNI, one thread: 768x3352
+0.63 / 0.58 at 32 tokens, 1.14 / 0.84 at 64, 8.96 / 5.52 at 512; 2560x10576 4.57 / 4.96, 8.36 / 7.72, 64.4 / 48.9."""
 
 _CHUNK_BYTES = 2**19
 """Codes of tokens that stay in the L2 cache while all weights pass by."""
