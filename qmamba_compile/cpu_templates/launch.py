@@ -44,8 +44,10 @@ def kernel(
     ring: str | None = None,
 ) -> build.Kernel | None:
     """The loaded kernel for this machine, ``None`` when there is no compiler or no kernel for these extents."""
+    isa = build.best_isa()
+    vnni = ring is not None and isa == "avx512" and build.has_vnni()
     try:
-        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, build.best_isa(), flush_interval, ring)
+        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, isa, flush_interval, ring, vnni)
     except ConfigError as error:
         log.warning("no C++ kernel, the slower torch reference runs instead: %s", error)
         return None
