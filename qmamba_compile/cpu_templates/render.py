@@ -265,14 +265,14 @@ def _rotations(lanes: int) -> list[list[int]]:
 def _merges(lanes: int) -> list[tuple[list[int], list[int]]]:
     """Lanes of two vectors whose halves are added to make one, step by step, until one vector holds the sums of all.
 
-    A vector holds blocks of ``width`` lanes, one for each vector it stands for; each step halves the width. What is kept
-    stays in its lanes, the first half of a block of one vector and the second of the other: a blend and no shuffle, of
-    which x86 does one a cycle.
+    A vector holds blocks of lanes, one for each vector it stands for; each step halves the blocks. What is kept stays in
+    its lane, the first half of a block of one vector and the second half of the other: a blend, since x86 does only one
+    shuffle a cycle.
     """
     merges = []
-    for width in (lanes >> shift for shift in range(lanes.bit_length() - 1)):
-        half, firsts = width // 2, range(0, lanes, width)
-        keep = [lane + (lanes if lane >= first + half else 0) for first in firsts for lane in range(first, first + width)]
-        add = [(lane + half if lane < first + half else lane - half + lanes) for first in firsts for lane in range(first, first + width)]
+    for half in (lanes >> shift for shift in range(1, lanes.bit_length())):
+        of_second = [lane % (2 * half) >= half for lane in range(lanes)]
+        keep = [lane + lanes if second else lane for lane, second in enumerate(of_second)]
+        add = [lane - half + lanes if second else lane + half for lane, second in enumerate(of_second)]
         merges.append((keep, add))
     return merges

@@ -12,7 +12,6 @@
 //     dt              [b, h] strides (batch_stride, head_stride)
 //     A, D, dt_bias   [h]; D and dt_bias may be null
 //     y               [b, h, p], x's dtype    written
-//     steps           [3, b, stride] float32  scratch: dt, its sum times A, the decay
 //
 // Work: one (batch, head) at a time, shared among OpenMP threads.
 // A row needs nothing from other rows: it is unpacked, updated and packed without leaving the L1 cache.
@@ -264,24 +263,36 @@ inline Floats exact_softplus(Floats x) {
     return positive + series * (s + s);
 }
 
+struct StepInputs {
+    Input dt;                     // [b, h] as the caller has it
+    const float *dt_bias, *A;     // [h]; no bias when null
+    int64_t softplus;
+};
+
 // Step sizes of every sequence and head, in rows of `stride` floats (nheads rounded up to whole vectors).
 struct Steps {
-    Input dt_in;                  // [b, h] as the caller has it
-    const float *dt_bias, *A;     // [h]; no bias when null
-    int64_t softplus, stride;
+    int64_t stride;
     float *dt, *total, *decay;    // written: dt, dt * A, and e to that
 
-    void compute(int64_t batch, int64_t nheads) const {
+    Steps(int64_t batch, int64_t nheads) : stride((nheads + LANES - 1) / LANES * LANES) {
+        dt = new float[3 * batch * stride]();
+        total = dt + batch * stride;
+        decay = total + batch * stride;
+    }
+    Steps(const Steps&) = delete;
+    ~Steps() { delete[] dt; }
+
+    void compute(const StepInputs& in, int64_t batch, int64_t nheads) const {
         for (int64_t b = 0; b < batch; ++b) {
             float *dt = this->dt + b * stride, *total = this->total + b * stride, *decay = this->decay + b * stride;
             for (int64_t head = 0; head < nheads; ++head) {
-                dt[head] = dt_in.at(b * dt_in.batch_stride + head * dt_in.head_stride);
-                if (dt_bias) dt[head] += dt_bias[head];
-                decay[head] = A[head];
+                dt[head] = in.dt.at(b * in.dt.batch_stride + head * in.dt.head_stride);
+                if (in.dt_bias) dt[head] += in.dt_bias[head];
+                decay[head] = in.A[head];
             }
             for (int64_t at = 0; at < stride; at += LANES) {
                 Floats step = load<Floats>(dt + at);
-                if (softplus) step = exact_softplus(step);
+                if (in.softplus) step = exact_softplus(step);
                 store(dt + at, step);
                 const Floats sum = step * load<Floats>(decay + at);
                 store(total + at, sum);
@@ -297,8 +308,8 @@ constexpr int OFFSET = 2;  // what packing adds to a code
 constexpr int WIDTH = RUN;  // bytes of a packed row
 constexpr float TINY_SCALE = 0x1p-100f;
 
-// Scales as they are stored, in the upper half of each lane: at least TINY_SCALE, rounded to bfloat16, NaN where they are
-// not finite.
+// Scales as they are stored, in the upper half of each lane: at least TINY_SCALE, rounded to bfloat16, NaN where not
+// finite.
 inline Words store_scales(Floats scales) {
     const Words words = scales < TINY_SCALE ? (Words)splat(TINY_SCALE) : (Words)scales;
     const Words stored = (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u;
@@ -309,9 +320,14 @@ inline Words store_scales(Floats scales) {
 inline void read_calibrated(const Input& calibrated, int64_t head, float* state_scale, float* inverse) {
     calibrated.read_columns(head * DSTATE, state_scale);
     for (int at = 0; at < ROW; at += RUN_VECTORS * LANES) {
-        for (int j = 0; j < RUN_VECTORS; ++j) store_run(inverse + at, j, 1.0f / load<Floats>(state_scale + at + j * LANES));
+        for (int j = 0; j < RUN_VECTORS; ++j) {
+            store_run(inverse + at, j, 1.0f / load<Floats>(state_scale + at + j * LANES));
+        }
     }
 }
+
+// Rows of the block of LANES that begins at row p.
+inline int rows_from(int p) { return HEADDIM % LANES == 0 || HEADDIM - p > LANES ? LANES : HEADDIM - p; }
 
 // `count` rows become h / state_scale, whose reciprocals are `inverse`; `largest` gets the magnitudes of each.
 inline void scale_rows(float* rows, int count, const float* inverse, Ints* largest) {
@@ -430,15 +446,19 @@ inline void pack_row(const float* row, float inverse, const float* noise, uint8_
     }
 }
 
-// Pack `count` rows (LANES at most) of h / state_scale; `largest` are magnitudes of each.
-inline void pack_rows(
-    const float* rows, int count, Ints* largest, const float (*noise)[NOISE], uint16_t* channel_scale, uint8_t* packed
-) {
+// Channel scales of `count` rows (LANES at most) from magnitudes of h / state_scale, and their reciprocals.
+inline void scale_channels(Ints* largest, int count, uint16_t* channel_scale, float* inverses) {
+    for (int i = count; i < LANES; ++i) largest[i] = Ints{};
     const Words scale = store_scales((Floats)largest_each(largest) / (float)LARGEST);
-    const Halves stored = narrow_to_halves(scale >> 16);
-    memcpy(channel_scale, &stored, count * sizeof(uint16_t));
-    alignas(64) float inverses[LANES];
+    store_first(channel_scale, narrow_to_halves(scale >> 16), count);
     store(inverses, 1.0f / (Floats)scale);
+}
+
+// Pack `count` rows of h / state_scale.
+inline void pack_rows(
+    const float* rows, int count, const float* inverses, const float (*noise)[NOISE],
+    uint8_t* packed
+) {
     for (int i = 0; i < count; ++i) {
         if (inverses[i] == inverses[i]) {
             pack_row<false>(rows + i * ROW, inverses[i], noise[i], packed + i * WIDTH);
@@ -454,29 +474,38 @@ inline Floats unpack(Bytes bytes, int run) {
     return __builtin_convertvector(code - OFFSET, Floats);
 }
 
-struct Arguments {
+// As launch.py packs it.
+struct Call {
     uint8_t* packed;
     uint16_t* channel_scale;
     Input state_scale;
     int64_t* rng;
     Input x, B, C, D;
-    Steps steps;
+    StepInputs step;
     void* y;
     int64_t batch, nheads, ngroups, threads;
+};
+
+struct Arguments : Call {
+    Steps steps;
+
+    explicit Arguments(const Call& call) : Call(call), steps(call.batch, call.nheads) {}
 };
 
 struct alignas(64) Scratch {
     float B[ROW], C[ROW], dB[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
     float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
     float noise[LANES][NOISE];
-    float rows[LANES * ROW];
+    float rows[2 * LANES * ROW];
+    float channel_inverse[HEADDIM + LANES];
 };
 
 // Unpack and update COUNT rows from p on; `y` gets the products C . h of each, to be summed.
 // They are left in `rows` as h / state_scale, and their magnitudes in `largest`.
 template <int COUNT>
 inline void update_rows(
-    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows, Floats* y, Ints* largest
+    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows,
+    Floats* y, Ints* largest
 ) {
     Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
     Ints most[COUNT] = {};
@@ -520,16 +549,22 @@ inline void update_rows(
 
 // `count` rows from p on, LANES at most: as update_rows, and s.y becomes C . h.
 inline void update_block(
-    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, int count, Scratch& s, float* rows, Ints* largest
+    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, int count, Scratch& s,
+    float* rows, Ints* largest
 ) {
-    Floats y[LANES] = {};
+    Floats y[LANES];
     int i = 0;
     for (; i + 2 <= count; i += 2) {
-        update_rows<2>(packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i, largest + i);
+        update_rows<2>(
+            packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i, largest + i
+        );
     }
     if (HEADDIM % 2 && i < count) {
-        update_rows<1>(packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i, largest + i);
+        update_rows<1>(
+            packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i, largest + i
+        );
     }
+    for (int rest = count; rest < LANES; ++rest) y[rest] = Floats{};
     store(s.y + p, sum_each(y));
 }
 
@@ -540,13 +575,20 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     read_calibrated(a.state_scale, head, s.state_scale, s.inverse);
-    for (int p = 0; p < HEADDIM; p += LANES) {
-        const int count = HEADDIM - p < LANES ? HEADDIM - p : LANES;
-        Ints largest[LANES] = {};
-        float* rows = s.rows;
-        update_block(packed, channel_scale, decay, p, count, s, rows, largest);
-        fill_noise(a.rng[2 * b], a.rng[2 * b + 1], head * HEADDIM + p, count, s.noise);
-        pack_rows(rows, count, largest, s.noise, channel_scale + p, packed + p * WIDTH);
+    // A block is packed while the scales of the next one are found: they end in long chains of dependent operations.
+    for (int p = 0; p < HEADDIM + LANES; p += LANES) {
+        if (p < HEADDIM) {
+            const int count = rows_from(p);
+            Ints largest[LANES];
+            update_block(packed, channel_scale, decay, p, count, s, s.rows + p % (2 * LANES) * ROW, largest);
+            scale_channels(largest, count, channel_scale + p, s.channel_inverse + p);
+        }
+        if (p >= LANES) {
+            const int first = p - LANES, count = rows_from(first);
+            const float* rows = s.rows + first % (2 * LANES) * ROW;
+            fill_noise(a.rng[2 * b], a.rng[2 * b + 1], head * HEADDIM + first, count, s.noise);
+            pack_rows(rows, count, s.channel_inverse + first, s.noise, packed + first * WIDTH);
+        }
     }
 }
 
@@ -571,10 +613,11 @@ void update_head(const Arguments& a, int64_t item, Scratch& s) {
 }  // namespace
 
 extern "C" void ssm_update_p5_n12_b2_calibrated_stochastic_avx2(const void* packed_arguments) {
-    Arguments a;
-    memcpy(&a, packed_arguments, sizeof a);
+    Call call;
+    memcpy(&call, packed_arguments, sizeof call);
+    const Arguments a(call);
     const int64_t items = a.batch * a.nheads;
-    a.steps.compute(a.batch, a.nheads);
+    a.steps.compute(a.step, a.batch, a.nheads);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         Scratch scratch = {};
