@@ -265,9 +265,9 @@ def _rotations(lanes: int) -> list[list[int]]:
 def _merges(lanes: int) -> list[tuple[list[int], list[int]]]:
     """Lanes of two vectors whose halves are added to make one, step by step, until one vector holds the sums of all.
 
-    A vector holds blocks of lanes, one for each vector it stands for; each step halves the blocks. What is kept stays in
-    its lane, the first half of a block of one vector and the second half of the other: a blend, since x86 does only one
-    shuffle a cycle.
+    A vector holds blocks of lanes, one for each vector it stands for; each step halves the blocks. What is kept stays
+    in its lane, the first half of a block of one vector and the second half of the other: a blend, since x86 does only
+    one shuffle a cycle.
     """
     merges = []
     for half in (lanes >> shift for shift in range(1, lanes.bit_length())):

@@ -540,6 +540,14 @@ inline float ring_float(uint16_t stored) {
     return from_bfloat16(stored);
 }
 
+inline Ints max_lanes(Ints x) {
+    x = larger(x, ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = larger(x, ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
+    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+    return x;
+}
+
 // As the ring keeps a row of `count` values times `factor`; returns what a stored one is worth.
 inline float to_ring(const float* values, int count, float factor, uint16_t* stored) {
     int i = 0;
@@ -611,14 +619,6 @@ inline void weigh_slots(const Arguments& a, int64_t b, int64_t head, int filled,
 inline void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, float weight, float* x) {
     const uint16_t* stored = a.ring_x + ((b * SLOTS + slot) * a.nheads + head) * HEADDIM;
     for (int p = 0; p < HEADDIM; ++p) x[p] = weight * ring_float(stored[p]);
-}
-
-inline Ints max_lanes(Ints x) {
-    x = larger(x, ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    x = larger(x, ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
-    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
-    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
-    return x;
 }
 
 inline int sum_ints(Ints x) {
