@@ -127,7 +127,7 @@ def variant(name: str, inputs: Inputs) -> tuple[Step, int, float]:
     if name == FUSED:
         arguments = (i.x, i.dt, i.A, i.B, i.C, i.D, i.dt_bias, True)
         return lambda: [_written(ssm_update_float(state, *arguments)) for state in states], held, _EXACT
-    bits = 8 if "h8" in name else 4
+    bits = 8 if name.startswith("ours-h8") else 4  # "flush8" has an h8 in it as well
     packed = _packed_states(
         inputs,
         bits,

@@ -106,7 +106,7 @@ def build(spec: Spec | LayerSpec) -> pathlib.Path | None:
 
     source = render(spec)
     openmp = () if sys.platform == "darwin" else ("-fopenmp",)
-    vnni = ("-mavx512vnni",) if isinstance(spec, LayerSpec) and spec.vnni else ()
+    vnni = ("-mavx512vnni",) if spec.vnni else ()
     flags = (*_FLAGS, *_ISA_FLAGS[spec.isa], *vnni, *openmp, "-shared", "-fPIC")
     identity = "\n".join((source, *flags, compiler, get_compiler_version_info(compiler), platform.machine()))
     name = f"{spec.slug()}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"

@@ -17,7 +17,7 @@ from .. import quant
 from ..errors import ConfigError
 from ..recurrence import Ring
 from . import build
-from .render import LANES, LayerSpec, Spec
+from .render import LayerSpec, Spec
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,7 @@ and all of them there is nothing: libgomp ends the surplus threads of a smaller 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ABSENT: tuple[int, ...] = (0, 0, 0, 0)
-
-
-_MAX_LANES = max(LANES.values())
+_RINGS = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.float32: "float32"}
 
 
 @functools.cache
@@ -44,8 +42,10 @@ def kernel(
     ring: str | None = None,
 ) -> build.Kernel | None:
     """The loaded kernel for this machine, ``None`` when there is no compiler or no kernel for these extents."""
+    isa = build.best_isa()
+    vnni = ring is not None and isa == "avx512" and build.has_vnni()
     try:
-        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, build.best_isa(), flush_interval, ring)
+        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, isa, flush_interval, ring, vnni)
     except ConfigError as error:
         log.warning("no C++ kernel, the slower torch reference runs instead: %s", error)
         return None
@@ -74,7 +74,7 @@ def ssm_update(
     batch, nheads, headdim, width = packed.shape
     dynamic = state_scale_out is not None
     dstate = width * 8 // bits
-    interval, kept_as = (1, None) if ring is None else (ring.x.shape[1] + 1, str(ring.x.dtype).removeprefix("torch."))
+    interval, kept_as = (1, None) if ring is None else (ring.x.shape[1] + 1, _RINGS[ring.x.dtype])
     function = kernel("ssm_update", headdim, dstate, bits, dynamic, stochastic, interval, kept_as)
     if function is None or not _writable(packed, channel_scale, state_scale_out, rng, ring):
         return None
@@ -86,14 +86,14 @@ def ssm_update(
         scale = _readable(state_scale, contiguous=True)
         scale_fields = (scale.data_ptr(), _DTYPES[scale.dtype], 0, 0)
     ring_fields = () if ring is None else tuple(0 if part is None else part.data_ptr() for part in ring)
-    inputs, kept = _inputs(x, B, C, D)
-    steps, _kept = _steps(dt, A, dt_bias, dt_softplus)
-    y = torch.empty(x.shape, dtype=kept[0].dtype)
+    inputs, copies = _inputs(x, B, C, D)
+    steps = _steps(dt, A, dt_bias, dt_softplus, copies)
+    y = torch.empty(x.shape, dtype=x.dtype if x.dtype in _DTYPES else torch.float32)
     # A step that only reads its codes has a quarter of the work.
     threads = _threads(batch * nheads * headdim * dstate // (1 if ring is None else 4))
     pointers = (packed.data_ptr(), channel_scale.data_ptr(), *scale_fields, rng.data_ptr(), *ring_fields)
     function(_pack((*pointers, *inputs, *steps, y.data_ptr(), batch, nheads, B.shape[1], threads)))
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 def ssm_update_float(
@@ -112,12 +112,12 @@ def ssm_update_float(
     function = kernel("ssm_update", headdim, dstate, None, False, False)
     if function is None or state.dtype != torch.float32 or not state.is_contiguous():
         return None
-    inputs, kept = _inputs(x, B, C, D)
-    steps, _kept = _steps(dt, A, dt_bias, dt_softplus)
-    y = torch.empty(x.shape, dtype=kept[0].dtype)
+    inputs, copies = _inputs(x, B, C, D)
+    steps = _steps(dt, A, dt_bias, dt_softplus, copies)
+    y = torch.empty(x.shape, dtype=x.dtype if x.dtype in _DTYPES else torch.float32)
     extents = (batch, nheads, B.shape[1], _threads(state.numel()))
     function(_pack((state.data_ptr(), *inputs, *steps, y.data_ptr(), *extents)))
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 def quantize_state_(
@@ -528,38 +528,38 @@ def _readable(tensor: Tensor, contiguous: bool = False) -> Tensor:
 
 
 def _contiguous_float(tensor: Tensor) -> Tensor:
+    # Two calls of torch take a microsecond, as long as two heads of a step that only reads.
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.to(torch.float32).contiguous()
 
 
-def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> tuple[list[int], list[Tensor]]:
-    """The ``Steps`` struct of ssm_update, and the tensors that it points into."""
-    batch, nheads = dt.shape
+def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, copies: list[Tensor]) -> tuple[int, ...]:
+    """The ``Steps`` struct of ssm_update; what it points into, if it is not the caller's, goes to ``copies``."""
     if dt.dtype not in _DTYPES:
         dt = dt.float()
     A = _contiguous_float(A)
-    kept = [dt, A]
+    copies += (dt, A)
+    bias = 0
     if dt_bias is not None:
         dt_bias = _contiguous_float(dt_bias)
-        kept.append(dt_bias)
-    stride = -(-nheads // _MAX_LANES) * _MAX_LANES
-    scratch = torch.empty(3, batch, stride)
-    kept.append(scratch)
-    row = scratch.data_ptr()
-    fields = [dt.data_ptr(), _DTYPES[dt.dtype], *dt.stride(), 0 if dt_bias is None else dt_bias.data_ptr()]
-    rows = [row + index * 4 * batch * stride for index in range(3)]
-    return [*fields, A.data_ptr(), int(dt_softplus), stride, *rows], kept
+        copies.append(dt_bias)
+        bias = dt_bias.data_ptr()
+    return (dt.data_ptr(), _DTYPES[dt.dtype], *dt.stride(), bias, A.data_ptr(), dt_softplus)
 
 
 def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[list[int], list[Tensor]]:
     """The ``Input`` structs of ssm_update, and the tensors that they point into (to be kept until the call)."""
     fields: list[int] = []
-    kept: list[Tensor] = []
-    for tensor in (x, B, C, D):
-        if tensor is None:
-            fields += _ABSENT
-            continue
+    copies: list[Tensor] = []
+    for tensor in (x, B, C):
         tensor = _readable(tensor)
-        kept.append(tensor)
-        strides = tensor.stride() if tensor.dim() == 3 else _ABSENT
-        fields += (tensor.data_ptr(), _DTYPES[tensor.dtype], strides[0], strides[1])
-    return fields, kept
+        copies.append(tensor)
+        fields += (tensor.data_ptr(), _DTYPES[tensor.dtype], *tensor.stride()[:2])
+    if D is None:
+        fields += _ABSENT
+    else:
+        D = _readable(D)
+        copies.append(D)
+        fields += _vector(D)
+    return fields, copies

@@ -61,6 +61,7 @@ class Spec:
         isa: one of `LANES`.
         flush_interval: steps from one store of the codes to the next (``ssm_update`` only).
         ring: what the inputs since the last store are kept in, one of `RINGS`; None when every step stores.
+        vnni: vpdpbusd may be used (with a ring and ``isa="avx512"`` only).
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -75,6 +76,7 @@ class Spec:
     isa: str = "avx512"
     flush_interval: int = 1
     ring: str | None = None
+    vnni: bool = False
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -109,6 +111,8 @@ class Spec:
                 f"flush_interval={self.flush_interval} needs kernel='ssm_update', packed bits and a ring of {RINGS}; "
                 f"not {self.kernel!r}, {self.bits} and {self.ring!r}"
             )
+        if self.vnni and (self.ring is None or self.isa != "avx512"):
+            raise ConfigError(f"vnni=True is not allowed with ring={self.ring!r} and isa={self.isa!r}")
 
     def slug(self) -> str:
         """Name of the kernel's function and the beginning of its file's name."""
@@ -121,7 +125,7 @@ class Spec:
                 words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
         if self.flush_interval > 1:
             words += [f"L{self.flush_interval}", str(self.ring)]
-        return "_".join([*words, self.isa])
+        return "_".join([*words, self.isa, *(["vnni"] if self.vnni else [])])
 
 
 LAYER_KERNELS = ("w8a8_linear", "conv_update")
@@ -224,9 +228,9 @@ def _ring_constants(spec: Spec) -> dict[str, object]:
         "ring_type": {"bfloat16": "uint16_t", "int8": "int8_t", "float32": "float"}[str(spec.ring)],
         "ring_bytes": {"bfloat16": 2, "int8": 1, "float32": 4}[str(spec.ring)],
         "read_offset": 2 ** (bits - 1),
-        "code_mask": f"{largest_code * 0x10001:#010x}u",
-        # No sum of dstate products leaves 32 bits.
-        "C_limit": min(32767, (2**31 - 1) // (largest_code * spec.dstate)),
+        "code_mask": f"{largest_code * (0x01010101 if spec.vnni else 0x10001):#010x}u",
+        # No sum of dstate products leaves 32 bits; and vpdpbusd takes C as two signed bytes, 127 * 256 + 127 at most.
+        "C_limit": min(32639 if spec.vnni else 32767, (2**31 - 1) // (largest_code * spec.dstate)),
         "even_shorts": ", ".join(map(str, range(0, 4 * lanes, 2))),
         "odd_shorts": ", ".join(map(str, range(1, 4 * lanes, 2))),
     }
@@ -266,11 +270,14 @@ def _rotations(lanes: int) -> list[list[int]]:
 def _merges(lanes: int) -> list[tuple[list[int], list[int]]]:
     """Lanes of two vectors whose halves are added to make one, step by step, until one vector holds the sums of all.
 
-    A vector holds blocks of ``width`` lanes, one for each vector it stands for; each step halves the width.
+    A vector holds blocks of lanes, one for each vector it stands for; each step halves the blocks. What is kept stays
+    in its lane, the first half of a block of one vector and the second half of the other: a blend, since x86 does only
+    one shuffle a cycle.
     """
     merges = []
-    for width in (lanes >> shift for shift in range(lanes.bit_length() - 1)):
-        blocks = [start + first for first in range(0, lanes, width) for start in (0, lanes)]
-        keep = [block + lane for block in blocks for lane in range(width // 2)]
-        merges.append((keep, [lane + width // 2 for lane in keep]))
+    for half in (lanes >> shift for shift in range(1, lanes.bit_length())):
+        of_second = [lane % (2 * half) >= half for lane in range(lanes)]
+        keep = [lane + lanes if second else lane for lane, second in enumerate(of_second)]
+        add = [lane - half + lanes if second else lane + half for lane, second in enumerate(of_second)]
+        merges.append((keep, add))
     return merges

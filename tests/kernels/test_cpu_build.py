@@ -22,6 +22,7 @@ SPEC = Spec("ssm_update", 8, 64, 4, dynamic=True, stochastic=False, isa="portabl
 GOLDEN_SPECS = [
     Spec("ssm_update", 64, 128, 4, dynamic=True, stochastic=False, isa="avx512"),
     Spec("ssm_update", 5, 12, 2, dynamic=False, stochastic=True, isa="avx2"),
+    Spec("ssm_update", 64, 128, 4, dynamic=True, flush_interval=8, ring="bfloat16", isa="avx512", vnni=True),
 ]
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
@@ -73,6 +74,8 @@ def test_rendered_text_is_readable(kernel: str, bits: int, dynamic: bool, stocha
         ({"headdim": 2**12}, "headdim=4096"),
         ({"isa": "mmx"}, "mmx"),
         ({"bits": None}, "float32"),
+        ({"vnni": True, "isa": "avx512"}, "vnni"),
+        ({"vnni": True, "flush_interval": 8, "ring": "int8"}, "portable"),
     ],
 )
 def test_spec_refuses(change: dict[str, Any], named: str) -> None:

@@ -137,6 +137,18 @@ def test_every_instruction_set(isa: str) -> None:
     Problem(bits=8, dynamic=False, stochastic=True, dstate=33, ring=torch.int8).check(steps=12)
 
 
+@pytest.mark.skipif(not build.has_vnni(), reason="avx512 has no vpdpbusd here: the other tests run without it")
+def test_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "has_vnni", lambda: False)
+    launch.kernel.cache_clear()
+    try:
+        Problem().check(steps=12)
+        Problem(bits=2, dstate=12).check(steps=12)
+        Problem(bits=8, dstate=256, dynamic=False).check(steps=12)
+    finally:
+        launch.kernel.cache_clear()
+
+
 @pytest.mark.parametrize(
     "bits, dynamic, ring", list(itertools.product(quant.STATE_BITS, (True, False), (torch.bfloat16, torch.int8)))
 )

@@ -42,6 +42,11 @@ inline Bytes narrow(Ints lanes) {
 }
 inline Ints larger(Ints a, Ints b) { return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Words widen_halves(Halves halves) { return (Words)_mm256_cvtepu16_epi32((__m128i)halves); }
+inline Halves narrow_to_halves(Words words) {
+    const __m256i low_halves = (__m256i)(words & 0xffff), pairs = _mm256_packus_epi32(low_halves, low_halves);
+    return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+}
 
 // Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
 template <class Vector, class Element>
@@ -54,6 +59,24 @@ template <class Vector, class Element>
 inline void store(Element* to, Vector vector) {
     typedef Vector Anywhere __attribute__((aligned(1), may_alias));
     *(Anywhere*)to = vector;
+}
+
+// The first `count` lanes from memory, at least one; zero behind them.
+template <class Vector, class Element>
+inline Vector load_first(const Element* from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector vector = {};
+    memcpy(&vector, from, count * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_first(Element* to, Vector vector, int64_t count) {
+    if (count >= LANES) {
+        store(to, vector);
+    } else {
+        memcpy(to, &vector, count * sizeof(Element));
+    }
 }
 
 inline Floats splat(float value) { return Floats{} + value; }
@@ -107,30 +130,6 @@ struct Input {
 struct alignas(64) Line {
     uint8_t bytes[64];
 };
-
-inline Words widen_halves(Halves halves) { return (Words)_mm256_cvtepu16_epi32((__m128i)halves); }
-inline Halves narrow_to_halves(Words words) {
-    const __m128i low = _mm256_castsi256_si128((__m256i)words), high = _mm256_extracti128_si256((__m256i)words, 1);
-    return (Halves)_mm_packus_epi32(low, high);
-}
-
-// The first `count` lanes from memory, at least one; zero behind them.
-template <class Vector, class Element>
-inline Vector load_first(const Element* from, int64_t count) {
-    if (count >= LANES) return load<Vector>(from);
-    Vector vector = {};
-    memcpy(&vector, from, count * sizeof(Element));
-    return vector;
-}
-
-template <class Vector, class Element>
-inline void store_first(Element* to, Vector vector, int64_t count) {
-    if (count >= LANES) {
-        store(to, vector);
-    } else {
-        memcpy(to, &vector, count * sizeof(Element));
-    }
-}
 
 // Values from `index` of a tensor; `left` of them exist.
 inline Floats read(const Input& input, int64_t index, int64_t left) {

@@ -12,7 +12,6 @@
 //     dt              [b, h] strides (batch_stride, head_stride)
 //     A, D, dt_bias   [h]; D and dt_bias may be null
 //     y               [b, h, p], x's dtype    written
-//     steps           [3, b, stride] float32  scratch: dt, its sum times A, the decay
 //
 // Work: one (batch, head) at a time, shared among OpenMP threads.
 // A row needs nothing from other rows: it is unpacked, updated and packed without leaving the L1 cache.
@@ -37,6 +36,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));  // twice as many lanes
 typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));  // half as many lanes
 
 inline __m128i in_low_half(Bytes bytes) {
@@ -59,6 +59,12 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_p
 inline Ints smaller(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
 inline Ints round_down(Floats x) { return (Ints)_mm256_cvtps_epi32(_mm256_floor_ps(x)); }
 inline Longs wide_product(Longs a, uint32_t b) { return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+inline Words widen_halves(Halves halves) { return (Words)_mm256_cvtepu16_epi32((__m128i)halves); }
+inline Halves narrow_to_halves(Words words) {
+    const __m256i low_halves = (__m256i)(words & 0xffff), pairs = _mm256_packus_epi32(low_halves, low_halves);
+    return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+}
+inline Floats square_root(Floats x) { return _mm256_sqrt_ps(x); }
 
 // A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
 // is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
@@ -80,6 +86,24 @@ template <class Vector, class Element>
 inline void store(Element* to, Vector vector) {
     typedef Vector Anywhere __attribute__((aligned(1), may_alias));
     *(Anywhere*)to = vector;
+}
+
+// The first `count` lanes from memory, at least one; zero behind them.
+template <class Vector, class Element>
+inline Vector load_first(const Element* from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector vector = {};
+    memcpy(&vector, from, count * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_first(Element* to, Vector vector, int64_t count) {
+    if (count >= LANES) {
+        store(to, vector);
+    } else {
+        memcpy(to, &vector, count * sizeof(Element));
+    }
 }
 
 // Vector j of a run in memory; lanes past the end of the run are zero.
@@ -120,6 +144,42 @@ inline float sum_lanes(Floats x) {
     x += ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1);
     x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0);
     return x[0];
+}
+
+// Lane i of the result is vector i reduced over its lanes; merge(a, b) reduces two lanes.
+template <class Vector, class Merge>
+inline Vector reduce_each(Vector* vectors, Merge merge) {
+    for (int i = 0; i < 4; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 4];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 1, 2, 3, 12, 13, 14, 15),
+            SHUFFLED(a, b, 4, 5, 6, 7, 8, 9, 10, 11)
+        );
+    }
+    for (int i = 0; i < 2; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 2];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 1, 10, 11, 4, 5, 14, 15),
+            SHUFFLED(a, b, 2, 3, 8, 9, 6, 7, 12, 13)
+        );
+    }
+    for (int i = 0; i < 1; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 1];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 9, 2, 11, 4, 13, 6, 15),
+            SHUFFLED(a, b, 1, 8, 3, 10, 5, 12, 7, 14)
+        );
+    }
+    return vectors[0];
+}
+
+template <class Vector>
+inline Vector sum_each(Vector* vectors) {
+    return reduce_each(vectors, [](Vector a, Vector b) { return a + b; });
+}
+
+inline Ints largest_each(Ints* vectors) {
+    return reduce_each(vectors, [](Ints a, Ints b) { return larger(a, b); });
 }
 
 inline float from_bfloat16(uint16_t stored) {
@@ -203,24 +263,36 @@ inline Floats exact_softplus(Floats x) {
     return positive + series * (s + s);
 }
 
+struct StepInputs {
+    Input dt;                     // [b, h] as the caller has it
+    const float *dt_bias, *A;     // [h]; no bias when null
+    int64_t softplus;
+};
+
 // Step sizes of every sequence and head, in rows of `stride` floats (nheads rounded up to whole vectors).
 struct Steps {
-    Input dt_in;                  // [b, h] as the caller has it
-    const float *dt_bias, *A;     // [h]; no bias when null
-    int64_t softplus, stride;
+    int64_t stride;
     float *dt, *total, *decay;    // written: dt, dt * A, and e to that
 
-    void compute(int64_t batch, int64_t nheads) const {
+    Steps(int64_t batch, int64_t nheads) : stride((nheads + LANES - 1) / LANES * LANES) {
+        dt = new float[3 * batch * stride]();
+        total = dt + batch * stride;
+        decay = total + batch * stride;
+    }
+    Steps(const Steps&) = delete;
+    ~Steps() { delete[] dt; }
+
+    void compute(const StepInputs& in, int64_t batch, int64_t nheads) const {
         for (int64_t b = 0; b < batch; ++b) {
             float *dt = this->dt + b * stride, *total = this->total + b * stride, *decay = this->decay + b * stride;
             for (int64_t head = 0; head < nheads; ++head) {
-                dt[head] = dt_in.at(b * dt_in.batch_stride + head * dt_in.head_stride);
-                if (dt_bias) dt[head] += dt_bias[head];
-                decay[head] = A[head];
+                dt[head] = in.dt.at(b * in.dt.batch_stride + head * in.dt.head_stride);
+                if (in.dt_bias) dt[head] += in.dt_bias[head];
+                decay[head] = in.A[head];
             }
             for (int64_t at = 0; at < stride; at += LANES) {
                 Floats step = load<Floats>(dt + at);
-                if (softplus) step = exact_softplus(step);
+                if (in.softplus) step = exact_softplus(step);
                 store(dt + at, step);
                 const Floats sum = step * load<Floats>(decay + at);
                 store(total + at, sum);
@@ -236,45 +308,46 @@ constexpr int OFFSET = 2;  // what packing adds to a code
 constexpr int WIDTH = RUN;  // bytes of a packed row
 constexpr float TINY_SCALE = 0x1p-100f;
 
-// A row's scale as it is stored: at least TINY_SCALE, rounded to bfloat16, NaN where it is not finite. In scalar code,
-// where a division costs a quarter of a vector's.
-inline uint16_t store_scale(float scale) {
-    const uint16_t stored = to_bfloat16(scale < TINY_SCALE ? TINY_SCALE : scale);
-    return stored >= 0x7f80 ? 0x7fc0 : stored;
+// Scales as they are stored, in the upper half of each lane: at least TINY_SCALE, rounded to bfloat16, NaN where not
+// finite.
+inline Words store_scales(Floats scales) {
+    const Words words = scales < TINY_SCALE ? (Words)splat(TINY_SCALE) : (Words)scales;
+    const Words stored = (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u;
+    return stored >= 0x7f800000u ? Words{} + 0x7fc00000u : stored;
 }
 
 // The calibrated scales of a head and their reciprocals.
 inline void read_calibrated(const Input& calibrated, int64_t head, float* state_scale, float* inverse) {
     calibrated.read_columns(head * DSTATE, state_scale);
-    for (int run = 0; run < RUNS; ++run) {
-        const int at = run * RUN_VECTORS * LANES;
-        for (int i = 0; i < RUN; ++i) inverse[at + i] = 1.0f / state_scale[at + i];
+    for (int at = 0; at < ROW; at += RUN_VECTORS * LANES) {
+        for (int j = 0; j < RUN_VECTORS; ++j) {
+            store_run(inverse + at, j, 1.0f / load<Floats>(state_scale + at + j * LANES));
+        }
     }
 }
 
-inline Ints max_lanes(Ints x) {
-    x = larger(x, ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3));
-    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1));
-    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0));
-    return x;
-}
+// Rows of the block of LANES that begins at row p.
+inline int rows_from(int p) { return HEADDIM % LANES == 0 || HEADDIM - p > LANES ? LANES : HEADDIM - p; }
 
-// The channel scale of a row h. The row becomes h / state_scale, whose reciprocals are `inverse`.
-inline uint16_t scale_row(float* row, const float* inverse) {
-    Ints largest = {};
+// `count` rows become h / state_scale, whose reciprocals are `inverse`; `largest` gets the magnitudes of each.
+inline void scale_rows(float* rows, int count, const float* inverse, Ints* largest) {
+    for (int i = 0; i < count; ++i) {
+        float* row = rows + i * ROW;
+        Ints most = {};
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) {
-        const Floats scaled = load<Floats>(row + v * LANES) * load<Floats>(inverse + v * LANES);
-        // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
-        largest = larger(largest, (Ints)magnitude(scaled));
-        store(row + v * LANES, scaled);
+        for (int at = 0; at < ROW; at += LANES) {
+            const Floats scaled = load<Floats>(row + at) * load<Floats>(inverse + at);
+            // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
+            most = larger(most, (Ints)magnitude(scaled));
+            store(row + at, scaled);
+        }
+        largest[i] = most;
     }
-    return store_scale(((Floats)max_lanes(largest))[0] / (float)LARGEST);
 }
 
 constexpr int OCTANT = (DSTATE + 7) / 8;
 constexpr int OCTANT_LANES = (OCTANT + LANES - 1) / LANES * LANES;
-constexpr int NOISE = 8 * OCTANT + 2 * LANES;
+constexpr int NOISE = 8 * OCTANT + 2 * LANES;  // with room for a last vector that runs over
 
 struct Philox {
     Longs c0, c1, c2, c3;
@@ -291,37 +364,63 @@ struct Philox {
 
 inline Words interleave(Longs even, Longs odd) { return (Words)((even & 0xffffffffu) | (odd << 32)); }
 
-// quant.uniform_noise of one row, counted over heads and channels: Philox4x32-10, in column order.
-inline void fill_noise(uint64_t key, uint64_t step, uint64_t row, float* noise) {
+// The Philox words of COUNT rows from `row` (counted over heads and channels) on, before they turn with the step.
+template <int COUNT>
+inline void draw_words(uint64_t key, uint64_t step, uint64_t row, uint32_t (*words)[4][OCTANT_LANES]) {
     constexpr Longs EVEN = {0, 2, 4, 6};
     const Longs start_low = Longs{} + (step >> 16 & 0xffffffffu), start_high = Longs{} + (step >> 48);
-    const Words turn = Words{} + (((uint32_t)step * 40503u & 0xffffu) << 7);
-    alignas(64) uint32_t words[4][OCTANT_LANES];
     for (int j = 0; j < OCTANT; j += LANES) {
-        const Longs counter = EVEN + (row * OCTANT + j);
-        Philox even = {counter, Longs{}, start_low, start_high}, odd = {counter + 1, Longs{}, start_low, start_high};
+        Philox even[COUNT], odd[COUNT];
+        for (int r = 0; r < COUNT; ++r) {
+            const Longs counter = EVEN + ((row + r) * OCTANT + j);
+            even[r] = {counter, Longs{}, start_low, start_high};
+            odd[r] = {counter + 1, Longs{}, start_low, start_high};
+        }
         uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
 #pragma GCC unroll 10
         for (int round = 0; round < 10; ++round) {
-            even.round(k0, k1);
-            odd.round(k0, k1);
+            for (int r = 0; r < COUNT; ++r) {
+                even[r].round(k0, k1);
+                odd[r].round(k0, k1);
+            }
             k0 += 0x9E3779B9u;
             k1 += 0xBB67AE85u;
         }
-        store(words[0] + j, interleave(even.c0, odd.c0));
-        store(words[1] + j, interleave(even.c1, odd.c1));
-        store(words[2] + j, interleave(even.c2, odd.c2));
-        store(words[3] + j, interleave(even.c3, odd.c3));
+        for (int r = 0; r < COUNT; ++r) {
+            store(words[r][0] + j, interleave(even[r].c0, odd[r].c0));
+            store(words[r][1] + j, interleave(even[r].c1, odd[r].c1));
+            store(words[r][2] + j, interleave(even[r].c2, odd[r].c2));
+            store(words[r][3] + j, interleave(even[r].c3, odd[r].c3));
+        }
     }
+}
+
+// quant.uniform_noise of a row from its words, in column order.
+inline void turn_words(const uint32_t (*words)[OCTANT_LANES], uint64_t step, float* noise) {
+    const Shorts turn = Shorts{} + (int16_t)(step * 40503u);
     // In this order the last vector of a part may run over into the next part, which is written after it.
 #pragma GCC unroll 8
     for (int part = 0; part < 8; ++part) {
         for (int j = 0; j < OCTANT; j += LANES) {
-            // (half + turn + 0.5) / 2^16 as the fraction of a number from 1 to 2.
-            const Words word = load<Words>(words[part / 2] + j);
-            const Words fraction = ((part % 2 ? word >> 9 : word << 7) + turn) & 0x7fff80u;
+            // (half + 0.5) / 2^16 as the fraction of a number from 1 to 2.
+            const Words turned = (Words)(load<Shorts>(words[part / 2] + j) + turn);
+            const Words fraction = (part % 2 ? turned >> 9 : turned << 7) & 0x7fff80u;
             store(noise + part * OCTANT + j, (Floats)(fraction | 0x3f800040u) - 1.0f);
         }
+    }
+}
+
+// quant.uniform_noise of `count` rows from `row` on. Two at a time hide each other's latencies.
+inline void fill_noise(uint64_t key, uint64_t step, uint64_t row, int count, float (*noise)[NOISE]) {
+    alignas(64) uint32_t words[2][4][OCTANT_LANES];
+    for (int i = 0; i < count; i += 2) {
+        if (i + 1 < count) {
+            draw_words<2>(key, step, row + i, words);
+            turn_words(words[1], step, noise[i + 1]);
+        } else {
+            draw_words<1>(key, step, row + i, words);
+        }
+        turn_words(words[0], step, noise[i]);
     }
 }
 
@@ -347,50 +446,126 @@ inline void pack_row(const float* row, float inverse, const float* noise, uint8_
     }
 }
 
+// Channel scales of `count` rows (LANES at most) from magnitudes of h / state_scale, and their reciprocals.
+inline void scale_channels(Ints* largest, int count, uint16_t* channel_scale, float* inverses) {
+    for (int i = count; i < LANES; ++i) largest[i] = Ints{};
+    const Words scale = store_scales((Floats)largest_each(largest) / (float)LARGEST);
+    store_first(channel_scale, narrow_to_halves(scale >> 16), count);
+    store(inverses, 1.0f / (Floats)scale);
+}
+
+// Pack `count` rows of h / state_scale.
+inline void pack_rows(
+    const float* rows, int count, const float* inverses, const float (*noise)[NOISE],
+    uint8_t* packed
+) {
+    for (int i = 0; i < count; ++i) {
+        if (inverses[i] == inverses[i]) {
+            pack_row<false>(rows + i * ROW, inverses[i], noise[i], packed + i * WIDTH);
+        } else {
+            pack_row<true>(rows + i * ROW, inverses[i], noise[i], packed + i * WIDTH);
+        }
+    }
+}
+
 // Codes of one run.
 inline Floats unpack(Bytes bytes, int run) {
     const Ints code = (widen(bytes) >> (run * BITS)) & 3;
     return __builtin_convertvector(code - OFFSET, Floats);
 }
 
-struct Arguments {
+// As launch.py packs it.
+struct Call {
     uint8_t* packed;
     uint16_t* channel_scale;
     Input state_scale;
     int64_t* rng;
     Input x, B, C, D;
-    Steps steps;
+    StepInputs step;
     void* y;
     int64_t batch, nheads, ngroups, threads;
+};
+
+struct Arguments : Call {
+    Steps steps;
+
+    explicit Arguments(const Call& call) : Call(call), steps(call.batch, call.nheads) {}
 };
 
 struct alignas(64) Scratch {
     float B[ROW], C[ROW], dB[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
     float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
-    float noise[NOISE];
-    float rows[ROW];
+    float noise[LANES][NOISE];
+    float rows[2 * LANES * ROW];
+    float channel_inverse[HEADDIM + LANES];
 };
 
-// Unpack row p, update it, leave it in `row`; returns C . h.
-inline float update_row(
-    const uint8_t* packed, float channel_scale, float decay, int p, const Scratch& s, float* row
+// Unpack and update COUNT rows from p on; `y` gets the products C . h of each, to be summed.
+// They are left in `rows` as h / state_scale, and their magnitudes in `largest`.
+template <int COUNT>
+inline void update_rows(
+    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows,
+    Floats* y, Ints* largest
 ) {
-    const float x = s.x[p];
-    Floats y = {};
+    Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
+    Ints most[COUNT] = {};
+#pragma GCC unroll 2
+    for (int r = 0; r < COUNT; ++r) {
+        channel[r] = Floats{} + from_bfloat16(channel_scale[p + r]);
+        x[r] = splat(s.x[p + r]);
+    }
 #pragma GCC unroll 16
     for (int j = 0; j < RUN_VECTORS; ++j) {
-        const Bytes bytes = load_run<Bytes>(packed, j);
+        Bytes bytes[COUNT];
+#pragma GCC unroll 2
+        for (int r = 0; r < COUNT; ++r) bytes[r] = load_run<Bytes>(packed + (p + r) * WIDTH, j);
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            // code * state_scale * channel_scale is exact in float32, in any order.
-            const Floats h = unpack(bytes, run) * load<Floats>(s.state_scale + at) * channel_scale;
-            const Floats updated = h * decay + load<Floats>(s.dB + at) * x;
-            y = multiply_add(updated, load<Floats>(s.C + at), y);
-            store(row + at, updated);
+            const Floats state_scale = load<Floats>(s.state_scale + at);
+            Floats h[COUNT];
+#pragma GCC unroll 2
+            for (int r = 0; r < COUNT; ++r) {
+                // code * state_scale * channel_scale is exact in float32, in any order.
+                h[r] = unpack(bytes[r], run) * state_scale * channel[r] * decay;
+            }
+            const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
+#pragma GCC unroll 2
+            for (int r = 0; r < COUNT; ++r) {
+                h[r] += dB * x[r];
+                sums[r] = multiply_add(h[r], C, sums[r]);
+                h[r] *= load<Floats>(s.inverse + at);
+                most[r] = larger(most[r], (Ints)magnitude(h[r]));
+                store(rows + r * ROW + at, h[r]);
+            }
         }
     }
-    return sum_lanes(y);
+#pragma GCC unroll 2
+    for (int r = 0; r < COUNT; ++r) {
+        y[r] = sums[r];
+        largest[r] = most[r];
+    }
+}
+
+// `count` rows from p on, LANES at most: as update_rows, and s.y becomes C . h.
+inline void update_block(
+    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, int count, Scratch& s,
+    float* rows, Ints* largest
+) {
+    Floats y[LANES];
+    int i = 0;
+    for (; i + 2 <= count; i += 2) {
+        update_rows<2>(
+            packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i, largest + i
+        );
+    }
+    if (HEADDIM % 2 && i < count) {
+        update_rows<1>(
+            packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i, largest + i
+        );
+    }
+    for (int rest = count; rest < LANES; ++rest) y[rest] = Floats{};
+    store(s.y + p, sum_each(y));
 }
 
 void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
@@ -400,16 +575,19 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     read_calibrated(a.state_scale, head, s.state_scale, s.inverse);
-    for (int p = 0; p < HEADDIM; ++p) {
-        float* row = s.rows;
-        s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, p, s, row);
-        channel_scale[p] = scale_row(row, s.inverse);
-        const float inverse = 1.0f / from_bfloat16(channel_scale[p]);
-        fill_noise(a.rng[2 * b], a.rng[2 * b + 1], head * HEADDIM + p, s.noise);
-        if (inverse == inverse) {
-            pack_row<false>(row, inverse, s.noise, packed + p * WIDTH);
-        } else {
-            pack_row<true>(row, inverse, s.noise, packed + p * WIDTH);
+    // A block is packed while the scales of the next one are found: they end in long chains of dependent operations.
+    for (int p = 0; p < HEADDIM + LANES; p += LANES) {
+        if (p < HEADDIM) {
+            const int count = rows_from(p);
+            Ints largest[LANES];
+            update_block(packed, channel_scale, decay, p, count, s, s.rows + p % (2 * LANES) * ROW, largest);
+            scale_channels(largest, count, channel_scale + p, s.channel_inverse + p);
+        }
+        if (p >= LANES) {
+            const int first = p - LANES, count = rows_from(first);
+            const float* rows = s.rows + first % (2 * LANES) * ROW;
+            fill_noise(a.rng[2 * b], a.rng[2 * b + 1], head * HEADDIM + first, count, s.noise);
+            pack_rows(rows, count, s.channel_inverse + first, s.noise, packed + first * WIDTH);
         }
     }
 }
@@ -435,10 +613,11 @@ void update_head(const Arguments& a, int64_t item, Scratch& s) {
 }  // namespace
 
 extern "C" void ssm_update_p5_n12_b2_calibrated_stochastic_avx2(const void* packed_arguments) {
-    Arguments a;
-    memcpy(&a, packed_arguments, sizeof a);
+    Call call;
+    memcpy(&call, packed_arguments, sizeof call);
+    const Arguments a(call);
     const int64_t items = a.batch * a.nheads;
-    a.steps.compute(a.batch, a.nheads);
+    a.steps.compute(a.step, a.batch, a.nheads);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         Scratch scratch = {};

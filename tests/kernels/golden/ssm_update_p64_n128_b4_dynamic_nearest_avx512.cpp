@@ -12,7 +12,6 @@
 //     dt              [b, h] strides (batch_stride, head_stride)
 //     A, D, dt_bias   [h]; D and dt_bias may be null
 //     y               [b, h, p], x's dtype    written
-//     steps           [3, b, stride] float32  scratch: dt, its sum times A, the decay
 //
 // Work: one (batch, head) at a time, shared among OpenMP threads.
 // A head's new state waits in 32768 bytes of scratch, since its state scales are known only after its last row.
@@ -45,6 +44,9 @@ inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // Entry of the table that the low four bits of each lane name.
 inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
+inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
+inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
+inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
 
 // A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
 // is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
@@ -66,6 +68,24 @@ template <class Vector, class Element>
 inline void store(Element* to, Vector vector) {
     typedef Vector Anywhere __attribute__((aligned(1), may_alias));
     *(Anywhere*)to = vector;
+}
+
+// The first `count` lanes from memory, at least one; zero behind them.
+template <class Vector, class Element>
+inline Vector load_first(const Element* from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector vector = {};
+    memcpy(&vector, from, count * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_first(Element* to, Vector vector, int64_t count) {
+    if (count >= LANES) {
+        store(to, vector);
+    } else {
+        memcpy(to, &vector, count * sizeof(Element));
+    }
 }
 
 // Vector j of a run in memory; lanes past the end of the run are zero.
@@ -107,6 +127,49 @@ inline float sum_lanes(Floats x) {
     x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
     x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
     return x[0];
+}
+
+// Lane i of the result is vector i reduced over its lanes; merge(a, b) reduces two lanes.
+template <class Vector, class Merge>
+inline Vector reduce_each(Vector* vectors, Merge merge) {
+    for (int i = 0; i < 8; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 8];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31),
+            SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+        );
+    }
+    for (int i = 0; i < 4; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 4];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31),
+            SHUFFLED(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27)
+        );
+    }
+    for (int i = 0; i < 2; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 2];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31),
+            SHUFFLED(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29)
+        );
+    }
+    for (int i = 0; i < 1; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 1];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31),
+            SHUFFLED(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30)
+        );
+    }
+    return vectors[0];
+}
+
+template <class Vector>
+inline Vector sum_each(Vector* vectors) {
+    return reduce_each(vectors, [](Vector a, Vector b) { return a + b; });
+}
+
+inline Ints largest_each(Ints* vectors) {
+    return reduce_each(vectors, [](Ints a, Ints b) { return larger(a, b); });
 }
 
 inline float from_bfloat16(uint16_t stored) {
@@ -190,24 +253,36 @@ inline Floats exact_softplus(Floats x) {
     return positive + series * (s + s);
 }
 
+struct StepInputs {
+    Input dt;                     // [b, h] as the caller has it
+    const float *dt_bias, *A;     // [h]; no bias when null
+    int64_t softplus;
+};
+
 // Step sizes of every sequence and head, in rows of `stride` floats (nheads rounded up to whole vectors).
 struct Steps {
-    Input dt_in;                  // [b, h] as the caller has it
-    const float *dt_bias, *A;     // [h]; no bias when null
-    int64_t softplus, stride;
+    int64_t stride;
     float *dt, *total, *decay;    // written: dt, dt * A, and e to that
 
-    void compute(int64_t batch, int64_t nheads) const {
+    Steps(int64_t batch, int64_t nheads) : stride((nheads + LANES - 1) / LANES * LANES) {
+        dt = new float[3 * batch * stride]();
+        total = dt + batch * stride;
+        decay = total + batch * stride;
+    }
+    Steps(const Steps&) = delete;
+    ~Steps() { delete[] dt; }
+
+    void compute(const StepInputs& in, int64_t batch, int64_t nheads) const {
         for (int64_t b = 0; b < batch; ++b) {
             float *dt = this->dt + b * stride, *total = this->total + b * stride, *decay = this->decay + b * stride;
             for (int64_t head = 0; head < nheads; ++head) {
-                dt[head] = dt_in.at(b * dt_in.batch_stride + head * dt_in.head_stride);
-                if (dt_bias) dt[head] += dt_bias[head];
-                decay[head] = A[head];
+                dt[head] = in.dt.at(b * in.dt.batch_stride + head * in.dt.head_stride);
+                if (in.dt_bias) dt[head] += in.dt_bias[head];
+                decay[head] = in.A[head];
             }
             for (int64_t at = 0; at < stride; at += LANES) {
                 Floats step = load<Floats>(dt + at);
-                if (softplus) step = exact_softplus(step);
+                if (in.softplus) step = exact_softplus(step);
                 store(dt + at, step);
                 const Floats sum = step * load<Floats>(decay + at);
                 store(total + at, sum);
@@ -223,55 +298,56 @@ constexpr int OFFSET = 8;  // what packing adds to a code
 constexpr int WIDTH = RUN;  // bytes of a packed row
 constexpr float TINY_SCALE = 0x1p-100f;
 
-// A row's scale as it is stored: at least TINY_SCALE, rounded to bfloat16, NaN where it is not finite. In scalar code,
-// where a division costs a quarter of a vector's.
-inline uint16_t store_scale(float scale) {
-    const uint16_t stored = to_bfloat16(scale < TINY_SCALE ? TINY_SCALE : scale);
-    return stored >= 0x7f80 ? 0x7fc0 : stored;
+// Scales as they are stored, in the upper half of each lane: at least TINY_SCALE, rounded to bfloat16, NaN where not
+// finite.
+inline Words store_scales(Floats scales) {
+    const Words words = scales < TINY_SCALE ? (Words)splat(TINY_SCALE) : (Words)scales;
+    const Words stored = (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u;
+    return stored >= 0x7f800000u ? Words{} + 0x7fc00000u : stored;
+}
+
+// Sum of magnitudes over rows P, P + STEP, P + 2 * STEP, ... as quant.halving_sum adds them.
+template <int P, int STEP>
+inline Floats sum_rows(const float* column) {
+    if constexpr (STEP > 32) {
+        return magnitude(load<Floats>(column + P * ROW));
+    } else if constexpr (P + STEP < HEADDIM) {
+        return sum_rows<P, 2 * STEP>(column) + sum_rows<P + STEP, 2 * STEP>(column);
+    } else {
+        return sum_rows<P, 2 * STEP>(column);
+    }
 }
 
 // quant.dynamic_state_scale of a head's rows: the scales as stored and as read, and their reciprocals.
 inline void scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* inverse) {
-    constexpr int HALF = 32;
-    for (int v = 0; v < VECTORS; ++v) {
-        const float* column = rows + v * LANES;
-        Floats part[HALF];
-        for (int p = 0; p < HALF; ++p) {
-            part[p] = magnitude(load<Floats>(column + p * ROW));
-            if (p + HALF < HEADDIM) part[p] += magnitude(load<Floats>(column + (p + HALF) * ROW));
-        }
-        for (int width = HALF / 2; width > 0; width /= 2) {
-            for (int p = 0; p < width; ++p) part[p] += part[p + width];
-        }
-        store(state_scale + v * LANES, part[0] / (float)HEADDIM);
-    }
     for (int run = 0; run < RUNS; ++run) {
-        const int at = run * RUN_VECTORS * LANES;
-        for (int i = 0; i < RUN; ++i) stored[run * RUN + i] = store_scale(sqrtf(state_scale[at + i]));
-        for (int i = 0; i < RUN; ++i) state_scale[at + i] = from_bfloat16(stored[run * RUN + i]);
-        for (int i = 0; i < RUN; ++i) inverse[at + i] = 1.0f / state_scale[at + i];
+        for (int j = 0; j < RUN_VECTORS; ++j) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            const Words scale = store_scales(square_root(sum_rows<0, 1>(rows + at) / (float)HEADDIM));
+            store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
+            store_run(state_scale + run * RUN_VECTORS * LANES, j, (Floats)scale);
+            store_run(inverse + run * RUN_VECTORS * LANES, j, 1.0f / (Floats)scale);
+        }
     }
 }
 
-inline Ints max_lanes(Ints x) {
-    x = larger(x, ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    x = larger(x, ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
-    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
-    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
-    return x;
-}
+// Rows of the block of LANES that begins at row p.
+inline int rows_from(int p) { return HEADDIM % LANES == 0 || HEADDIM - p > LANES ? LANES : HEADDIM - p; }
 
-// The channel scale of a row h. The row becomes h / state_scale, whose reciprocals are `inverse`.
-inline uint16_t scale_row(float* row, const float* inverse) {
-    Ints largest = {};
+// `count` rows become h / state_scale, whose reciprocals are `inverse`; `largest` gets the magnitudes of each.
+inline void scale_rows(float* rows, int count, const float* inverse, Ints* largest) {
+    for (int i = 0; i < count; ++i) {
+        float* row = rows + i * ROW;
+        Ints most = {};
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) {
-        const Floats scaled = load<Floats>(row + v * LANES) * load<Floats>(inverse + v * LANES);
-        // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
-        largest = larger(largest, (Ints)magnitude(scaled));
-        store(row + v * LANES, scaled);
+        for (int at = 0; at < ROW; at += LANES) {
+            const Floats scaled = load<Floats>(row + at) * load<Floats>(inverse + at);
+            // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
+            most = larger(most, (Ints)magnitude(scaled));
+            store(row + at, scaled);
+        }
+        largest[i] = most;
     }
-    return store_scale(((Floats)max_lanes(largest))[0] / (float)LARGEST);
 }
 
 // Codes plus OFFSET in the low bits of each lane. Adding 1.5 * 2^23 rounds half to even, and the sum's low bits are the
@@ -295,48 +371,118 @@ inline void pack_row(const float* row, float inverse, uint8_t* packed) {
     }
 }
 
+// Channel scales of `count` rows (LANES at most) from magnitudes of h / state_scale, and their reciprocals.
+inline void scale_channels(Ints* largest, int count, uint16_t* channel_scale, float* inverses) {
+    for (int i = count; i < LANES; ++i) largest[i] = Ints{};
+    const Words scale = store_scales((Floats)largest_each(largest) / (float)LARGEST);
+    store_first(channel_scale, narrow_to_halves(scale >> 16), count);
+    store(inverses, 1.0f / (Floats)scale);
+}
+
+// Pack `count` rows of h / state_scale.
+inline void pack_rows(
+    const float* rows, int count, const float* inverses,
+    uint8_t* packed
+) {
+    for (int i = 0; i < count; ++i) {
+        if (inverses[i] == inverses[i]) {
+            pack_row<false>(rows + i * ROW, inverses[i], packed + i * WIDTH);
+        } else {
+            pack_row<true>(rows + i * ROW, inverses[i], packed + i * WIDTH);
+        }
+    }
+}
+
 // What a nibble stands for. At 2 bits it holds two codes, and the lower one counts.
 constexpr Floats CODES = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-struct Arguments {
+// As launch.py packs it.
+struct Call {
     uint8_t* packed;
     uint16_t* channel_scale;
     uint16_t* state_scale;
     int64_t* rng;
     Input x, B, C, D;
-    Steps steps;
+    StepInputs step;
     void* y;
     int64_t batch, nheads, ngroups, threads;
+};
+
+struct Arguments : Call {
+    Steps steps;
+
+    explicit Arguments(const Call& call) : Call(call), steps(call.batch, call.nheads) {}
 };
 
 struct alignas(64) Scratch {
     float B[ROW], C[ROW], dB[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
     float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
     float rows[HEADDIM * ROW];
+    float channel_inverse[HEADDIM + LANES];
 };
 
-// Unpack row p, update it, leave it in `row`; returns C . h.
-inline float update_row(
-    const uint8_t* packed, float channel_scale, float decay, int p, const Scratch& s, float* row
+// Unpack and update COUNT rows from p on; `y` gets the products C . h of each, to be summed.
+// They are left in `rows`.
+template <int COUNT>
+inline void update_rows(
+    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows,
+    Floats* y
 ) {
-    const float x = s.x[p];
-    Floats y = {};
-    const Floats table = CODES * channel_scale;
+    Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
+#pragma GCC unroll 2
+    for (int r = 0; r < COUNT; ++r) {
+        channel[r] = CODES * from_bfloat16(channel_scale[p + r]);
+        x[r] = splat(s.x[p + r]);
+    }
 #pragma GCC unroll 16
     for (int j = 0; j < RUN_VECTORS; ++j) {
-        const Bytes bytes = load_run<Bytes>(packed, j);
+        Bytes bytes[COUNT];
+#pragma GCC unroll 2
+        for (int r = 0; r < COUNT; ++r) bytes[r] = load_run<Bytes>(packed + (p + r) * WIDTH, j);
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            // code * state_scale * channel_scale is exact in float32, in any order.
-            const Ints nibbles = widen(bytes) >> (run * BITS);
-            const Floats h = look_up(table, nibbles) * load<Floats>(s.state_scale + at);
-            const Floats updated = h * decay + load<Floats>(s.dB + at) * x;
-            y = multiply_add(updated, load<Floats>(s.C + at), y);
-            store(row + at, updated);
+            const Floats state_scale = load<Floats>(s.state_scale + at);
+            Floats h[COUNT];
+#pragma GCC unroll 2
+            for (int r = 0; r < COUNT; ++r) {
+                // code * state_scale * channel_scale is exact in float32, in any order.
+                h[r] = look_up(channel[r], widen(bytes[r]) >> (run * BITS)) * state_scale * decay;
+            }
+            const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
+#pragma GCC unroll 2
+            for (int r = 0; r < COUNT; ++r) {
+                h[r] += dB * x[r];
+                sums[r] = multiply_add(h[r], C, sums[r]);
+                store(rows + r * ROW + at, h[r]);
+            }
         }
     }
-    return sum_lanes(y);
+#pragma GCC unroll 2
+    for (int r = 0; r < COUNT; ++r) {
+        y[r] = sums[r];
+    }
+}
+
+// `count` rows from p on, LANES at most: as update_rows, and s.y becomes C . h.
+inline void update_block(
+    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, int count, Scratch& s,
+    float* rows
+) {
+    Floats y[LANES];
+    int i = 0;
+    for (; i + 2 <= count; i += 2) {
+        update_rows<2>(
+            packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i
+        );
+    }
+    if (HEADDIM % 2 && i < count) {
+        update_rows<1>(
+            packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i
+        );
+    }
+    for (int rest = count; rest < LANES; ++rest) y[rest] = Floats{};
+    store(s.y + p, sum_each(y));
 }
 
 void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
@@ -347,19 +493,22 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     uint16_t* state_scale = a.state_scale + item * DSTATE;
     Input{state_scale, 1, 0, 0}.read_columns(0, s.state_scale);
-    for (int p = 0; p < HEADDIM; ++p) {
-        float* row = s.rows + p * ROW;
-        s.y[p] = update_row(packed + p * WIDTH, from_bfloat16(channel_scale[p]), decay, p, s, row);
+    for (int p = 0; p < HEADDIM; p += LANES) {
+        update_block(packed, channel_scale, decay, p, rows_from(p), s, s.rows + p * ROW);
     }
     scale_columns(s.rows, state_scale, s.state_scale, s.inverse);
-    for (int p = 0; p < HEADDIM; ++p) {
-        float* row = s.rows + p * ROW;
-        channel_scale[p] = scale_row(row, s.inverse);
-        const float inverse = 1.0f / from_bfloat16(channel_scale[p]);
-        if (inverse == inverse) {
-            pack_row<false>(row, inverse, packed + p * WIDTH);
-        } else {
-            pack_row<true>(row, inverse, packed + p * WIDTH);
+    // A block is packed while the scales of the next one are found: they end in long chains of dependent operations.
+    for (int p = 0; p < HEADDIM + LANES; p += LANES) {
+        if (p < HEADDIM) {
+            const int count = rows_from(p);
+            Ints largest[LANES];
+            scale_rows(s.rows + p * ROW, count, s.inverse, largest);
+            scale_channels(largest, count, channel_scale + p, s.channel_inverse + p);
+        }
+        if (p >= LANES) {
+            const int first = p - LANES, count = rows_from(first);
+            const float* rows = s.rows + first * ROW;
+            pack_rows(rows, count, s.channel_inverse + first, packed + first * WIDTH);
         }
     }
 }
@@ -385,10 +534,11 @@ void update_head(const Arguments& a, int64_t item, Scratch& s) {
 }  // namespace
 
 extern "C" void ssm_update_p64_n128_b4_dynamic_nearest_avx512(const void* packed_arguments) {
-    Arguments a;
-    memcpy(&a, packed_arguments, sizeof a);
+    Call call;
+    memcpy(&call, packed_arguments, sizeof call);
+    const Arguments a(call);
     const int64_t items = a.batch * a.nheads;
-    a.steps.compute(a.batch, a.nheads);
+    a.steps.compute(a.step, a.batch, a.nheads);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         Scratch scratch = {};

@@ -41,6 +41,8 @@ inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // Entry of the table that the low four bits of each lane name.
 inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
+inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
+inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
 
 // Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
 template <class Vector, class Element>
@@ -53,6 +55,24 @@ template <class Vector, class Element>
 inline void store(Element* to, Vector vector) {
     typedef Vector Anywhere __attribute__((aligned(1), may_alias));
     *(Anywhere*)to = vector;
+}
+
+// The first `count` lanes from memory, at least one; zero behind them.
+template <class Vector, class Element>
+inline Vector load_first(const Element* from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector vector = {};
+    memcpy(&vector, from, count * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_first(Element* to, Vector vector, int64_t count) {
+    if (count >= LANES) {
+        store(to, vector);
+    } else {
+        memcpy(to, &vector, count * sizeof(Element));
+    }
 }
 
 inline Floats splat(float value) { return Floats{} + value; }
@@ -107,27 +127,6 @@ struct Input {
 struct alignas(64) Line {
     uint8_t bytes[64];
 };
-
-inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
-inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
-
-// The first `count` lanes from memory, at least one; zero behind them.
-template <class Vector, class Element>
-inline Vector load_first(const Element* from, int64_t count) {
-    if (count >= LANES) return load<Vector>(from);
-    Vector vector = {};
-    memcpy(&vector, from, count * sizeof(Element));
-    return vector;
-}
-
-template <class Vector, class Element>
-inline void store_first(Element* to, Vector vector, int64_t count) {
-    if (count >= LANES) {
-        store(to, vector);
-    } else {
-        memcpy(to, &vector, count * sizeof(Element));
-    }
-}
 
 // Values from `index` of a tensor; `left` of them exist.
 inline Floats read(const Input& input, int64_t index, int64_t left) {

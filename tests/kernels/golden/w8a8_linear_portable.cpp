@@ -36,6 +36,8 @@ inline Ints widen_signed(Bytes bytes) { return widen(bytes) << 24 >> 24; }
 inline Bytes narrow(Ints lanes) { return __builtin_convertvector(lanes, Bytes); }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Words widen_halves(Halves halves) { return __builtin_convertvector(halves, Words); }
+inline Halves narrow_to_halves(Words words) { return __builtin_convertvector(words, Halves); }
 
 // Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
 template <class Vector, class Element>
@@ -48,6 +50,24 @@ template <class Vector, class Element>
 inline void store(Element* to, Vector vector) {
     typedef Vector Anywhere __attribute__((aligned(1), may_alias));
     *(Anywhere*)to = vector;
+}
+
+// The first `count` lanes from memory, at least one; zero behind them.
+template <class Vector, class Element>
+inline Vector load_first(const Element* from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector vector = {};
+    memcpy(&vector, from, count * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_first(Element* to, Vector vector, int64_t count) {
+    if (count >= LANES) {
+        store(to, vector);
+    } else {
+        memcpy(to, &vector, count * sizeof(Element));
+    }
 }
 
 inline Floats splat(float value) { return Floats{} + value; }
@@ -100,27 +120,6 @@ struct Input {
 struct alignas(64) Line {
     uint8_t bytes[64];
 };
-
-inline Words widen_halves(Halves halves) { return __builtin_convertvector(halves, Words); }
-inline Halves narrow_to_halves(Words words) { return __builtin_convertvector(words, Halves); }
-
-// The first `count` lanes from memory, at least one; zero behind them.
-template <class Vector, class Element>
-inline Vector load_first(const Element* from, int64_t count) {
-    if (count >= LANES) return load<Vector>(from);
-    Vector vector = {};
-    memcpy(&vector, from, count * sizeof(Element));
-    return vector;
-}
-
-template <class Vector, class Element>
-inline void store_first(Element* to, Vector vector, int64_t count) {
-    if (count >= LANES) {
-        store(to, vector);
-    } else {
-        memcpy(to, &vector, count * sizeof(Element));
-    }
-}
 
 // Values from `index` of a tensor; `left` of them exist.
 inline Floats read(const Input& input, int64_t index, int64_t left) {

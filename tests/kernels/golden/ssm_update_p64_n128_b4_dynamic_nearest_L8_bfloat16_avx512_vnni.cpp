@@ -1,0 +1,788 @@
+// ssm_update_p64_n128_b4_dynamic_nearest_L8_bfloat16_avx512_vnni: one decode step of the SSM on a packed state.
+//
+//     h = exp(dt * A) * h + (dt * B) x        y = C . h + D x
+//
+// Tensors (b batch, h nheads, p = 64 headdim, g ngroups, n = 128 dstate; contiguous unless strides are named):
+//     packed          [b, h, p, 64] uint8    read, rewritten by a store
+//     channel_scale   [b, h, p] bfloat16      read, rewritten by a store
+//     state_scale     [b, h, n] bfloat16      read, rewritten by a store
+//     rng             [b, 2] int64            key and step; step + 1 at a store
+//     ring_x          [b, 7, h, p] bfloat16    read; the slot at ring_position is written unless all are full
+//     ring_B          [b, 7, g, n] bfloat16    the same
+//     ring_decay      [b, 7, h] float32    the same
+//     ring_position   [b] int32               + 1; a sequence at 7 stores its state and goes to 0
+//     x               [b, h, p] strides (batch_stride, head_stride, 1)
+//     B, C            [b, g, n] strides (batch_stride, head_stride of a group, 1)
+//     dt              [b, h] strides (batch_stride, head_stride)
+//     A, D, dt_bias   [h]; D and dt_bias may be null
+//     y               [b, h, p], x's dtype    written
+//
+// Work: one (batch, head) at a time, shared among OpenMP threads.
+// A sequence whose ring has room only reads its codes: y is their product with C, in integers, and what the ring adds.
+// At the others, once in 8 steps, the ring is folded into the state, which is quantized again:
+// A head's new state waits in 32768 bytes of scratch, since its state scales are known only after its last row.
+//
+// A byte holds columns c, c + 64, lowest bits first, each code plus 8.
+//
+// Promises: the operations of quant.py and recurrence.py in their order, none fused: codes and scales are the
+// reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused multiply-adds,
+// and a step that only reads rounds C to 16 bits.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+
+namespace {
+
+constexpr int HEADDIM = 64;
+constexpr int DSTATE = 128;
+constexpr int LANES = 16;  // floats of one vector
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));  // twice as many lanes
+
+inline Ints widen(Bytes bytes) { return (Ints)_mm512_cvtepu8_epi32((__m128i)bytes); }
+inline Ints widen_signed(Bytes bytes) { return (Ints)_mm512_cvtepi8_epi32((__m128i)bytes); }
+inline Bytes narrow(Ints lanes) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)lanes); }
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Entry of the table that the low four bits of each lane name.
+inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
+inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
+inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
+inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
+inline Ints multiply_add_pairs(Shorts a, Shorts b, Ints sum) {
+    return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+}
+template <int COUNT>
+inline Words load_bytes(const uint8_t* from) {
+    return (Words)_mm512_maskz_loadu_epi8(~0ull >> (64 - COUNT), from);
+}
+
+// A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
+// is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
+constexpr int RUNS = 2;
+constexpr int RUN = DSTATE / RUNS;
+constexpr int RUN_VECTORS = (RUN + LANES - 1) / LANES;
+constexpr int TAIL = RUN % LANES;
+constexpr int VECTORS = RUNS * RUN_VECTORS;
+constexpr int ROW = VECTORS * LANES;
+
+// Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
+template <class Vector, class Element>
+inline Vector load(const Element* from) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    return *(const Anywhere*)from;
+}
+
+template <class Vector, class Element>
+inline void store(Element* to, Vector vector) {
+    typedef Vector Anywhere __attribute__((aligned(1), may_alias));
+    *(Anywhere*)to = vector;
+}
+
+// The first `count` lanes from memory, at least one; zero behind them.
+template <class Vector, class Element>
+inline Vector load_first(const Element* from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector vector = {};
+    memcpy(&vector, from, count * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_first(Element* to, Vector vector, int64_t count) {
+    if (count >= LANES) {
+        store(to, vector);
+    } else {
+        memcpy(to, &vector, count * sizeof(Element));
+    }
+}
+
+// Vector j of a run in memory; lanes past the end of the run are zero.
+template <class Vector, class Element>
+inline Vector load_run(const Element* run, int j) {
+    if (TAIL == 0 || j < RUN_VECTORS - 1) return load<Vector>(run + j * LANES);
+    Vector vector = {};
+    memcpy(&vector, run + j * LANES, TAIL * sizeof(Element));
+    return vector;
+}
+
+template <class Vector, class Element>
+inline void store_run(Element* run, int j, Vector vector) {
+    if (TAIL == 0 || j < RUN_VECTORS - 1) {
+        store(run + j * LANES, vector);
+    } else {
+        memcpy(run + j * LANES, &vector, TAIL * sizeof(Element));
+    }
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
+
+// Lanes of two vectors; those of the second count on from the first's.
+#if defined(__clang__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLED_SHORTS SHUFFLED
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#define SHUFFLED_SHORTS(a, b, ...) __builtin_shuffle(a, b, (Shorts){__VA_ARGS__})
+#endif
+#define ROTATED(x, ...) SHUFFLED(x, x, __VA_ARGS__)
+
+// Sum of all lanes by halving: lane i and lane i + step. Every lane ends with the same sum.
+inline float sum_lanes(Floats x) {
+    x += ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
+    return x[0];
+}
+
+// Lane i of the result is vector i reduced over its lanes; merge(a, b) reduces two lanes.
+template <class Vector, class Merge>
+inline Vector reduce_each(Vector* vectors, Merge merge) {
+    for (int i = 0; i < 8; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 8];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31),
+            SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+        );
+    }
+    for (int i = 0; i < 4; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 4];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31),
+            SHUFFLED(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27)
+        );
+    }
+    for (int i = 0; i < 2; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 2];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31),
+            SHUFFLED(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29)
+        );
+    }
+    for (int i = 0; i < 1; ++i) {
+        const Vector a = vectors[i], b = vectors[i + 1];
+        vectors[i] = merge(
+            SHUFFLED(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31),
+            SHUFFLED(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30)
+        );
+    }
+    return vectors[0];
+}
+
+template <class Vector>
+inline Vector sum_each(Vector* vectors) {
+    return reduce_each(vectors, [](Vector a, Vector b) { return a + b; });
+}
+
+inline Ints largest_each(Ints* vectors) {
+    return reduce_each(vectors, [](Ints a, Ints b) { return larger(a, b); });
+}
+
+inline float from_bfloat16(uint16_t stored) {
+    const uint32_t word = (uint32_t)stored << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+// Round to nearest, ties to even; NaN becomes the NaN that torch stores.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+// An input as the caller has it: its last dimension is contiguous. dtype: 0 float32, 1 bfloat16.
+struct Input {
+    const void* data;
+    int64_t dtype;
+    int64_t batch_stride;
+    int64_t head_stride;
+
+    float at(int64_t index) const {
+        return dtype == 0 ? ((const float*)data)[index] : from_bfloat16(((const uint16_t*)data)[index]);
+    }
+
+    // `HEADDIM` values from `offset`.
+    void read_row(int64_t offset, float* row) const {
+        if (dtype == 0) {
+            memcpy(row, (const float*)data + offset, HEADDIM * sizeof(float));
+        } else {
+            for (int p = 0; p < HEADDIM; ++p) row[p] = from_bfloat16(((const uint16_t*)data)[offset + p]);
+        }
+    }
+
+    // Spread `DSTATE` values from `offset` over the runs of a row in scratch; pads are left alone.
+    void read_columns(int64_t offset, float* row) const {
+        for (int run = 0; run < RUNS; ++run) {
+            float* to = row + run * RUN_VECTORS * LANES;
+            const int64_t from = offset + run * RUN;
+            if (dtype == 0) {
+                memcpy(to, (const float*)data + from, RUN * sizeof(float));
+            } else {
+                for (int i = 0; i < RUN; ++i) to[i] = from_bfloat16(((const uint16_t*)data)[from + i]);
+            }
+        }
+    }
+};
+
+inline Floats exact_exp(Floats x) {
+    const Floats shifted = x * 1.44269502f + 12582912.0f;
+    const Floats whole = shifted - 12582912.0f;
+    Floats rest = x - whole * 0.693359375f;
+    rest = rest - whole * -0.000212194442f;
+    Floats series = splat(0.000198756912f);
+    series = series * rest + 0.00139819994f;
+    series = series * rest + 0.00833345205f;
+    series = series * rest + 0.0416657962f;
+    series = series * rest + 0.166666657f;
+    series = series * rest + 0.5f;
+    series = series * (rest * rest) + rest + 1.0f;
+    const Floats power = (Floats)(((Ints)shifted - 0x4b400000 + 127) << 23);
+    const Floats y = x > 88.0f ? splat(INFINITY) : series * power;
+    return x < -87.0f ? Floats{} : y;
+}
+
+inline Floats exact_softplus(Floats x) {
+    const Floats z = exact_exp((Floats)((Words)x | 0x80000000u));
+    const Floats s = z / (z + 2.0f);
+    const Floats square = s * s;
+    Floats series = splat(0.0666666701f);
+    series = series * square + 0.0769230798f;
+    series = series * square + 0.0909090936f;
+    series = series * square + 0.111111112f;
+    series = series * square + 0.142857149f;
+    series = series * square + 0.200000003f;
+    series = series * square + 0.333333343f;
+    series = series * square + 1.0f;
+    const Floats positive = x < 0.0f ? Floats{} : x;
+    return positive + series * (s + s);
+}
+
+struct StepInputs {
+    Input dt;                     // [b, h] as the caller has it
+    const float *dt_bias, *A;     // [h]; no bias when null
+    int64_t softplus;
+};
+
+// Step sizes of every sequence and head, in rows of `stride` floats (nheads rounded up to whole vectors).
+struct Steps {
+    int64_t stride;
+    float *dt, *total, *decay;    // written: dt, dt * A + the sum since the checkpoint, and e to that
+
+    Steps(int64_t batch, int64_t nheads) : stride((nheads + LANES - 1) / LANES * LANES) {
+        dt = new float[3 * batch * stride]();
+        total = dt + batch * stride;
+        decay = total + batch * stride;
+    }
+    Steps(const Steps&) = delete;
+    ~Steps() { delete[] dt; }
+
+    void compute(const StepInputs& in, int64_t batch, int64_t nheads) const {
+        for (int64_t b = 0; b < batch; ++b) {
+            float *dt = this->dt + b * stride, *total = this->total + b * stride, *decay = this->decay + b * stride;
+            for (int64_t head = 0; head < nheads; ++head) {
+                dt[head] = in.dt.at(b * in.dt.batch_stride + head * in.dt.head_stride);
+                if (in.dt_bias) dt[head] += in.dt_bias[head];
+                decay[head] = in.A[head];
+            }
+            for (int64_t at = 0; at < stride; at += LANES) {
+                Floats step = load<Floats>(dt + at);
+                if (in.softplus) step = exact_softplus(step);
+                store(dt + at, step);
+                // What `total` holds so far is the sum since the checkpoint.
+                const Floats sum = load<Floats>(total + at) + step * load<Floats>(decay + at);
+                store(total + at, sum);
+                store(decay + at, exact_exp(sum));
+            }
+        }
+    }
+};
+
+constexpr int BITS = 4;
+constexpr int LARGEST = 7;  // codes are -LARGEST .. LARGEST
+constexpr int OFFSET = 8;  // what packing adds to a code
+constexpr int WIDTH = RUN;  // bytes of a packed row
+constexpr float TINY_SCALE = 0x1p-100f;
+
+// Scales as they are stored, in the upper half of each lane: at least TINY_SCALE, rounded to bfloat16, NaN where not
+// finite.
+inline Words store_scales(Floats scales) {
+    const Words words = scales < TINY_SCALE ? (Words)splat(TINY_SCALE) : (Words)scales;
+    const Words stored = (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u;
+    return stored >= 0x7f800000u ? Words{} + 0x7fc00000u : stored;
+}
+
+// Sum of magnitudes over rows P, P + STEP, P + 2 * STEP, ... as quant.halving_sum adds them.
+template <int P, int STEP>
+inline Floats sum_rows(const float* column) {
+    if constexpr (STEP > 32) {
+        return magnitude(load<Floats>(column + P * ROW));
+    } else if constexpr (P + STEP < HEADDIM) {
+        return sum_rows<P, 2 * STEP>(column) + sum_rows<P + STEP, 2 * STEP>(column);
+    } else {
+        return sum_rows<P, 2 * STEP>(column);
+    }
+}
+
+// quant.dynamic_state_scale of a head's rows: the scales as stored and as read, and their reciprocals.
+inline void scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* inverse) {
+    for (int run = 0; run < RUNS; ++run) {
+        for (int j = 0; j < RUN_VECTORS; ++j) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            const Words scale = store_scales(square_root(sum_rows<0, 1>(rows + at) / (float)HEADDIM));
+            store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
+            store_run(state_scale + run * RUN_VECTORS * LANES, j, (Floats)scale);
+            store_run(inverse + run * RUN_VECTORS * LANES, j, 1.0f / (Floats)scale);
+        }
+    }
+}
+
+// Rows of the block of LANES that begins at row p.
+inline int rows_from(int p) { return HEADDIM % LANES == 0 || HEADDIM - p > LANES ? LANES : HEADDIM - p; }
+
+// `count` rows become h / state_scale, whose reciprocals are `inverse`; `largest` gets the magnitudes of each.
+inline void scale_rows(float* rows, int count, const float* inverse, Ints* largest) {
+    for (int i = 0; i < count; ++i) {
+        float* row = rows + i * ROW;
+        Ints most = {};
+#pragma GCC unroll 16
+        for (int at = 0; at < ROW; at += LANES) {
+            const Floats scaled = load<Floats>(row + at) * load<Floats>(inverse + at);
+            // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
+            most = larger(most, (Ints)magnitude(scaled));
+            store(row + at, scaled);
+        }
+        largest[i] = most;
+    }
+}
+
+// Codes plus OFFSET in the low bits of each lane. Adding 1.5 * 2^23 rounds half to even, and the sum's low bits are the
+// rounded value. No clamp: bfloat16 rounds a scale down by 2^-9 at most, which lifts LARGEST by less than a half.
+inline Ints round_codes(Floats scaled) { return (Ints)(scaled + (12582912.0f + OFFSET)); }
+
+// Pack a row of scaled values. GUARDED gives what is not finite the code 0.
+template <bool GUARDED>
+inline void pack_row(const float* row, float inverse, uint8_t* packed) {
+#pragma GCC unroll 16
+    for (int j = 0; j < RUN_VECTORS; ++j) {
+        Ints bytes = {};
+#pragma GCC unroll 4
+        for (int run = 0; run < RUNS; ++run) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            Floats scaled = load<Floats>(row + at) * inverse;
+            if (GUARDED) scaled = (Ints)magnitude(scaled) < 0x7f800000 ? scaled : Floats{};
+            bytes += round_codes(scaled) << (run * BITS);
+        }
+        store_run(packed, j, narrow(bytes));
+    }
+}
+
+// Channel scales of `count` rows (LANES at most) from magnitudes of h / state_scale, and their reciprocals.
+inline void scale_channels(Ints* largest, int count, uint16_t* channel_scale, float* inverses) {
+    for (int i = count; i < LANES; ++i) largest[i] = Ints{};
+    const Words scale = store_scales((Floats)largest_each(largest) / (float)LARGEST);
+    store_first(channel_scale, narrow_to_halves(scale >> 16), count);
+    store(inverses, 1.0f / (Floats)scale);
+}
+
+// Pack `count` rows of h / state_scale.
+inline void pack_rows(
+    const float* rows, int count, const float* inverses,
+    uint8_t* packed
+) {
+    for (int i = 0; i < count; ++i) {
+        if (inverses[i] == inverses[i]) {
+            pack_row<false>(rows + i * ROW, inverses[i], packed + i * WIDTH);
+        } else {
+            pack_row<true>(rows + i * ROW, inverses[i], packed + i * WIDTH);
+        }
+    }
+}
+
+// What a nibble stands for. At 2 bits it holds two codes, and the lower one counts.
+constexpr Floats CODES = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+// As launch.py packs it.
+struct Call {
+    uint8_t* packed;
+    uint16_t* channel_scale;
+    uint16_t* state_scale;
+    int64_t* rng;
+    uint16_t *ring_x, *ring_B;
+    float* ring_decay;
+    int32_t* ring_position;
+    float* ring_scale;
+    Input x, B, C, D;
+    StepInputs step;
+    void* y;
+    int64_t batch, nheads, ngroups, threads;
+};
+
+struct Arguments : Call {
+    Steps steps;
+
+    explicit Arguments(const Call& call) : Call(call), steps(call.batch, call.nheads) {}
+};
+
+constexpr int SLOTS = 7;  // of the ring
+constexpr int SLOT_VECTORS = (SLOTS + LANES - 1) / LANES;
+constexpr int UNIT = 4 * LANES;  // bytes of one vector, so columns of each run in it
+constexpr int UNITS = (RUN + UNIT - 1) / UNIT;
+constexpr int C_PADDED = RUNS * UNITS * UNIT;
+
+struct alignas(64) Scratch {
+    float B[ROW], C[ROW], dB[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
+    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
+    float rows[HEADDIM * ROW];
+    float channel_inverse[HEADDIM + LANES];
+    float ring_B[SLOTS][ROW], ring_x[SLOTS][HEADDIM + LANES], weights[SLOT_VECTORS * LANES];
+    float ring_BC[SLOTS], BC, B_scale;
+    alignas(64) int8_t C_digits[2 * C_PADDED];  // of each run the low bytes, then the high ones
+    uint16_t B_stored[DSTATE];
+    int64_t group = -1;  // the sequence and group that B, C and ring_B belong to
+};
+
+// Unpack and update COUNT rows from p on; `y` gets the products C . h of each, to be summed.
+// They are left in `rows`.
+template <int COUNT>
+inline void update_rows(
+    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows,
+    Floats* y
+) {
+    Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
+    Floats ring_x[COUNT][SLOTS];
+#pragma GCC unroll 2
+    for (int r = 0; r < COUNT; ++r) {
+        channel[r] = CODES * from_bfloat16(channel_scale[p + r]);
+        x[r] = splat(s.x[p + r]);
+#pragma GCC unroll 7
+        for (int slot = 0; slot < SLOTS; ++slot) ring_x[r][slot] = splat(s.ring_x[slot][p + r]);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < RUN_VECTORS; ++j) {
+        Bytes bytes[COUNT];
+#pragma GCC unroll 2
+        for (int r = 0; r < COUNT; ++r) bytes[r] = load_run<Bytes>(packed + (p + r) * WIDTH, j);
+#pragma GCC unroll 4
+        for (int run = 0; run < RUNS; ++run) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            const Floats state_scale = load<Floats>(s.state_scale + at);
+            Floats h[COUNT];
+#pragma GCC unroll 2
+            for (int r = 0; r < COUNT; ++r) {
+                // code * state_scale * channel_scale is exact in float32, in any order.
+                h[r] = look_up(channel[r], widen(bytes[r]) >> (run * BITS)) * state_scale * decay;
+            }
+#pragma GCC unroll 7
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                const Floats B = load<Floats>(s.ring_B[slot] + at);
+#pragma GCC unroll 2
+                for (int r = 0; r < COUNT; ++r) h[r] += B * ring_x[r][slot];
+            }
+            const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
+#pragma GCC unroll 2
+            for (int r = 0; r < COUNT; ++r) {
+                h[r] += dB * x[r];
+                sums[r] = multiply_add(h[r], C, sums[r]);
+                store(rows + r * ROW + at, h[r]);
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < COUNT; ++r) {
+        y[r] = sums[r];
+    }
+}
+
+// `count` rows from p on, LANES at most: as update_rows, and s.y becomes C . h.
+inline void update_block(
+    const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, int count, Scratch& s,
+    float* rows
+) {
+    Floats y[LANES];
+    int i = 0;
+    for (; i + 2 <= count; i += 2) {
+        update_rows<2>(
+            packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i
+        );
+    }
+    if (HEADDIM % 2 && i < count) {
+        update_rows<1>(
+            packed, channel_scale, decay, p + i, s, rows + i * ROW, y + i
+        );
+    }
+    for (int rest = count; rest < LANES; ++rest) y[rest] = Floats{};
+    store(s.y + p, sum_each(y));
+}
+
+// Rows from the one multiplied to the one fetched: the hardware alone stops at the end of a page. Microseconds a head
+// of 64 x 128, batch 32, 24 layers, one thread of Emerald Rapids: 0.51 without, 0.43 at 16, 0.41 at 32.
+constexpr int ROWS_AHEAD = 32;
+constexpr int READ_OFFSET = 8;  // what a code is read with, so that it is not negative
+
+typedef uint16_t RingVector __attribute__((vector_size(2 * LANES)));
+
+inline Floats ring_floats(RingVector stored) {
+    return (Floats)(widen_halves(stored) << 16);
+}
+
+inline float ring_float(uint16_t stored) {
+    return from_bfloat16(stored);
+}
+
+inline Ints max_lanes(Ints x) {
+    x = larger(x, ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = larger(x, ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
+    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+    return x;
+}
+
+// As the ring keeps a row of `count` values times `factor`; returns what a stored one is worth.
+inline float to_ring(const float* values, int count, float factor, uint16_t* stored) {
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        // to_bfloat16, by vectors.
+        const Floats value = load<Floats>(values + i) * factor;
+        const Words word = (Words)value;
+        const Words rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+        store(stored + i, narrow_to_halves(value == value ? rounded : Words{} + 0x7fc0u));
+    }
+    for (; i < count; ++i) stored[i] = to_bfloat16(values[i] * factor);
+    return 1.0f;
+}
+
+// steps.total = the sum of dt * A since the checkpoint.
+inline void sum_since_checkpoint(const Arguments& a) {
+    for (int64_t b = 0; b < a.batch; ++b) {
+        const int filled = a.ring_position[b];
+        float* total = a.steps.total + b * a.steps.stride;
+        if (filled > 0) {
+            memcpy(total, a.ring_decay + (b * SLOTS + filled - 1) * a.nheads, a.nheads * sizeof(float));
+        } else {
+            memset(total, 0, a.nheads * sizeof(float));
+        }
+    }
+}
+
+// B and C of a group, its slots of the ring, and how each of them meets C.
+void read_group(const Arguments& a, int64_t b, int64_t group, int filled, Scratch& s) {
+    s.group = b * a.ngroups + group;
+    a.B.read_columns(b * a.B.batch_stride + group * a.B.head_stride, s.B);
+    a.C.read_columns(b * a.C.batch_stride + group * a.C.head_stride, s.C);
+    Floats BC = {};
+    for (int i = 0; i < ROW; i += LANES) BC = multiply_add(load<Floats>(s.B + i), load<Floats>(s.C + i), BC);
+    s.BC = sum_lanes(BC);
+    for (int slot = 0; slot < filled; ++slot) {
+        const uint16_t* B = a.ring_B + ((b * SLOTS + slot) * a.ngroups + group) * DSTATE;
+        Floats product = {};
+        for (int run = 0; run < RUNS; ++run) {
+            for (int j = 0; j < RUN_VECTORS; ++j) {
+                const int at = (run * RUN_VECTORS + j) * LANES;
+                const Floats values = ring_floats(load_run<RingVector>(B + run * RUN, j));
+                store(s.ring_B[slot] + at, values);
+                product = multiply_add(values, load<Floats>(s.C + at), product);
+            }
+        }
+        s.ring_BC[slot] = sum_lanes(product);
+    }
+    if (filled < SLOTS) {
+        float B[DSTATE];
+        for (int run = 0; run < RUNS; ++run) {
+            memcpy(B + run * RUN, s.B + run * RUN_VECTORS * LANES, RUN * sizeof(float));
+        }
+        s.B_scale = to_ring(B, DSTATE, 1.0f, s.B_stored);
+    }
+}
+
+// What is left of each filled slot's input: exp(S_t - S_s), times what its codes are worth.
+inline void weigh_slots(const Arguments& a, int64_t b, int64_t head, int filled, Scratch& s) {
+    const float total = a.steps.total[b * a.steps.stride + head];
+    for (int slot = 0; slot < filled; ++slot) {
+        s.weights[slot] = total - a.ring_decay[(b * SLOTS + slot) * a.nheads + head];
+    }
+    for (int i = 0; i < SLOT_VECTORS * LANES; i += LANES) {
+        store(s.weights + i, exact_exp(load<Floats>(s.weights + i)));
+    }
+}
+
+inline void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, float weight, float* x) {
+    const uint16_t* stored = a.ring_x + ((b * SLOTS + slot) * a.nheads + head) * HEADDIM;
+    for (int p = 0; p < HEADDIM; ++p) x[p] = weight * ring_float(stored[p]);
+}
+
+inline int sum_ints(Ints x) {
+    x += ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
+    return x[0];
+}
+
+// C * state_scale as integers of 16 bits, laid out for multiply_row; returns what one of them is worth.
+inline float prepare_C(Scratch& s, int* sum) {
+    Ints largest = {};
+    for (int i = 0; i < ROW; i += LANES) {
+        const Floats product = load<Floats>(s.C + i) * load<Floats>(s.state_scale + i);
+        store(s.inverse + i, product);
+        largest = larger(largest, (Ints)magnitude(product));
+    }
+    const float unit = ((Floats)max_lanes(largest))[0] / 32639.0f, floor = unit < TINY_SCALE ? TINY_SCALE : unit;
+    const float inverse = 1.0f / floor;
+    Ints total = {};
+    for (int run = 0; run < RUNS; ++run) {
+        for (int j = 0; j < RUN_VECTORS; ++j) {
+            // As in round_codes: the low half of the sum is the rounded value.
+            const Floats scaled = load<Floats>(s.inverse + (run * RUN_VECTORS + j) * LANES) * inverse;
+            const Ints rounded = (Ints)(scaled + 12582912.0f) - 0x4b400000;
+            total += rounded;
+            // A signed low byte, and what is left of the number: 256 * high + low.
+            int8_t* digits = s.C_digits + run * 2 * UNITS * UNIT + j * LANES;
+            store(digits, narrow(rounded));
+            store(digits + UNITS * UNIT, narrow((rounded + 128) >> 8));
+        }
+    }
+    *sum = sum_ints(total);
+    return floor;
+}
+
+// Codes of a row, each plus READ_OFFSET, times the integers of C, summed within each lane.
+inline Ints multiply_row(const uint8_t* packed, const int8_t* C) {
+    __m512i low = {}, high = {};
+#pragma GCC unroll 4
+    for (int unit = 0; unit < UNITS; ++unit) {
+        const uint8_t* from = packed + unit * UNIT;
+        Words bytes = unit < UNITS - 1 ? load<Words>(from) : load_bytes<RUN - UNIT * (UNITS - 1)>(from);
+        __builtin_prefetch(from + ROWS_AHEAD * WIDTH);
+#pragma GCC unroll 4
+        for (int run = 0; run < RUNS; ++run) {
+            const __m512i codes = (__m512i)((bytes >> (run * BITS)) & 0x0f0f0f0fu);
+            const int8_t* digits = C + (run * 2 * UNITS + unit) * UNIT;
+            low = _mm512_dpbusd_epi32(low, codes, load<__m512i>(digits));
+            high = _mm512_dpbusd_epi32(high, codes, load<__m512i>(digits + UNITS * UNIT));
+        }
+    }
+    return ((Ints)high << 8) + (Ints)low;
+}
+
+void read_head(const Arguments& a, int64_t b, int64_t head, int filled, Scratch& s) {
+    const int64_t item = b * a.nheads + head, at = b * a.steps.stride + head;
+    const float dt = a.steps.dt[at];
+    Input{a.state_scale + item * DSTATE, 1, 0, 0}.read_columns(0, s.state_scale);
+    int sum;
+    const float unit = prepare_C(s, &sum) * a.steps.decay[at];
+    weigh_slots(a, b, head, filled, s);
+    const uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
+    const uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
+    const uint16_t* ring_x = a.ring_x + (b * SLOTS * a.nheads + head) * HEADDIM;
+    for (int slot = 0; slot < filled; ++slot) s.weights[slot] *= s.ring_BC[slot];
+    for (int p = 0; p < HEADDIM; p += LANES) {
+        Ints sums[LANES] = {};
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; ++r) {
+            if (p + r < HEADDIM) sums[r] = multiply_row(packed + (p + r) * WIDTH, s.C_digits);
+        }
+        const Floats product = __builtin_convertvector(sum_each(sums) - READ_OFFSET * sum, Floats);
+        const int count = rows_from(p);
+        const Floats scale = (Floats)(widen_halves(load_first<Halves>(channel_scale + p, count)) << 16);
+        Floats y = product * scale * unit + load<Floats>(s.x + p) * (dt * s.BC);
+        for (int slot = 0; slot < filled; ++slot) {
+            const uint16_t* x = ring_x + slot * a.nheads * HEADDIM + p;
+            y = multiply_add(ring_floats(load_first<RingVector>(x, count)), splat(s.weights[slot]), y);
+        }
+        store(s.y + p, y);
+    }
+    // The slot that this step fills. Other heads of the group only read the slots before it.
+    const int64_t row = b * SLOTS + filled;
+    const float x_scale = to_ring(s.x, HEADDIM, dt, a.ring_x + (row * a.nheads + head) * HEADDIM);
+    a.ring_decay[row * a.nheads + head] = a.steps.total[at];
+    (void)x_scale;
+    const int64_t repeats = a.nheads / a.ngroups;
+    if (head % repeats == 0) {
+        memcpy(a.ring_B + (row * a.ngroups + head / repeats) * DSTATE, s.B_stored, sizeof s.B_stored);
+    }
+}
+
+void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
+    const int64_t item = b * a.nheads + head;
+    const float decay = a.steps.decay[b * a.steps.stride + head];
+    for (int i = 0; i < ROW; ++i) s.dB[i] = s.B[i] * a.steps.dt[b * a.steps.stride + head];
+    weigh_slots(a, b, head, SLOTS, s);
+    for (int slot = 0; slot < SLOTS; ++slot) read_ring_x(a, b, head, slot, s.weights[slot], s.ring_x[slot]);
+    uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
+    uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
+    uint16_t* state_scale = a.state_scale + item * DSTATE;
+    Input{state_scale, 1, 0, 0}.read_columns(0, s.state_scale);
+    for (int p = 0; p < HEADDIM; p += LANES) {
+        update_block(packed, channel_scale, decay, p, rows_from(p), s, s.rows + p * ROW);
+    }
+    scale_columns(s.rows, state_scale, s.state_scale, s.inverse);
+    // A block is packed while the scales of the next one are found: they end in long chains of dependent operations.
+    for (int p = 0; p < HEADDIM + LANES; p += LANES) {
+        if (p < HEADDIM) {
+            const int count = rows_from(p);
+            Ints largest[LANES];
+            scale_rows(s.rows + p * ROW, count, s.inverse, largest);
+            scale_channels(largest, count, channel_scale + p, s.channel_inverse + p);
+        }
+        if (p >= LANES) {
+            const int first = p - LANES, count = rows_from(first);
+            const float* rows = s.rows + first * ROW;
+            pack_rows(rows, count, s.channel_inverse + first, packed + first * WIDTH);
+        }
+    }
+}
+
+void update_head(const Arguments& a, int64_t item, Scratch& s) {
+    const int64_t b = item / a.nheads, head = item % a.nheads, group = head / (a.nheads / a.ngroups);
+    a.x.read_row(b * a.x.batch_stride + head * a.x.head_stride, s.x);
+    const int filled = a.ring_position[b];
+    if (s.group != b * a.ngroups + group) read_group(a, b, group, filled, s);
+    if (filled < SLOTS) {
+        read_head(a, b, head, filled, s);
+    } else {
+        store_head(a, b, head, s);
+    }
+    if (a.D.data) {
+        const float D = a.D.at(head);
+        for (int p = 0; p < HEADDIM; ++p) s.y[p] += s.x[p] * D;
+    }
+    if (a.x.dtype == 0) {
+        memcpy((float*)a.y + item * HEADDIM, s.y, HEADDIM * sizeof(float));
+    } else {
+        uint16_t* y = (uint16_t*)a.y + item * HEADDIM;
+        for (int p = 0; p < HEADDIM; ++p) y[p] = to_bfloat16(s.y[p]);
+    }
+}
+
+}  // namespace
+
+extern "C" void ssm_update_p64_n128_b4_dynamic_nearest_L8_bfloat16_avx512_vnni(const void* packed_arguments) {
+    Call call;
+    memcpy(&call, packed_arguments, sizeof call);
+    const Arguments a(call);
+    const int64_t items = a.batch * a.nheads;
+    sum_since_checkpoint(a);
+    a.steps.compute(a.step, a.batch, a.nheads);
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+    {
+        Scratch scratch = {};
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < items; ++item) update_head(a, item, scratch);
+    }
+    for (int64_t b = 0; b < a.batch; ++b) {
+        const bool stored = a.ring_position[b] == SLOTS;
+        a.rng[2 * b + 1] += stored;
+        a.ring_position[b] = stored ? 0 : a.ring_position[b] + 1;
+    }
+}
