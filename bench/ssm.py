@@ -7,10 +7,13 @@ at different positions of their rings, as in a model, so that one call stores an
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 
 from qmamba_compile import DSQState, ops
@@ -52,6 +55,9 @@ def main(
     shape: cli.ShapeName = "130m",
     batch: cli.Batches = "1,8,32",
     variants: cli.Variants = "",
+    layers: Annotated[
+        int, typer.Option(min=0, help="Layers; 0 is all of the shape. Float states of 2.7b, batch 32, take 84 MB each.")
+    ] = 0,
     repeats: cli.Repeats = 15,
     threads: cli.Threads = 0,
     json: cli.JsonFile = None,
@@ -59,6 +65,8 @@ def main(
 ) -> None:
     """Seconds of one SSM step of all layers, from conv output and dt to y."""
     dimensions = shape_named(shape)
+    if layers:
+        dimensions = dataclasses.replace(dimensions, n_layers=layers)
     batches = cli.parse_numbers(batch, "--batch")
     chosen = list(dict.fromkeys([EAGER, *cli.choose(variants, VARIANTS)]))
     arguments = {"shape": shape, "batch": batches, "variants": chosen, "repeats": repeats}
