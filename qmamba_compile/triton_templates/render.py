@@ -203,7 +203,69 @@ class ScanSpec:
         return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_r{self.block_p}_w{self.warps}_{self.target}"
 
 
-AnySpec = Spec | LinearSpec | ScanSpec
+@dataclasses.dataclass(frozen=True)
+class SsmScanSpec:
+    """One `ssm_scan` kernel and its gradient, of the faithful scan. Shapes, strides, dtypes and options come with the call.
+
+    Attributes:
+        headdim, dstate: extents of one head's state.
+        bits: bits of a code; ``None`` is a float32 state.
+        dynamic: state_scale is measured at each store, by a program that owns the head; otherwise it is calibrated.
+        stochastic: rounding of the stores.
+        rows: rows of a head that one program holds; all of them when dynamic.
+        warps: of a program.
+        target: one of `TARGETS`.
+
+    Raises:
+        ConfigError: a value that no kernel can be made for.
+    """
+
+    headdim: int
+    dstate: int
+    bits: int | None
+    dynamic: bool = False
+    stochastic: bool = False
+    rows: int = 8
+    warps: int = 1
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
+        if not 1 <= self.headdim <= 256 or not 1 <= self.dstate <= 256:
+            raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 are allowed")
+        if self.bits is None and (self.dynamic or self.stochastic):
+            raise ConfigError("bits=None is a float state: dynamic=False, stochastic=False")
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise ConfigError(f"bits={self.bits} is not allowed; use 2 to 8 or None")
+        if not _is_power_of_two(self.rows) or not _is_power_of_two(self.warps) or self.warps > 16:
+            raise ConfigError(f"rows={self.rows}, warps={self.warps}: powers of two are allowed, and 16 warps at most")
+        if self.dynamic and self.rows < self.headdim:
+            raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        words = ["ssm_scan", f"p{self.headdim}", f"n{self.dstate}"]
+        if self.bits is None:
+            words.append("float32")
+        else:
+            words.append(f"b{self.bits}")
+            words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
+        return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
+
+    @property
+    def columns(self) -> int:
+        """Columns of the tile that a program holds, padding included."""
+        # Stochastic: eight runs, as the noise of a row comes.
+        return 8 * _padded(-(-self.dstate // 8)) if self.stochastic else _padded(self.dstate)
+
+    @property
+    def row_blocks(self) -> int:
+        """Programs of one head."""
+        return -(-self.headdim // self.rows)
+
+
+AnySpec = Spec | LinearSpec | ScanSpec | SsmScanSpec
 
 LINEAR_ROWS = 16
 """Rows of one program of `w8a8_linear`: the fewest that a product of int8 tiles takes."""
@@ -219,6 +281,8 @@ def render(spec: AnySpec) -> str:
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
         constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
+    elif isinstance(spec, SsmScanSpec):
+        name, constants = "ssm_scan", _ssm_scan_constants(spec)
     else:
         name = "chunk_scan"
         constants = {"padded_n": max(16, _padded(spec.dstate))}
@@ -326,6 +390,38 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "split_result": _split_result(runs, 32 // spec.bits),
         "octant": octant,
         "shares_philox": _is_power_of_two(spec.dstate) and spec.dstate >= 8,
+        "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
+        "power_of_two": _is_power_of_two(spec.headdim),
+    }
+
+
+def _ssm_scan_constants(spec: SsmScanSpec) -> dict[str, Any]:
+    tests = ["(row < %d)[:, None]" % spec.headdim] * (spec.headdim % spec.rows != 0)
+    tests += ["(column < %d)[None, :]" % spec.dstate] * (spec.columns != spec.dstate)
+    tile_mask = f", mask={' & '.join(tests)}" if tests else ""
+    constants: dict[str, Any] = {
+        "nvidia": spec.target.startswith("sm_"),
+        "columns": spec.columns,
+        "row_blocks": spec.row_blocks,
+        "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
+        "tile_mask_store": tile_mask,
+        "octant": -(-spec.dstate // 8),
+        "padded_octant": spec.columns // 8,
+    }
+    for name, extent, ragged in (
+        ("row", spec.headdim, spec.headdim % spec.rows != 0),
+        ("column", spec.dstate, spec.columns != spec.dstate),
+    ):
+        mask = f", mask={name} < {extent}" if ragged else ""
+        constants |= {f"{name}_mask": f"{mask}, other=0.0" if mask else "", f"{name}_mask_store": mask}
+    if spec.bits is None:
+        return constants
+    return constants | {
+        "largest": quant.max_code(spec.bits),
+        "tiny_scale": quant.TINY_SCALE,
+        "noise_turn": quant.NOISE_TURN,
+        "rounder": 3 * 2**22,
+        "ring": 0,
         "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
         "power_of_two": _is_power_of_two(spec.headdim),
     }

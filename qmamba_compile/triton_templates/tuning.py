@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .render import LinearSpec, ScanSpec, Spec
+from .render import LinearSpec, ScanSpec, Spec, SsmScanSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +130,37 @@ def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> Scan
     while gpu and block_p > 16 and heads * -(-headdim // block_p) < gpu.units:
         block_p //= 2
     return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
+
+
+SCAN_ELEMENTS = 32
+"""Elements of the state that a thread of the faithful scan holds."""
+
+
+def ssm_scan(
+    architecture: str,
+    headdim: int,
+    dstate: int,
+    bits: int | None,
+    dynamic: bool,
+    stochastic: bool,
+    *,
+    whole_heads: bool = False,
+) -> SsmScanSpec:
+    """The faithful scan of states of headdim x dstate; its gradient, with ``whole_heads``.
+
+    Calibrated or float: one warp a program, whose rows need nothing from other rows, so that the steps of many programs
+    hide each other's latency. Dynamic scales, and the gradient's sums over rows: as many warps as hold the head.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    lanes = LANES.get(architecture, 32)
+    rows, warps = 1 << max(headdim - 1, 0).bit_length(), 1
+    columns = 1 << max(dstate - 1, 0).bit_length()
+    if dynamic or whole_heads:
+        while warps < 16 and rows * columns > SCAN_ELEMENTS * lanes * warps:
+            warps *= 2
+    else:
+        while rows > 1 and rows * columns > SCAN_ELEMENTS * lanes:
+            rows //= 2
+    return SsmScanSpec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture)
