@@ -205,7 +205,9 @@ class ScanSpec:
 
 @dataclasses.dataclass(frozen=True)
 class SsmScanSpec:
-    """One `ssm_scan` kernel and its gradient, of the faithful scan. Shapes, strides, dtypes and options come with the call.
+    """One `ssm_scan` kernel, of the faithful scan.
+
+    Batch, seqlen, nheads, ngroups, strides, dtypes, flush_interval and optional inputs come with the call.
 
     Attributes:
         headdim, dstate: extents of one head's state.
@@ -265,7 +267,44 @@ class SsmScanSpec:
         return -(-self.headdim // self.rows)
 
 
-AnySpec = Spec | LinearSpec | ScanSpec | SsmScanSpec
+@dataclasses.dataclass(frozen=True)
+class SsmScanBackwardSpec:
+    """One `ssm_scan_backward` kernel: the gradient of a chunk of tokens whose states are there.
+
+    Attributes:
+        headdim, dstate: extents of one head's state, which one program owns.
+        warps: of a program.
+        target: one of `TARGETS`.
+
+    Raises:
+        ConfigError: a value that no kernel can be made for.
+    """
+
+    headdim: int
+    dstate: int
+    warps: int = 8
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        # The same limits.
+        SsmScanSpec(self.headdim, self.dstate, None, warps=self.warps, target=self.target)
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        return f"ssm_scan_backward_p{self.headdim}_n{self.dstate}_w{self.warps}_{self.target}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tile that a program holds, padding included."""
+        return _padded(self.headdim)
+
+    @property
+    def columns(self) -> int:
+        """Columns of that tile."""
+        return _padded(self.dstate)
+
+
+AnySpec = Spec | LinearSpec | ScanSpec | SsmScanSpec | SsmScanBackwardSpec
 
 LINEAR_ROWS = 16
 """Rows of one program of `w8a8_linear`: the fewest that a product of int8 tiles takes."""
@@ -283,6 +322,8 @@ def render(spec: AnySpec) -> str:
         constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
     elif isinstance(spec, SsmScanSpec):
         name, constants = "ssm_scan", _ssm_scan_constants(spec)
+    elif isinstance(spec, SsmScanBackwardSpec):
+        name, constants = "ssm_scan_backward", _tile_constants(spec)
     else:
         name = "chunk_scan"
         constants = {"padded_n": max(16, _padded(spec.dstate))}
@@ -395,31 +436,35 @@ def _constants(spec: Spec) -> dict[str, Any]:
     }
 
 
+def _tile_constants(spec: SsmScanSpec | SsmScanBackwardSpec) -> dict[str, Any]:
+    """Masks of a tile [rows, columns] of a head, where it does not end with the head."""
+    ragged_rows, ragged_columns = spec.headdim % spec.rows != 0, spec.columns != spec.dstate
+    tests = {
+        "row": f"row < {spec.headdim}" if ragged_rows else "",
+        "column": f"column < {spec.dstate}" if ragged_columns else "",
+    }
+    tile = [f"({tests['row']})[:, None]"] * ragged_rows + [f"({tests['column']})[None, :]"] * ragged_columns
+    constants: dict[str, Any] = {"columns": spec.columns}
+    for name, test in (tests | {"tile": " & ".join(tile)}).items():
+        constants[f"{name}_mask"] = f", mask={test}, other=0.0" if test else ""
+        constants[f"{name}_mask_store"] = f", mask={test}" if test else ""
+    return constants
+
+
 def _ssm_scan_constants(spec: SsmScanSpec) -> dict[str, Any]:
-    tests = ["(row < %d)[:, None]" % spec.headdim] * (spec.headdim % spec.rows != 0)
-    tests += ["(column < %d)[None, :]" % spec.dstate] * (spec.columns != spec.dstate)
-    tile_mask = f", mask={' & '.join(tests)}" if tests else ""
-    constants: dict[str, Any] = {
+    constants = _tile_constants(spec) | {
         "nvidia": spec.target.startswith("sm_"),
-        "columns": spec.columns,
         "row_blocks": spec.row_blocks,
-        "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
-        "tile_mask_store": tile_mask,
         "octant": -(-spec.dstate // 8),
         "padded_octant": spec.columns // 8,
     }
-    for name, extent, ragged in (
-        ("row", spec.headdim, spec.headdim % spec.rows != 0),
-        ("column", spec.dstate, spec.columns != spec.dstate),
-    ):
-        mask = f", mask={name} < {extent}" if ragged else ""
-        constants |= {f"{name}_mask": f"{mask}, other=0.0" if mask else "", f"{name}_mask_store": mask}
     if spec.bits is None:
         return constants
     return constants | {
         "largest": quant.max_code(spec.bits),
         "tiny_scale": quant.TINY_SCALE,
         "noise_turn": quant.NOISE_TURN,
+        # Codes are not packed here, and have no offset.
         "rounder": 3 * 2**22,
         "ring": 0,
         "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
