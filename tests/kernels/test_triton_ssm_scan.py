@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -232,6 +234,19 @@ def test_without_a_gpu_there_is_no_target() -> None:
 def test_spec_refuses(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         dataclasses.replace(SsmScanSpec(64, 128, 4), **change)
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN_SPECS = [SsmScanSpec(64, 128, 4), SsmScanSpec(5, 20, 3, dynamic=True, stochastic=True, target="gfx942")]
+
+
+@pytest.mark.parametrize("spec", [*GOLDEN_SPECS, SsmScanBackwardSpec(40, 96)], ids=lambda spec: spec.slug())
+def test_golden_text(spec: SsmScanSpec | SsmScanBackwardSpec) -> None:
+    """After a wanted change: ``QMAMBA_UPDATE_GOLDEN=1 pytest`` with this test; read the diff."""
+    golden = GOLDEN / f"{spec.slug()}.py.txt"
+    if os.environ.get("QMAMBA_UPDATE_GOLDEN"):
+        golden.write_text(render(spec))
+    assert render(spec) == golden.read_text()
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942", "interpreter"])
