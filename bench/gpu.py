@@ -114,8 +114,8 @@ class Step:
         state_scale_out = state_scale.clone() if variant.dynamic else None
         ring = None
         if variant.flush_interval > 1:
-            sizes = (batch, nheads, model.headdim, groups, dstate)
-            ring = recurrence.new_ring(*sizes, variant.flush_interval, device=device)
+            interval = variant.flush_interval
+            ring = recurrence.new_ring(batch, nheads, model.headdim, groups, dstate, interval, device=device)
         return cls(variant, (packed, channel_scale, state_scale_out, rng), inputs, calibrated, ring)
 
     def run(self, packed_step: Callable[..., Tensor | None] = launch.ssm_update) -> Tensor:
