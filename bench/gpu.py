@@ -11,11 +11,12 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +26,10 @@ import torch
 import typer
 from torch import Tensor
 
-from bench.roofline import MODELS, VARIANTS, Model, Variant, step_bytes
-from qmamba_compile import ops, quant, recurrence
-from qmamba_compile.triton_templates import launch
+from bench.roofline import VARIANTS, Variant, step_bytes
+from bench.shapes import STEP_SHAPES, Shape
+from qmamba_compile import ops, quant, recurrence, scan_ops
+from qmamba_compile.triton_templates import launch, launch_scan
 
 _out = rich.console.Console(width=140)
 
@@ -82,15 +84,16 @@ class Deadline:
 
 @dataclasses.dataclass
 class Step:
-    """A state and the inputs of one `ssm_update`, on a device."""
+    """A state and the inputs of one `ssm_update`, on a device; with a ring if the state is checkpointed."""
 
     variant: Variant
     state: Any
     inputs: Any
     calibrated: Tensor | None
+    ring: recurrence.Ring | None = None
 
     @classmethod
-    def random(cls, model: Model, variant: Variant, batch: int, device: str, dtype: torch.dtype, seed: int = 0) -> Step:
+    def random(cls, model: Shape, variant: Variant, batch: int, device: str, dtype: torch.dtype, seed: int = 0) -> Step:
         generator = torch.Generator(device).manual_seed(seed)
 
         def randn(*shape: int) -> Tensor:
@@ -109,7 +112,11 @@ class Step:
         rng = quant.new_rng(batch, seed, device)
         packed, channel_scale, state_scale = quant.quantize_state(h, variant.bits, state_scale=calibrated)
         state_scale_out = state_scale.clone() if variant.dynamic else None
-        return cls(variant, (packed, channel_scale, state_scale_out, rng), inputs, calibrated)
+        ring = None
+        if variant.flush_interval > 1:
+            interval = variant.flush_interval
+            ring = recurrence.new_ring(batch, nheads, model.headdim, groups, dstate, interval, device=device)
+        return cls(variant, (packed, channel_scale, state_scale_out, rng), inputs, calibrated, ring)
 
     def run(self, packed_step: Callable[..., Tensor | None] = launch.ssm_update) -> Tensor:
         """One step by our kernel.
@@ -121,22 +128,33 @@ class Step:
             y = launch.ssm_update_float(*self.state, *(*self.inputs, True))
         else:
             options = (self.calibrated, True, self.variant.bits, self.variant.stochastic)
-            y = packed_step(*self.state, *self.inputs, *options)
+            ring = () if self.ring is None else (self.ring,) if packed_step is launch.ssm_update else self.ring
+            y = packed_step(*self.state, *self.inputs, *options, *ring)
         if y is None:
             raise RuntimeError(f"no kernel serves {self.variant.name} on this device")
         return y
 
-    def copy(self) -> Step:
-        state = tuple(None if t is None else t.clone() for t in self.state)
-        return dataclasses.replace(self, state=state)
+    def copy(self, position: int | None = None) -> Step:
+        """A copy with tensors of its own; ``position`` is where its sequences stand in their rings."""
+
+        def clones(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+            return [None if t is None else t.clone() for t in tensors]
+
+        ring = None if self.ring is None else recurrence.Ring(*clones(self.ring))  # type: ignore[arg-type]
+        if ring is not None and position is not None:
+            ring.position.fill_(position % self.variant.flush_interval)
+        return dataclasses.replace(self, state=tuple(clones(self.state)), ring=ring)
 
 
 # --- correctness ---------------------------------------------------------------------------------------------------
 
 
-def check_step(model: Model, variant: Variant, device: str, steps: int = _CHECK_STEPS) -> dict[str, Any]:
+def check_step(model: Shape, variant: Variant, device: str, steps: int = _CHECK_STEPS) -> dict[str, Any]:
     """Kernel and reference from the same state at each of ``steps`` steps: share of codes off, error of y."""
     step = Step.random(model, variant, 2, device, torch.bfloat16)
+    if step.ring is not None:
+        # The two sequences store at different steps.
+        step.ring.position.copy_(torch.arange(2))
     off = beyond = seen = scales_off = 0
     worst = 0.0
     for number in range(steps):
@@ -161,6 +179,11 @@ def check_step(model: Model, variant: Variant, device: str, steps: int = _CHECK_
             beyond += int((distance > (1 if variant.bits < 8 else 2)).sum())
             seen += distance.numel()
             beyond += int(not torch.equal(step.state[3], reference.state[3]))
+            if step.ring is not None and reference.ring is not None:
+                for ours, theirs in zip(step.ring[:4], reference.ring[:4], strict=True):
+                    # A dt whose last bit differs may round a 16-bit input to its neighbour.
+                    unit = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
+                    beyond += int(((ours - theirs).abs() > unit * theirs.abs()).sum())
         worst = max(worst, float((y.float() - expected.float()).abs().max() / expected.float().abs().max()))
     within = off <= CODES_OFF * max(seen, 1) and scales_off <= SCALES_OFF * max(seen, 1)
     return {
@@ -185,7 +208,7 @@ def check_linear(rows: int, outputs: int, inputs: int, device: str) -> dict[str,
     return {"y_error": error, "correct": error <= 1e-6}
 
 
-def check_scan(model: Model, device: str, tokens: int = 300) -> dict[str, Any]:
+def check_scan(model: Shape, device: str, tokens: int = 300) -> dict[str, Any]:
     """Our scan kernel against the recurrence, token by token."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -210,21 +233,61 @@ def check_scan(model: Model, device: str, tokens: int = 300) -> dict[str, Any]:
     return {"y_error": error, "state_error": state_error, "correct": max(error, state_error) <= 5e-3}
 
 
+def check_quantized_scan(model: Shape, variant: Variant, device: str, tokens: int = _CHECK_STEPS) -> dict[str, Any]:
+    """The faithful scan and its gradient against their references: codes off by one, errors of y and of grad x."""
+    step = Step.random(model, variant, 2, device, torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(1)
+    x, dt, B, C = (
+        torch.randn((2, tokens, *t.shape[1:]), generator=generator, device=device).to(t.dtype)
+        for t in (step.inputs[index] for index in (0, 1, 3, 4))
+    )
+    _, _, A, _, _, D, bias = step.inputs
+    options = (None, step.calibrated, True, 0.0, float("inf"), variant.bits, variant.stochastic, 7, 1)
+    dt_steps, decay = scan_ops.step_sizes(dt, A, bias, True, 0.0, float("inf"))
+    kernel = (x, dt_steps, decay, B, C)
+    states, scales = (None, None), (step.calibrated, None)
+    kind = (variant.bits, variant.stochastic, 7, 1, False)
+    found = launch_scan.ssm_scan(*kernel, D, states, scales, *kind)
+    grad_y = torch.randn(x.shape, generator=generator, device=device)
+    grads = launch_scan.ssm_scan_backward(grad_y, None, *kernel, states, scales, *kind)
+    if found is None or grads is None:
+        return {"correct": False, "reason": "no kernel serves these extents"}
+    y, packed, *_ = scan_ops.ssm_scan_quantized_reference(x, dt, A, B, C, D, bias, *options)
+    codes = found[1].int() - (quant.unpack(packed, variant.bits) if variant.bits is not None else packed).int()
+    store = scan_ops.StateStore(variant.bits or 8, quant.new_rng(2, 7, device), variant.stochastic, step.calibrated)
+    state = store(x.new_zeros(found[1].shape, dtype=torch.float32))
+    wanted = scan_ops.scan_backward_reference(grad_y, None, *kernel, state, store, 1, False)
+    y_error = float((found[0] - y).abs().max() / y.abs().max())
+    grad_error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(grads, wanted, strict=True))
+    off, furthest = int((codes != 0).sum()), int(codes.abs().max())
+    # The codes of 64 steps before: nothing brings the two trajectories together again.
+    within = off <= max(1, CODES_OFF * codes.numel() * tokens) and furthest <= (1 if (variant.bits or 8) < 8 else 2)
+    return {
+        "codes_off_by_one": off,
+        "codes": codes.numel(),
+        "y_error": y_error,
+        "gradient_error": grad_error,
+        "correct": within and y_error <= 1e-3 and grad_error <= 1e-3,
+    }
+
+
 def check(device: str) -> dict[str, dict[str, Any]]:
     """Everything that is measured below, by name."""
-    model = MODELS["130M"]
+    model = STEP_SHAPES["130m"]
     results = {f"ssm {name}": check_step(model, variant, device) for name, variant in VARIANTS.items()}
     for rows in (1, 7, 16, 64):
         results[f"linear {rows} rows"] = check_linear(rows, 768, 1536, device)
     results["chunk_scan"] = check_scan(model, device)
+    for name in ("int4 calibrated", "int4 dynamic", "int4 stochastic"):
+        results[f"ssm_scan_quantized {name}"] = check_quantized_scan(model, VARIANTS[name], device)
     return results
 
 
 # --- time ----------------------------------------------------------------------------------------------------------
 
 
-def time_graph(calls: list[Callable[[], Any]], seconds: float = 0.15) -> Timing:
-    """Seconds of one of ``calls``, captured together in a CUDA graph and replayed for about ``seconds``."""
+def replays(calls: list[Callable[[], Any]], seconds: float = 0.15, least: int = 5) -> list[float]:
+    """Seconds of one of ``calls``, run once, captured together in a CUDA graph, and replayed for about ``seconds``."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -237,14 +300,34 @@ def time_graph(calls: list[Callable[[], Any]], seconds: float = 0.15) -> Timing:
             call()
     found: list[float] = []
     end = time.monotonic() + seconds
-    while len(found) < 5 or (time.monotonic() < end and len(found) < 1000):
+    while len(found) < least or (time.monotonic() < end and len(found) < 1000):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
         found.append(start.elapsed_time(stop) * 1e-3 / len(calls))
-    return Timing.of(found[1:])
+    return found
+
+
+def time_graph(calls: list[Callable[[], Any]], seconds: float = 0.15) -> Timing:
+    """Seconds of one of ``calls`` by `replays`, but for the first."""
+    return Timing.of(replays(calls, seconds)[1:])
+
+
+def time_positions(steps: list[Step]) -> dict[str, Timing]:
+    """Seconds of a checkpointed state's steps that only read, and of those that store.
+
+    All ``steps`` begin at position 0 of their rings and go on together, one position a replay.
+    """
+    interval = steps[0].variant.flush_interval
+    by_kind: dict[str, list[float]] = {"reads": [], "stores": []}
+    for number, seconds in enumerate(replays([step.run for step in steps], least=4 * interval)):
+        # They ran once before the first replay.
+        stores = (number + 1) % interval == interval - 1
+        if number > 0:
+            by_kind["stores" if stores else "reads"].append(seconds)
+    return {kind: Timing.of(found) for kind, found in by_kind.items()}
 
 
 def copy_bandwidth(device: str, size: int = 2**30) -> float:
@@ -253,8 +336,8 @@ def copy_bandwidth(device: str, size: int = 2**30) -> float:
     return 2 * size / time_graph([lambda: sink.copy_(source)]).median
 
 
-def copies_beyond_l2(moved: int) -> int:
-    return max(1, min(256, -(-2 * _L2_BYTES // moved)))
+def copies_beyond_l2(moved: float) -> int:
+    return max(1, min(256, math.ceil(2 * _L2_BYTES / moved)))
 
 
 def mamba_ssm_step() -> Callable[..., Tensor] | None:
@@ -291,24 +374,35 @@ def baseline_call(step: Step, kernel: Callable[..., Tensor] | None) -> Callable[
 def measure_ssm(device: str, bandwidth: float, deadline: Deadline) -> Iterator[dict[str, Any]]:
     """One layer's step: each state, each model, each batch."""
     kernel = mamba_ssm_step()
-    for model_name in ("130M", "2.7B", "Nemotron-H-8B"):
-        model = MODELS[model_name]
+    for model_name in ("130m", "2.7b", "nemotron-h-8b"):
+        model = STEP_SHAPES[model_name]
         for batch in SSM_BATCHES:
             for name, variant in VARIANTS.items():
                 if deadline.passed():
                     return
                 moved = step_bytes(model, variant, batch)
-                count = copies_beyond_l2(moved)
+                interval = variant.flush_interval
+                # As the layers of a model do, copies stand at all positions of a cycle, equally many at each.
+                count = -(-copies_beyond_l2(moved) // interval) * interval
                 first = Step.random(model, variant, batch, device, torch.bfloat16)
-                steps = [first, *(first.copy() for _ in range(count - 1))]
+                steps = [first.copy(position) for position in range(count)]
                 entry = {"model": model_name, "batch": batch, "state": name, "bytes": moved, "copies": count}
                 timing = time_graph([step.run for step in steps])
-                roof = moved / bandwidth
                 yield entry | {
                     "kernel": "ours",
                     "seconds": dataclasses.asdict(timing),
-                    "of_copy_bandwidth": roof / timing.median,
+                    "of_copy_bandwidth": moved / bandwidth / timing.median,
                 }
+                if interval > 1:
+                    for kind, timing in time_positions([first.copy(0) for _ in range(count)]).items():
+                        at = range(interval - 1) if kind == "reads" else range(interval - 1, interval)
+                        moved = sum(step_bytes(model, variant, batch, position) for position in at) / len(at)
+                        yield entry | {
+                            "bytes": moved,
+                            "kernel": f"ours, a step that {kind}",
+                            "seconds": dataclasses.asdict(timing),
+                            "of_copy_bandwidth": moved / bandwidth / timing.median,
+                        }
                 if variant.bits is None:
                     timing = time_graph([baseline_call(step, kernel) for step in steps])
                     source = "mamba-ssm" if kernel else "torch reference"
@@ -317,9 +411,10 @@ def measure_ssm(device: str, bandwidth: float, deadline: Deadline) -> Iterator[d
 
 
 def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
-    """W8A8 against bf16: the linears of 130M and 2.7B."""
-    for model_name in ("130M", "2.7B"):
-        for outputs, inputs, _ in MODELS[model_name].linears[:2]:
+    """W8A8 against bf16: the linears of 130m and 2.7b."""
+    for model_name in ("130m", "2.7b"):
+        for linear in STEP_SHAPES[model_name].linears[:2]:
+            outputs, inputs = linear.out_features, linear.in_features
             weight = torch.randn(outputs, inputs, device=device)
             qdata, scale = quant.quantize_rows(weight)
             half = weight.to(torch.bfloat16)
@@ -330,8 +425,8 @@ def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
                 if deadline.passed():
                     return
                 x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-                linear = torch.ops.qmamba.w8a8_linear
-                w8a8 = [functools.partial(linear, x, q, scale, None, None, None) for q in packed]
+                operator = torch.ops.qmamba.w8a8_linear
+                w8a8 = [functools.partial(operator, x, q, scale, None, None, None) for q in packed]
                 bf16 = [functools.partial(torch.nn.functional.linear, x, w) for w in halves]
                 timed: list[tuple[str, list[Any]]] = [("w8a8", w8a8), ("bf16", bf16)]
                 for kind, calls in timed:
@@ -342,9 +437,9 @@ def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
 def _network(model_name: str, layers: int, device: str) -> Any:
     import transformers
 
-    model = MODELS[model_name]
+    model = STEP_SHAPES[model_name]
     config = transformers.Mamba2Config(
-        vocab_size=model.vocabulary,
+        vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         num_hidden_layers=layers,
         num_heads=model.nheads,
@@ -440,6 +535,13 @@ def ssm_speedups(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if kernel != "ours" or state in ("float32", "bfloat16"):
             continue
         row: dict[str, Any] = {"model": model, "batch": batch, "state": state}
+        for kind in ("reads", "stores"):
+            one = times.get((model, batch, state, f"ours, a step that {kind}"))
+            if one is not None:
+                row[f"us, {kind}"] = one * 1e6
+        stored_each_step = times.get((model, batch, state.partition(" every")[0] + " calibrated", "ours"))
+        if " every" in state and stored_each_step is not None:
+            row["over L=1"] = stored_each_step / seconds
         for base in ("bfloat16", "float32"):
             for source in ("ours", "mamba-ssm"):
                 other = times.get((model, batch, base, source))
@@ -517,7 +619,7 @@ def main(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the JSON and the plots.")] = Path("bench/results"),
     budget: Annotated[float, typer.Option(help="Seconds; what does not fit is left out, and said.")] = 450.0,
-    model: Annotated[str, typer.Option(help="Model of decode and prefill.")] = "2.7B",
+    model: Annotated[str, typer.Option(help="Model of decode and prefill.")] = "2.7b",
     layers: Annotated[
         int, typer.Option(min=1, help="Layers of it; compiling all 64 takes longer than the budget.")
     ] = 8,
@@ -527,8 +629,8 @@ def main(
     chosen = only or list(SECTIONS)
     if unknown := [section for section in chosen if section not in SECTIONS]:
         raise typer.BadParameter(f"section {unknown[0]!r} is unknown; allowed: {', '.join(SECTIONS)}")
-    if model not in MODELS:
-        raise typer.BadParameter(f"model {model!r} is unknown; allowed: {', '.join(MODELS)}")
+    if model not in STEP_SHAPES:
+        raise typer.BadParameter(f"model {model!r} is unknown; allowed: {', '.join(STEP_SHAPES)}")
     if not torch.cuda.is_available():
         _out.print("This machine has no CUDA device: nothing was checked and nothing was measured.", style="red")
         sys.exit(NO_GPU)

@@ -16,54 +16,25 @@ import rich.console
 import rich.table
 import typer
 
+from bench.shapes import STEP_SHAPES, Shape
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, tuning
+from qmamba_compile.triton_templates.render import Spec
 
 _out = rich.console.Console(width=140)
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """The sizes of a Mamba2 model that its decode step depends on."""
-
-    layers: int
-    d_model: int
-    nheads: int
-    headdim: int
-    dstate: int
-    ngroups: int
-    vocabulary: int
-
-    @property
-    def linears(self) -> list[tuple[int, int, int]]:
-        """(outputs, inputs, how many) of the linears of one step."""
-        d_inner = self.nheads * self.headdim
-        in_proj = 2 * d_inner + 2 * self.ngroups * self.dstate + self.nheads
-        return [
-            (in_proj, self.d_model, self.layers),
-            (self.d_model, d_inner, self.layers),
-            (self.vocabulary, self.d_model, 1),
-        ]
-
-
-MODELS = {
-    "130M": Model(24, 768, 24, 64, 128, 1, 50288),
-    "2.7B": Model(64, 2560, 80, 64, 128, 1, 50288),
-    "Codestral-7B": Model(64, 4096, 128, 64, 128, 8, 32768),
-    # The Mamba2 layers of Nemotron-H-8B; its attention and MLP layers are not counted.
-    "Nemotron-H-8B": Model(24, 4096, 128, 64, 128, 8, 131072),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Variant:
-    """A kind of state."""
+    """A kind of state; with ``flush_interval`` > 1 a checkpointed one, whose ring holds inputs of ``ring_bits``."""
 
     name: str
     bits: int | None
     dynamic: bool = False
     stochastic: bool = False
     state_dtype: str = "float32"
+    flush_interval: int = 1
+    ring_bits: int = 16
 
     @property
     def bits_per_element(self) -> int:
@@ -79,6 +50,7 @@ VARIANTS = {
         Variant("int4 calibrated", 4),
         Variant("int4 dynamic", 4, dynamic=True),
         Variant("int4 stochastic", 4, stochastic=True),
+        Variant("int4 every 8", 4, flush_interval=8),
     )
 }
 
@@ -98,65 +70,108 @@ HALF_RATE = ("LOP3", "LEA", "IADD3", "SHF", "FMNMX", "FMNMX3", "SEL", "FSEL", "I
 EIGHTH_RATE = ("MUFU", "F2F", "I2F", "F2I", "FRND")
 """And those of the special-function pipe, 4 lanes of each quarter."""
 
+FLOAT_KINDS = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "v_pk_", "v_fma", "v_mul_f", "v_add_f")
+"""How names of float32 sums and products begin."""
 
-def step_bytes(model: Model, variant: Variant, batch: int, input_bytes: int = 2) -> int:
-    """Bytes that one layer's step must move: state and scales read and written, inputs read, y written."""
+
+def step_bytes(model: Shape, variant: Variant, batch: int, position: int | None = None, input_bytes: int = 2) -> float:
+    """Bytes that one layer's step must move: state and scales read and written, inputs read, y written.
+
+    A checkpointed state is written by the step that finds ``position`` = flush_interval - 1 inputs in the ring. Each
+    step reads those that are there, and each but that one appends its own. ``position=None``: the mean over a cycle.
+    """
+    interval = variant.flush_interval
+    if position is None:
+        return sum(step_bytes(model, variant, batch, at, input_bytes) for at in range(interval)) / interval
     heads, elements = batch * model.nheads, batch * model.nheads * model.headdim * model.dstate
-    moved = 2 * elements * variant.bits_per_element // 8
+    stores = position == interval - 1
+    moved = (1 + stores) * elements * variant.bits_per_element // 8
     if variant.bits is not None:
-        moved += 2 * 2 * heads * model.headdim
-        moved += 2 * 2 * heads * model.dstate if variant.dynamic else 2 * model.nheads * model.dstate
-    moved += input_bytes * (2 * heads * model.headdim + heads + 2 * batch * model.ngroups * model.dstate)
-    return moved
+        moved += (1 + stores) * 2 * heads * model.headdim
+        moved += (1 + stores) * 2 * heads * model.dstate if variant.dynamic else 2 * model.nheads * model.dstate
+    if interval > 1:
+        # dt * x, B and the sum of dt * A of a step; int8 has a scale a head besides.
+        slot = (heads * model.headdim + batch * model.ngroups * model.dstate) * variant.ring_bits // 8
+        slot += 4 * heads * (1 + (variant.ring_bits == 8))
+        moved += (position + (not stores)) * slot
+        # Position and number of stores of each sequence: read by the step, and counted on after it.
+        moved += batch * (4 + 2 * (4 + 8))
+    return moved + input_bytes * (2 * heads * model.headdim + heads + 2 * batch * model.ngroups * model.dstate)
 
 
-def step_roofs(target: str, model: Model, variant: Variant, batch: int) -> dict[str, Any]:
-    """Roofs of one layer's step in seconds, with the counts behind them."""
-    gpu = tuning.GPUS[target]
-    heads = batch * model.nheads
-    spec = tuning.ssm_update(
+def cycle_share(model: Shape, bits: int, flush_interval: int, ring_bits: int, batch: int) -> float:
+    """Bytes of a calibrated state's step, averaged over a cycle of ``flush_interval`` steps, over those of L = 1."""
+    cycle = Variant("", bits, flush_interval=flush_interval, ring_bits=ring_bits)
+    return step_bytes(model, cycle, batch) / step_bytes(model, Variant("", bits), batch)
+
+
+def spec_of(target: str, model: Shape, variant: Variant, batch: int) -> Spec:
+    """The kernel of one layer's step."""
+    return tuning.ssm_update(
         target,
-        heads,
+        batch * model.nheads,
         model.headdim,
         model.dstate,
         variant.bits,
         variant.dynamic,
         variant.stochastic,
         state_dtype=variant.state_dtype,
+        flush_interval=variant.flush_interval,
     )
-    facts = compiled.ssm_update_facts(spec)
+
+
+def step_roofs(target: str, model: Shape, variant: Variant, batch: int) -> dict[str, Any]:
+    """Roofs of one layer's step in seconds, with the counts behind them; means over a cycle of a checkpointed state."""
+    spec = spec_of(target, model, variant, batch)
+    interval = variant.flush_interval
+    lanes = tuning.LANES.get(target, 32)
+    elements = spec.rows * spec.dstate / (lanes * spec.warps)
+    seconds: dict[str, float] = {}
+    bound = instructions = floats = 0.0
+    for position in range(interval):
+        facts = compiled.ssm_update_facts(spec, None if interval == 1 else position == interval - 1)
+        roofs = _roofs(target, spec, facts, batch * model.nheads, step_bytes(model, variant, batch, position))
+        for name, roof in roofs.items():
+            seconds[name] = seconds.get(name, 0.0) + roof / interval
+        # Each layer's step is a launch of its own, at its own position of the ring.
+        bound += max(roofs.values()) / interval
+        instructions += facts.instructions / interval
+        floats += sum(count for name, count in facts.mix.items() if name.startswith(FLOAT_KINDS)) / interval
+    return {
+        "kernel": spec.slug(),
+        "bytes": step_bytes(model, variant, batch),
+        "instructions_per_element": instructions / elements,
+        "float_instructions_per_element": floats / elements,
+        "other_instructions_per_element": (instructions - floats) / elements,
+        "seconds": seconds,
+        "bound": max(seconds, key=lambda name: seconds[name]),
+        "lower_bound_seconds": bound,
+    }
+
+
+def _roofs(target: str, spec: Spec, facts: compiled.Facts, heads: int, moved: float) -> dict[str, float]:
+    gpu = tuning.GPUS[target]
     warps = heads * spec.row_blocks * spec.warps
     cycle = 1 / (gpu.units * gpu.issue * gpu.clock)
-    moved = step_bytes(model, variant, batch)
     roofs = {"memory": moved / gpu.memory, "issue": warps * facts.instructions * cycle}
     if target.startswith("sm_"):
         half = sum(count for name, count in facts.mix.items() if name in HALF_RATE)
         eighth = sum(count for name, count in facts.mix.items() if name in EIGHTH_RATE)
         roofs |= {"integer pipe": 2 * warps * half * cycle, "special functions": 8 * warps * eighth * cycle}
-    bound = max(roofs, key=lambda name: roofs[name])
-    lanes = tuning.LANES.get(target, 32)
-    float_kinds = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "v_pk_", "v_fma", "v_mul_f", "v_add_f")
-    floats = sum(count for name, count in facts.mix.items() if name.startswith(float_kinds))
-    elements = spec.rows * spec.dstate / (lanes * spec.warps)
-    return {
-        "kernel": spec.slug(),
-        "bytes": moved,
-        "instructions_per_element": facts.instructions / elements,
-        "float_instructions_per_element": floats / elements,
-        "other_instructions_per_element": (facts.instructions - floats) / elements,
-        "seconds": roofs,
-        "bound": bound,
-        "lower_bound_seconds": roofs[bound],
-    }
+    return roofs
 
 
-def linear_seconds(target: str, model: Model, batch: int, int8: bool) -> float:
+CYCLES = (2, 4, 8, 16)
+"""Values of flush_interval whose bytes are compared."""
+
+
+def linear_seconds(target: str, model: Shape, batch: int, int8: bool) -> float:
     """Lower bound of all linears of one decode step: weights read once, products at the datasheet's rate."""
     memory, rates = tuning.GPUS[target].memory, TENSOR_RATES[target]
     total = 0.0
-    for outputs, inputs, count in model.linears:
-        seconds_of_bytes = outputs * inputs * (1 if int8 else 2) / memory
-        total += count * max(seconds_of_bytes, 2 * batch * outputs * inputs / rates[int8])
+    for linear in model.linears:
+        weights = linear.out_features * linear.in_features
+        total += linear.count * max(weights * (1 if int8 else 2) / memory, 2 * batch * weights / rates[int8])
     return total
 
 
@@ -168,11 +183,11 @@ def table(target: str, model_name: str, batch: int) -> dict[str, Any]:
     """
     if target not in tuning.GPUS:
         raise ConfigError(f"target={target!r} has no published figures here; use one of {tuple(tuning.GPUS)}")
-    if model_name not in MODELS:
-        raise ConfigError(f"model={model_name!r} is not known; use one of {tuple(MODELS)}")
+    if model_name not in STEP_SHAPES:
+        raise ConfigError(f"model={model_name!r} is not known; use one of {tuple(STEP_SHAPES)}")
     if batch < 1:
         raise ConfigError(f"batch={batch} is not allowed; use 1 or more")
-    model = MODELS[model_name]
+    model = STEP_SHAPES[model_name]
     rows = {name: step_roofs(target, model, variant, batch) for name, variant in VARIANTS.items()}
     step = {name: linear_seconds(target, model, batch, name.startswith("int")) for name in rows}
     return {
@@ -181,8 +196,13 @@ def table(target: str, model_name: str, batch: int) -> dict[str, Any]:
         "model": model_name,
         "batch": batch,
         "step": rows,
+        "cycle_share_of_bytes": {
+            f"L={interval}, {ring_bits}-bit ring": cycle_share(model, 4, interval, ring_bits, batch)
+            for interval in CYCLES
+            for ring_bits in (16, 8)
+        },
         "decode_lower_bound_seconds": {
-            name: step[name] + model.layers * row["lower_bound_seconds"] for name, row in rows.items()
+            name: step[name] + model.n_layers * row["lower_bound_seconds"] for name, row in rows.items()
         },
     }
 
@@ -208,11 +228,13 @@ def _print(result: dict[str, Any]) -> None:
             f"{base_decode / result['decode_lower_bound_seconds'][name]:.2f}x",
         )
     _out.print(view)
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in result["cycle_share_of_bytes"].items())
+    _out.print(f"int4 calibrated, bytes a step over those of L=1: {shares}\n")
 
 
 def main(
     target: Annotated[list[str] | None, typer.Option(help="Architecture; may be repeated. Default: all.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated. Default: 2.7B.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated. Default: 2.7b.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch; may be repeated. Default: 1, 64.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
 ) -> None:
@@ -221,7 +243,7 @@ def main(
         results = [
             table(one_target, one_model, one_batch)
             for one_target in target or list(tuning.GPUS)
-            for one_model in model or ["2.7B"]
+            for one_model in model or ["2.7b"]
             for one_batch in batch or [1, 64]
         ]
     except ConfigError as problem:

@@ -1,4 +1,4 @@
-"""Named model shapes: the published Mamba2 sizes and a tiny one, with random weights."""
+"""Named model shapes: the published Mamba2 sizes and a tiny one, with random weights; and layers of other models."""
 
 from __future__ import annotations
 
@@ -98,6 +98,16 @@ SHAPES: dict[str, Shape] = {
         Shape("2.7b", 2560, 64),
     )
 }
+
+STEP_SHAPES: dict[str, Shape] = SHAPES | {
+    shape.name: shape
+    for shape in (
+        Shape("codestral-7b", 4096, 64, ngroups=8, vocab_size=32768),
+        # The Mamba2 layers of Nemotron-H-8B; its attention and MLP layers are not counted.
+        Shape("nemotron-h-8b", 4096, 24, ngroups=8, vocab_size=131072),
+    )
+}
+"""Shapes of which one step is counted or measured, layer by layer; those not in `SHAPES` are not built as a model."""
 
 
 @functools.cache

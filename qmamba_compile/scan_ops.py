@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import quant, recurrence
 from .cpu_templates import launch as cpu_kernels
+from .triton_templates import launch_scan as gpu_kernels
 
 _library = torch.library.Library("qmamba", "FRAGMENT")
 
@@ -230,13 +231,14 @@ def ssm_scan_quantized(
         ValueError: arguments that contradict each other.
     """
     _check(bits, flush_interval, single_step, state_scale, channel_scale)
-    if x.is_cpu and x.shape[1] > 0:
+    if x.shape[1] > 0:
         step_dt, decay = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
         states, store = _first_states(
             initial_state, B, bits, stochastic, seed, single_step, state_scale, channel_scale, x.shape
         )
         scales = (state_scale, None if store is None else store.fixed)
-        found = cpu_kernels.ssm_scan(
+        kernels = cpu_kernels if x.is_cpu else gpu_kernels
+        found = kernels.ssm_scan(
             x, step_dt, decay, B, C, D, states, scales, bits, stochastic, seed, flush_interval, single_step
         )
         if found is not None:
@@ -361,25 +363,23 @@ def ssm_scan_quantized_backward(
     states, store = _first_states(
         initial_state, B, bits, stochastic, seed, single_step, state_scale, channel_scale, x.shape
     )
-    found = None
-    if x.is_cpu:
-        scales = (state_scale, None if store is None else store.fixed)
-        found = cpu_kernels.ssm_scan_backward(
-            grad_y,
-            grad_state,
-            x,
-            step_dt,
-            decay,
-            B,
-            C,
-            states,
-            scales,
-            bits,
-            stochastic,
-            seed,
-            flush_interval,
-            single_step,
-        )
+    kernels = cpu_kernels if x.is_cpu else gpu_kernels
+    found = kernels.ssm_scan_backward(
+        grad_y,
+        grad_state,
+        x,
+        step_dt,
+        decay,
+        B,
+        C,
+        states,
+        (state_scale, None if store is None else store.fixed),
+        bits,
+        stochastic,
+        seed,
+        flush_interval,
+        single_step,
+    )
     if found is None:
         state = x.new_zeros((*x.shape[:1], *x.shape[2:], B.shape[-1])) if states[0] is None else states[0]
         if single_step and store is not None:

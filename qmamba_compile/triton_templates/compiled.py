@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
-from .render import Spec, load
+from .render import READ_TILES, Spec, load, load_source, render
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,16 @@ def compile_kernel(
     return triton.compile(source, target=gpu, options=options)
 
 
-def facts(compiled: Any, trips: int = 1) -> Facts:
-    """Read the machine code. ``trips``: how often the body of the kernel's (outermost) loop runs."""
+def facts(compiled: Any, trips: int = 1, inner: int = 1) -> Facts:
+    """Read the machine code.
+
+    Args:
+        trips: how often the body of the kernel's outermost loop runs.
+        inner: how often, each time, that of a loop inside of it does.
+    """
     if "cubin" in compiled.asm:
-        return _nvidia_facts(compiled, trips)
-    return _amd_facts(compiled, trips)
+        return _nvidia_facts(compiled, trips, inner)
+    return _amd_facts(compiled, trips, inner)
 
 
 # --- NVIDIA --------------------------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def _tool(name: str) -> str:
     return str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _nvidia_facts(compiled: Any, trips: int) -> Facts:
+def _nvidia_facts(compiled: Any, trips: int, inner: int) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -138,7 +143,7 @@ def _nvidia_facts(compiled: Any, trips: int) -> Facts:
         target = _BRANCH_TARGET.search(operands)
         if name.startswith("BRA") and target and labels.get(target[1], end) <= index:
             loops.append((labels[target[1]], index))
-    weights = _weights(len(body), loops, trips)
+    weights = _weights(len(body), loops, trips, inner)
     mix: dict[str, int] = {}
     accesses: dict[tuple[str, int], int] = {}
     local = 0
@@ -165,12 +170,17 @@ def _nvidia_facts(compiled: Any, trips: int) -> Facts:
     )
 
 
-def _weights(size: int, loops: list[tuple[int, int]], trips: int) -> list[int]:
-    weights = [1] * size
+def _weights(size: int, loops: list[tuple[int, int]], trips: int, inner: int) -> list[int]:
+    """How often each instruction runs, from the first and last of each loop."""
+    ends: dict[int, int] = {}
     for start, end in loops:
-        # Loops inside a loop (none of our kernels has any) and loops of padding slots would need counts of their own.
+        # A loop may go back from several places.
+        ends[start] = max(end, ends.get(start, end))
+    weights = [1] * size
+    for start, end in ends.items():
+        nested = any(other < start and end <= ends[other] for other in ends)
         for index in range(start, end + 1):
-            weights[index] = trips
+            weights[index] *= inner if nested else trips
     return weights
 
 
@@ -180,7 +190,7 @@ _WIDTHS = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short":
 _AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:d16_)?(?:hi_)?([a-z]+?)(x[234])?(?:_d16.*)?$")
 
 
-def _amd_facts(compiled: Any, trips: int) -> Facts:
+def _amd_facts(compiled: Any, trips: int, inner: int) -> Facts:
     text = compiled.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -203,7 +213,7 @@ def _amd_facts(compiled: Any, trips: int) -> Facts:
     mix: dict[str, int] = {}
     accesses: dict[tuple[str, int], int] = {}
     local = 0
-    for name, weight in zip(body, _weights(len(body), loops, trips), strict=True):
+    for name, weight in zip(body, _weights(len(body), loops, trips, inner), strict=True):
         mix[name] = mix.get(name, 0) + weight
         if access := _AMD_ACCESS.match(name):
             width = _WIDTHS.get(access[2], 4) * int((access[3] or "x1")[1:])
@@ -254,8 +264,27 @@ def ssm_update_signature(
 
 
 @functools.cache
-def ssm_update_facts(spec: Spec) -> Facts:
-    """`Facts` of an `ssm_update` kernel as a model calls it."""
+def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
+    """`Facts` of an `ssm_update` kernel as a model calls it.
+
+    Args:
+        stores: for a checkpointed state, the step that stores or one that only reads; ``None``: both in one listing.
+    """
     types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
-    kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, spec.warps)
-    return facts(kernel, spec.rows // spec.tile)
+    types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
+    module, trips, inner = load(spec), spec.rows // spec.tile, 1
+    if stores is not None:
+        module = load_source(f"{spec.slug()}_{'storing' if stores else 'reading'}", _one_branch(render(spec), stores))
+        trips = trips if stores else max(1, trips // READ_TILES)
+        inner = spec.flush_interval - 1
+    kernel = compile_kernel(module, "ssm_update", types, constants, spec.target, spec.warps)
+    return facts(kernel, trips, inner)
+
+
+def _one_branch(source: str, stores: bool) -> str:
+    """A checkpointed kernel's text in which the compiler sees that every sequence's ring is full, or that none is."""
+    test = re.compile(r"^    position = tl\.load\(ring_position \+ slot\)$", re.MULTILINE)
+    assumed = "\\g<0>\n    tl.assume(position {})"
+    bound = re.search(r"^    if position < (\d+):$", source, re.MULTILINE)
+    assert bound is not None and len(test.findall(source)) == 1
+    return test.sub(assumed.format(f"{'==' if stores else '<'} {bound[1]}"), source)

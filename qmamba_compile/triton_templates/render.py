@@ -203,7 +203,108 @@ class ScanSpec:
         return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_r{self.block_p}_w{self.warps}_{self.target}"
 
 
-AnySpec = Spec | LinearSpec | ScanSpec
+@dataclasses.dataclass(frozen=True)
+class SsmScanSpec:
+    """One `ssm_scan` kernel, of the faithful scan.
+
+    Batch, seqlen, nheads, ngroups, strides, dtypes, flush_interval and optional inputs come with the call.
+
+    Attributes:
+        headdim, dstate: extents of one head's state.
+        bits: bits of a code; ``None`` is a float32 state.
+        dynamic: state_scale is measured at each store, by a program that owns the head; otherwise it is calibrated.
+        stochastic: rounding of the stores.
+        rows: rows of a head that one program holds; all of them when dynamic.
+        warps: of a program.
+        target: one of `TARGETS`.
+
+    Raises:
+        ConfigError: a value that no kernel can be made for.
+    """
+
+    headdim: int
+    dstate: int
+    bits: int | None
+    dynamic: bool = False
+    stochastic: bool = False
+    rows: int = 8
+    warps: int = 1
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
+        if not 1 <= self.headdim <= 256 or not 1 <= self.dstate <= 256:
+            raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 are allowed")
+        if self.bits is None and (self.dynamic or self.stochastic):
+            raise ConfigError("bits=None is a float state: dynamic=False, stochastic=False")
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise ConfigError(f"bits={self.bits} is not allowed; use 2 to 8 or None")
+        if not _is_power_of_two(self.rows) or not _is_power_of_two(self.warps) or self.warps > 16:
+            raise ConfigError(f"rows={self.rows}, warps={self.warps}: powers of two are allowed, and 16 warps at most")
+        if self.dynamic and self.rows < self.headdim:
+            raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        words = ["ssm_scan", f"p{self.headdim}", f"n{self.dstate}"]
+        if self.bits is None:
+            words.append("float32")
+        else:
+            words.append(f"b{self.bits}")
+            words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
+        return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
+
+    @property
+    def columns(self) -> int:
+        """Columns of the tile that a program holds, padding included."""
+        # Stochastic: eight runs, as the noise of a row comes.
+        return 8 * _padded(-(-self.dstate // 8)) if self.stochastic else _padded(self.dstate)
+
+    @property
+    def row_blocks(self) -> int:
+        """Programs of one head."""
+        return -(-self.headdim // self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class SsmScanBackwardSpec:
+    """One `ssm_scan_backward` kernel: the gradient of a chunk of tokens whose states are there.
+
+    Attributes:
+        headdim, dstate: extents of one head's state, which one program owns.
+        warps: of a program.
+        target: one of `TARGETS`.
+
+    Raises:
+        ConfigError: a value that no kernel can be made for.
+    """
+
+    headdim: int
+    dstate: int
+    warps: int = 8
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        # The same limits.
+        SsmScanSpec(self.headdim, self.dstate, None, warps=self.warps, target=self.target)
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        return f"ssm_scan_backward_p{self.headdim}_n{self.dstate}_w{self.warps}_{self.target}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tile that a program holds, padding included."""
+        return _padded(self.headdim)
+
+    @property
+    def columns(self) -> int:
+        """Columns of that tile."""
+        return _padded(self.dstate)
+
+
+AnySpec = Spec | LinearSpec | ScanSpec | SsmScanSpec | SsmScanBackwardSpec
 
 LINEAR_ROWS = 16
 """Rows of one program of `w8a8_linear`: the fewest that a product of int8 tiles takes."""
@@ -219,6 +320,10 @@ def render(spec: AnySpec) -> str:
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
         constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
+    elif isinstance(spec, SsmScanSpec):
+        name, constants = "ssm_scan", _ssm_scan_constants(spec)
+    elif isinstance(spec, SsmScanBackwardSpec):
+        name, constants = "ssm_scan_backward", _tile_constants(spec)
     else:
         name = "chunk_scan"
         constants = {"padded_n": max(16, _padded(spec.dstate))}
@@ -326,6 +431,42 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "split_result": _split_result(runs, 32 // spec.bits),
         "octant": octant,
         "shares_philox": _is_power_of_two(spec.dstate) and spec.dstate >= 8,
+        "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
+        "power_of_two": _is_power_of_two(spec.headdim),
+    }
+
+
+def _tile_constants(spec: SsmScanSpec | SsmScanBackwardSpec) -> dict[str, Any]:
+    """Masks of a tile [rows, columns] of a head, where it does not end with the head."""
+    ragged_rows, ragged_columns = spec.headdim % spec.rows != 0, spec.columns != spec.dstate
+    tests = {
+        "row": f"row < {spec.headdim}" if ragged_rows else "",
+        "column": f"column < {spec.dstate}" if ragged_columns else "",
+    }
+    tile = [f"({tests['row']})[:, None]"] * ragged_rows + [f"({tests['column']})[None, :]"] * ragged_columns
+    constants: dict[str, Any] = {"columns": spec.columns}
+    for name, test in (tests | {"tile": " & ".join(tile)}).items():
+        constants[f"{name}_mask"] = f", mask={test}, other=0.0" if test else ""
+        constants[f"{name}_mask_store"] = f", mask={test}" if test else ""
+    return constants
+
+
+def _ssm_scan_constants(spec: SsmScanSpec) -> dict[str, Any]:
+    constants = _tile_constants(spec) | {
+        "nvidia": spec.target.startswith("sm_"),
+        "row_blocks": spec.row_blocks,
+        "octant": -(-spec.dstate // 8),
+        "padded_octant": spec.columns // 8,
+    }
+    if spec.bits is None:
+        return constants
+    return constants | {
+        "largest": quant.max_code(spec.bits),
+        "tiny_scale": quant.TINY_SCALE,
+        "noise_turn": quant.NOISE_TURN,
+        # Codes are not packed here, and have no offset.
+        "rounder": 3 * 2**22,
+        "ring": 0,
         "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
         "power_of_two": _is_power_of_two(spec.headdim),
     }

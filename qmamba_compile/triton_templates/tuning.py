@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .render import LinearSpec, ScanSpec, Spec
+from .render import LinearSpec, ScanSpec, Spec, SsmScanBackwardSpec, SsmScanSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +130,42 @@ def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> Scan
     while gpu and block_p > 16 and heads * -(-headdim // block_p) < gpu.units:
         block_p //= 2
     return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
+
+
+SCAN_ELEMENTS = 32
+"""Elements of the state that a thread of the faithful scan or its gradient holds."""
+
+
+def ssm_scan(
+    architecture: str, headdim: int, dstate: int, bits: int | None, dynamic: bool, stochastic: bool
+) -> SsmScanSpec:
+    """The faithful scan of states of headdim x dstate.
+
+    Calibrated or float: one warp a program, whose rows need nothing from other rows, so that the steps of many programs
+    hide each other's latency. Dynamic: as many warps as hold the head.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    held = SCAN_ELEMENTS * LANES.get(architecture, 32)
+    rows, columns = _padded(headdim), _padded(dstate)
+    if dynamic:
+        warps = max(1, min(16, rows * columns // held))
+    else:
+        rows, warps = max(1, min(rows, held // columns)), 1
+    return SsmScanSpec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture)
+
+
+def ssm_scan_backward(architecture: str, headdim: int, dstate: int) -> SsmScanBackwardSpec:
+    """Its gradient, which sums over rows: as many warps as hold the head.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    held = SCAN_ELEMENTS * LANES.get(architecture, 32)
+    warps = max(1, min(16, _padded(headdim) * _padded(dstate) // held))
+    return SsmScanBackwardSpec(headdim, dstate, warps, architecture)
+
+
+def _padded(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()

@@ -16,9 +16,10 @@ import torch
 from typer.testing import CliRunner
 
 from bench import gpu
-from bench.roofline import VARIANTS, Model
+from bench.roofline import VARIANTS
+from bench.shapes import Shape
 
-TINY = Model(1, 32, 2, 16, 32, 1, 64)
+TINY = Shape("two heads", d_model=16, n_layers=1, headdim=16, dstate=32, vocab_size=64)
 
 
 def entry(**fields: Any) -> dict[str, Any]:
@@ -30,22 +31,24 @@ def entry(**fields: Any) -> dict[str, Any]:
 def record() -> dict[str, Any]:
     """Invented: no such device, no such times."""
     ssm = [
-        entry(model="2.7B", batch=batch, state=state, kernel=kernel, median=batch * microseconds * 1e-6)
+        entry(model="2.7b", batch=batch, state=state, kernel=kernel, median=batch * microseconds * 1e-6)
         for batch in (1, 64)
         for state, kernel, microseconds in (
             ("float32", "ours", 8.0),
             ("bfloat16", "ours", 4.0),
             ("bfloat16", "mamba-ssm", 6.0),
             ("int4 calibrated", "ours", 2.0),
+            ("int4 every 8", "ours", 1.6),
+            ("int4 every 8", "ours, a step that reads", 1.25),
         )
     ]
     linear = [
-        entry(model="2.7B", outputs=64, inputs=32, rows=rows, kind=kind, median=1e-6)
+        entry(model="2.7b", outputs=64, inputs=32, rows=rows, kind=kind, median=1e-6)
         for rows in (1, 16)
         for kind in "ab"
     ]
     decode = [
-        entry(model="2.7B", layers=8, backend=backend, batch=1, tokens=16, median=1e-3, peak_bytes=2**30)
+        entry(model="2.7b", layers=8, backend=backend, batch=1, tokens=16, median=1e-3, peak_bytes=2**30)
         for backend in ("inductor", "qmamba")
     ]
     sections = {"ssm": ssm, "linear": linear, "decode": decode}
@@ -54,9 +57,12 @@ def record() -> dict[str, Any]:
 
 def test_speedups_compare_like_with_like(record: dict[str, Any]) -> None:
     rows = gpu.ssm_speedups(record["sections"]["ssm"])
-    assert [row["batch"] for row in rows] == [1, 64]
-    for row in rows:
-        assert row["state"] == "int4 calibrated"
+    assert [row["batch"] for row in rows] == [1, 1, 64, 64]
+    for row in rows[1::2]:
+        assert row["state"] == "int4 every 8"
+        assert row["over L=1"] == pytest.approx(1.25) and row["us, reads"] == pytest.approx(1.25 * row["batch"])
+    for row in rows[::2]:
+        assert row["state"] == "int4 calibrated" and "over L=1" not in row
         assert row["over bfloat16, ours"] == pytest.approx(2.0)
         assert row["over bfloat16, mamba-ssm"] == pytest.approx(3.0)
         assert row["over float32, ours"] == pytest.approx(4.0)
@@ -122,13 +128,13 @@ def test_a_wrong_kernel_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(gpu, "check", lambda device: {"ssm": {"correct": False}})
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda device: pytest.fail("measured all the same"))
     with pytest.raises(SystemExit) as ended:
-        gpu.main(None, tmp_path, 1.0, "2.7B", 1, False)
+        gpu.main(None, tmp_path, 1.0, "2.7b", 1, False)
     assert ended.value.code == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_check_passes_on_our_kernels(interpreted: Callable[..., Any], name: str) -> None:
-    found = interpreted(gpu.check_step, TINY, VARIANTS[name], "cpu", 2)
+    found = interpreted(gpu.check_step, TINY, VARIANTS[name], "cpu", 9 if "every" in name else 2)
     assert found["correct"], found
 
 
@@ -150,6 +156,42 @@ def wrong_kernel() -> dict[str, Any]:
 
 def test_the_check_sees_a_wrong_kernel(interpreted: Callable[..., Any]) -> None:
     assert not interpreted(wrong_kernel)["correct"]
+
+
+def check_of_rings() -> tuple[list[int], list[int], list[int], bool]:
+    """Where copies stand, and where they stand after a step of each."""
+    first = gpu.Step.random(TINY, VARIANTS["int4 every 8"], 2, "cpu", torch.float32)
+    steps = [first.copy(position) for position in range(9)]
+    before = [int(step.ring.position[0]) for step in steps]
+    written = [step.state[0].clone() for step in steps]
+    for step in steps:
+        step.run()
+    after = [int(step.ring.position[0]) for step in steps]
+    stored = [
+        i for i, (step, old) in enumerate(zip(steps, written, strict=True)) if not torch.equal(step.state[0], old)
+    ]
+    return before, after, stored, int(first.ring.position[0]) == 0
+
+
+def test_copies_stand_at_all_positions_of_the_ring(interpreted: Callable[..., Any]) -> None:
+    before, after, stored, untouched = interpreted(check_of_rings)
+    assert before == [*range(8), 0] and after == [*range(1, 8), 0, 1] and stored == [7] and untouched
+
+
+def test_reads_and_stores_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays of a cycle of eight whose eighth step takes five times as long; one has run before the first replay."""
+    steps = [gpu.Step(VARIANTS["int4 every 8"], (), (), None)]
+    seconds = [5.0 if (number + 1) % 8 == 7 else 1.0 for number in range(40)]
+    monkeypatch.setattr(gpu, "replays", lambda calls, least: seconds)
+    found = gpu.time_positions(steps)
+    assert found["reads"].median == found["reads"].high == 1.0 and found["reads"].replays == 34
+    assert found["stores"].median == found["stores"].low == 5.0 and found["stores"].replays == 5
+
+
+@pytest.mark.parametrize("name", ["int4 calibrated", "int4 dynamic", "int4 stochastic"])
+def test_the_faithful_scan_passes_its_check(interpreted: Callable[..., Any], name: str) -> None:
+    found = interpreted(gpu.check_quantized_scan, TINY, VARIANTS[name], "cpu", 5)
+    assert found["correct"] and found["codes_off_by_one"] == 0, found
 
 
 def check_of_linear_and_scan() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,227 @@
+"""Call the faithful scan's generated kernels on tensors, as `launch` calls the others.
+
+Each function returns ``None`` when it cannot serve its arguments, having written nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import quant
+from ..errors import ConfigError
+from . import tuning
+from .launch import target
+from .render import SsmScanBackwardSpec, SsmScanSpec, load
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _chosen(
+    architecture: str, headdim: int, dstate: int, bits: int | None, dynamic: bool, stochastic: bool
+) -> tuple[SsmScanSpec, SsmScanBackwardSpec] | None:
+    try:
+        scan = tuning.ssm_scan(architecture, headdim, dstate, bits, dynamic, stochastic)
+        return scan, tuning.ssm_scan_backward(architecture, headdim, dstate)
+    except ConfigError as error:
+        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scan:
+    """The inputs of a scan as its kernels take them, and which these are."""
+
+    spec: SsmScanSpec
+    backward_spec: SsmScanBackwardSpec
+    x: Tensor
+    dt: Tensor
+    decay: Tensor
+    B: Tensor
+    C: Tensor
+    states: tuple[Tensor | None, Tensor | None]
+    scales: tuple[Tensor | None, Tensor | None]
+    key: Tensor | None
+    flush_interval: int
+    single_step: bool
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        dt: Tensor,
+        decay: Tensor,
+        B: Tensor,
+        C: Tensor,
+        states: tuple[Tensor | None, Tensor | None],
+        scales: tuple[Tensor | None, Tensor | None],
+        bits: int | None,
+        stochastic: bool,
+        seed: int,
+        flush_interval: int,
+        single_step: bool,
+    ) -> _Scan | None:
+        """``None``: no kernel serves these arguments."""
+        architecture = target(x.device.type, x.device.index)
+        if architecture is None or x.numel() == 0:
+            return None
+        quantized = bits is not None
+        dynamic, stochastic = quantized and scales[0] is None, quantized and stochastic
+        specs = _chosen(architecture, x.shape[-1], B.shape[-1], bits, dynamic, stochastic)
+        if specs is None:
+            return None
+        single_step = single_step and quantized
+        carried, copy = (None if state is None else state.float().contiguous() for state in states)
+        state_scale, channel_scale = (None if scale is None else scale.contiguous() for scale in scales)
+        # Not a number: Triton would make another kernel of each that fits in 32 bits or is 1.
+        key = torch.full((1,), seed, dtype=torch.int64, device=x.device) if stochastic else None
+        return cls(
+            *specs,
+            x,
+            dt.contiguous(),
+            decay.contiguous(),
+            B,
+            C,
+            (carried, copy if single_step else None),
+            (state_scale, channel_scale),
+            key,
+            flush_interval,
+            single_step,
+        )
+
+    @property
+    def shape_of_states(self) -> tuple[int, ...]:
+        """[b, h, p, n]."""
+        return (self.x.shape[0], *self.x.shape[2:], self.B.shape[-1])
+
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        return self.x.shape[2] // self.B.shape[2], *self.x.stride(), *self.B.stride(), *self.C.stride()
+
+    def run(
+        self,
+        tokens: range,
+        states: tuple[Tensor | None, Tensor | None],
+        D: Tensor | None,
+        outputs: Sequence[Tensor | None],
+        kept: Tensor | None = None,
+    ) -> None:
+        """Scan ``tokens``; one state of each ``tokens.step`` is put into ``kept``."""
+        quantized = self.spec.bits is not None
+        load(self.spec).ssm_scan[self.spec.row_blocks, self.x.shape[2], self.x.shape[0]](
+            *(self.x, self.dt, self.decay, self.B, self.C, *states),
+            *((*self.scales, self.key) if quantized else ()),
+            *(self.x.shape[1], tokens.start, tokens.stop, self.flush_interval, *self._strides),
+            *(None if D is None else D.contiguous(), kept, tokens.step, *outputs),
+            num_warps=self.spec.warps,
+            enable_fp_fusion=False,
+        )
+
+    def run_back(self, tokens: range, kept: Tensor, gradients: Sequence[Tensor]) -> None:
+        """The gradient of ``tokens``, each of which began at its state in ``kept``."""
+        load(self.backward_spec).ssm_scan_backward[1, self.x.shape[2], self.x.shape[0]](
+            *(self.x, self.dt, self.decay, self.B, self.C, kept, *gradients),
+            *(self.x.shape[1], tokens.start, tokens.stop, *self._strides, self.single_step),
+            num_warps=self.backward_spec.warps,
+            enable_fp_fusion=False,
+        )
+
+
+def ssm_scan(
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor] | None:
+    """The faithful scan on a GPU; ``dt`` and ``decay`` [b, l, h] as `scan_ops.step_sizes` gives them.
+
+    Args:
+        states: the state before the first token, as decode reads it, and with ``single_step`` its quantized copy.
+        scales: calibrated state_scale [h, n] and channel_scale [h, p].
+
+    Returns:
+        y and codes int8 [b, h, p, n], channel_scale [b, h, p], state_scale [b, h, n] (left as it was unless dynamic)
+        after the last store; ``bits=None``: y and the state. No store happens before step ``flush_interval``.
+    """
+    scan = _Scan.of(x, dt, decay, B, C, states, scales, bits, stochastic, seed, flush_interval, single_step)
+    if scan is None:
+        return None
+    batch, nheads, headdim, dstate = scan.shape_of_states
+    outputs = [torch.empty(x.shape, dtype=torch.float32, device=x.device)]
+    if bits is None:
+        outputs.append(torch.empty(scan.shape_of_states, dtype=torch.float32, device=x.device))
+    else:
+        outputs += [
+            torch.empty(scan.shape_of_states, dtype=torch.int8, device=x.device),
+            torch.empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE, device=x.device),
+            torch.empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE, device=x.device),
+        ]
+    scan.run(range(x.shape[1]), scan.states, D, outputs)
+    return outputs
+
+
+def ssm_scan_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor] | None:
+    """Gradient of `ssm_scan` without D: of x, dt, decay, B and C for each head [b, l, h, n], and the first state.
+
+    The states that the scan went through are computed anew: once to keep one of each chunk, and then, from the last
+    chunk to the first, each chunk's from its first. That is memory for 2 * sqrt(seqlen) states, twice as many for
+    single steps.
+    """
+    scan = _Scan.of(x, dt, decay, B, C, states, scales, bits, stochastic, seed, flush_interval, single_step)
+    if scan is None:
+        return None
+    batch, seqlen, nheads, headdim = x.shape
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    chunk = math.isqrt(seqlen)
+    begins = range(0, seqlen, chunk)
+    kinds = 1 + scan.single_step
+    kept, inside = (empty(count, kinds, *scan.shape_of_states) for count in (len(begins), chunk))
+    nothing = [None] * (2 if bits is None else 4)
+    scan.run(range(0, begins[-1] + 1, chunk), scan.states, None, nothing, kept)
+
+    tokens, columns = (batch, seqlen, nheads), (batch, seqlen, nheads, B.shape[-1])
+    grads = [empty(*shape) for shape in ((*tokens, headdim), tokens, tokens, columns, columns)]
+    if grad_state is None:
+        grad_carried = x.new_zeros(scan.shape_of_states, dtype=torch.float32)
+    else:
+        grad_carried = grad_state.float().clone(memory_format=torch.contiguous_format)
+    grad_y = grad_y.float().contiguous()
+    for begin, first in reversed(list(zip(begins, kept, strict=True))):
+        part = range(begin, min(begin + chunk, seqlen))
+        scan.run(part, (first[-1], first[0] if scan.single_step else None), None, nothing, inside)
+        scan.run_back(part, inside, (grad_y, grad_carried, *grads))
+    return [*grads, grad_carried]
