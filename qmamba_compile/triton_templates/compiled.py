@@ -259,3 +259,13 @@ def ssm_update_facts(spec: Spec) -> Facts:
     types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
     kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, spec.warps)
     return facts(kernel, spec.rows // spec.tile)
+
+
+@functools.cache
+def state_facts(spec: Spec) -> Facts:
+    """`Facts` of a `quantize_state` kernel for a float32 state, or of a `dequantize_state` kernel."""
+    types = {"packed": "*i32", "channel_scale": "*bf16", "state_scale": "*bf16", "rng": "*i64", "state": "*fp32"}
+    strides = ("state_stride_b", "state_stride_h", "state_stride_p", "scale_stride_b")
+    types |= dict.fromkeys(strides, "i32")
+    kernel = compile_kernel(load(spec), spec.kernel, types, {}, spec.target, spec.warps)
+    return facts(kernel, spec.rows // spec.tile)

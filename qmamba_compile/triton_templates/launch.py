@@ -111,7 +111,7 @@ def ssm_update(
         dt_min, dt_max: limits of dt after softplus.
     """
     architecture = target(x.device.type, x.device.index)
-    if architecture is None or not _states_fit(packed, channel_scale, state_scale_out, rng, ring):
+    if architecture is None or not states_fit(packed, channel_scale, state_scale_out, rng, ring):
         return None
     batch, nheads, headdim = x.shape
     dstate = quant.unpacked_width(packed.shape[-1], bits)
@@ -129,7 +129,7 @@ def ssm_update(
     if ring is not None and interval > 1:
         load(spec).advance[batch,](rng, slots, ring.position, num_warps=1)
     elif stochastic:
-        _advance(rng, slots)
+        advance(rng, slots)
     return y
 
 
@@ -209,7 +209,7 @@ def _launch(
     )
 
 
-def _advance(rng: Tensor, slots: Tensor | None) -> None:
+def advance(rng: Tensor, slots: Tensor | None) -> None:
     """Add 1 to the step of each sequence. A kernel cannot: its programs read the step in no order."""
     if slots is None:
         rng[:, 1] += 1
@@ -217,7 +217,7 @@ def _advance(rng: Tensor, slots: Tensor | None) -> None:
         rng[:, 1].index_add_(0, slots.clamp(min=0).long(), (slots >= 0).to(rng.dtype))
 
 
-def _states_fit(
+def states_fit(
     packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None
 ) -> bool:
     """The kernels write in place, so these cannot be copied into a layout that suits them. No ring of int8."""
@@ -269,7 +269,7 @@ def w8a8_linear(
     arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows, outputs)
     module.w8a8_linear[grid](*arguments, flat.stride(0), k, **options)
     if spec.splits > 1:
-        combining = (-(-outputs // COMBINE_BLOCK), rows)
+        combining = (rows, -(-outputs // COMBINE_BLOCK))
         module.combine[combining](partial, row_scale, scale, bias, y, rows, outputs, **options)
     return y
 

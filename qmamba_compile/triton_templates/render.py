@@ -11,7 +11,7 @@ import os
 import pathlib
 import tempfile
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import quant
 from ..errors import ConfigError
@@ -70,6 +70,8 @@ class Spec:
         ConfigError: a value that no kernel can be made for.
     """
 
+    kernel: ClassVar[str] = "ssm_update"
+
     headdim: int
     dstate: int
     bits: int | None
@@ -98,7 +100,7 @@ class Spec:
                 f"dstate={self.dstate} at {self.bits} bits does not fill words of 32 bits; "
                 f"use a multiple of {32 // self.bits}"
             )
-        if not _is_power_of_two(self.rows) or not _is_power_of_two(self.warps) or self.warps > 16:
+        if not is_power_of_two(self.rows) or not is_power_of_two(self.warps) or self.warps > 16:
             raise ConfigError(f"rows={self.rows}, warps={self.warps}: powers of two are allowed, and 16 warps at most")
         if not 1 <= self.flush_interval <= 65 or (self.flush_interval > 1 and self.bits is None):
             raise ConfigError(f"flush_interval={self.flush_interval}: 1 to 65 are allowed, and 1 for a float state")
@@ -107,7 +109,7 @@ class Spec:
 
     def slug(self) -> str:
         """Name of the kernel, and the beginning of its file's name."""
-        words = ["ssm_update", f"p{self.headdim}", f"n{self.dstate}"]
+        words = [self.kernel, f"p{self.headdim}", f"n{self.dstate}"]
         if self.bits is None:
             words.append(self.state_dtype)
         else:
@@ -127,7 +129,7 @@ class Spec:
         """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state."""
         if self.dynamic:
             return self.rows
-        row_bytes = _padded(self.words) * 4 if self.bits else _padded(self.dstate) * _itemsize(self.state_dtype) // 4
+        row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4
         lanes = 64 if self.target.startswith("gfx") else 32
         return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
 
@@ -146,6 +148,7 @@ class LinearSpec:
         splits: programs that share one block of outputs, each with a part of k.
         warps, stages: of a program, and loads of weights under way.
         target: one of `TARGETS`.
+        prequantized: x comes as the codes and scales of `quantize_rows`.
     """
 
     block_o: int = 32
@@ -154,11 +157,12 @@ class LinearSpec:
     warps: int = 4
     stages: int = 4
     target: str = "sm_90"
+    prequantized: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
-        if not all(_is_power_of_two(n) for n in (self.block_o, self.block_k, self.warps)):
+        if not all(is_power_of_two(n) for n in (self.block_o, self.block_k, self.warps)):
             raise ConfigError(f"{self}: block_o, block_k and warps must be powers of two")
         if self.block_o < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
             raise ConfigError(
@@ -167,7 +171,8 @@ class LinearSpec:
 
     def slug(self) -> str:
         """Name of the kernel, and the beginning of its file's name."""
-        return f"w8a8_linear_o{self.block_o}_k{self.block_k}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
+        name = "w8a8_linear_prequantized" if self.prequantized else "w8a8_linear"
+        return f"{name}_o{self.block_o}_k{self.block_k}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +200,7 @@ class ScanSpec:
         if not 1 <= self.headdim <= 256 or not 1 <= self.dstate <= 256:
             raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 are allowed")
         for name, value, fewest in (("chunk", self.chunk, 16), ("block_p", self.block_p, 16), ("warps", self.warps, 1)):
-            if not _is_power_of_two(value) or not fewest <= value <= 256:
+            if not is_power_of_two(value) or not fewest <= value <= 256:
                 raise ConfigError(f"{name}={value} is not allowed; use a power of two from {fewest} to 256")
 
     def slug(self) -> str:
@@ -203,7 +208,19 @@ class ScanSpec:
         return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_r{self.block_p}_w{self.warps}_{self.target}"
 
 
-AnySpec = Spec | LinearSpec | ScanSpec
+class LayerSpec:
+    """What `render` needs of a spec in specs.py that is not of a state: its template's name and numbers."""
+
+    kernel: ClassVar[str]
+
+    def slug(self) -> str:
+        raise NotImplementedError
+
+    def constants(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+AnySpec = Spec | LinearSpec | ScanSpec | LayerSpec
 
 LINEAR_ROWS = 16
 """Rows of one program of `w8a8_linear`: the fewest that a product of int8 tiles takes."""
@@ -215,13 +232,15 @@ COMBINE_BLOCK = 256
 def render(spec: AnySpec) -> str:
     """Python source of the Triton kernel that ``spec`` names."""
     if isinstance(spec, Spec):
-        name, constants = "ssm_update", _constants(spec)
+        name, constants = spec.kernel, _constants(spec)
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
         constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
+    elif isinstance(spec, LayerSpec):
+        name, constants = spec.kernel, spec.constants()
     else:
         name = "chunk_scan"
-        constants = {"padded_n": max(16, _padded(spec.dstate))}
+        constants = {"padded_n": max(16, padded(spec.dstate))}
     return _environment().get_template(f"{name}.py.jinja").render(spec=spec, exp=EXP_CONSTANTS, **constants)
 
 
@@ -267,7 +286,7 @@ def _environment() -> jinja2.Environment:
 def _constants(spec: Spec) -> dict[str, Any]:
     ragged_rows = spec.headdim % spec.rows != 0
     width = spec.words if spec.bits else spec.dstate
-    ragged_columns = _padded(width) != width
+    ragged_columns = padded(width) != width
     row_test = f"row < {spec.headdim}"
     column_test = f"{'word' if spec.bits else 'column'} < {width}"
     tile_tests = [f"({row_test})[:, None]"] * ragged_rows + [f"({column_test})[None, :]"] * ragged_columns
@@ -281,8 +300,10 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "column_mask": f", mask={column_test}, other=0.0" if ragged_columns else "",
         "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
         "tile_mask_store": tile_mask,
-        "padded_columns": _padded(spec.dstate),
+        "padded_columns": padded(spec.dstate),
         "ring": spec.flush_interval - 1,
+        # Codes by the reference's own roundings, not by a fused product of g = h / state_scale.
+        "exact": spec.dynamic or spec.kernel != "ssm_update",
     }
     if spec.bits is None:
         return constants
@@ -294,14 +315,15 @@ def _constants(spec: Spec) -> dict[str, Any]:
     rounder = 3 * 2**22 + offset
     # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code).
     constant_bits = 0x4B400000
+    byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {
         # Reading keeps no updated state in registers: more rows share what each tile costs.
         "read_tile": min(spec.rows, READ_TILES * spec.tile),
-        "padded_ring": _padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
-        "n_mask": f", mask=n < {spec.dstate}, other=0.0" if _padded(spec.dstate) != spec.dstate else "",
-        "n_mask_store": f", mask=n < {spec.dstate}" if _padded(spec.dstate) != spec.dstate else "",
+        "padded_ring": padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
+        "n_mask": f", mask=n < {spec.dstate}, other=0.0" if padded(spec.dstate) != spec.dstate else "",
+        "n_mask_store": f", mask=n < {spec.dstate}" if padded(spec.dstate) != spec.dstate else "",
         "words": spec.words,
-        "padded_words": _padded(spec.words),
+        "padded_words": padded(spec.words),
         "padded_rows": spec.rows,
         "largest": quant.max_code(spec.bits),
         "tiny_scale": quant.TINY_SCALE,
@@ -321,13 +343,16 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "column_mask": f", mask=({column_test})[:, None], other=0.0" if ragged_columns else "",
         "column_mask_store": f", mask=({column_test})[:, None]" if ragged_columns else "",
         "tile_mask": f"{tile_mask}, other={_signed(0 if spec.bits == 8 else zero_word)}" if tile_mask else "",
+        "run_length": run_length,
+        "byte_mask": f"{byte_mask}, other=0.0" if byte_mask else "",
+        "byte_mask_store": byte_mask,
         "names": lambda letter: ", ".join(f"{letter}{index}" for index in range(32 // spec.bits)),
-        "splits": _splits(32 // spec.bits),
+        "splits": splits(32 // spec.bits),
         "split_result": _split_result(runs, 32 // spec.bits),
         "octant": octant,
-        "shares_philox": _is_power_of_two(spec.dstate) and spec.dstate >= 8,
+        "shares_philox": is_power_of_two(spec.dstate) and spec.dstate >= 8,
         "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
-        "power_of_two": _is_power_of_two(spec.headdim),
+        "power_of_two": is_power_of_two(spec.headdim),
     }
 
 
@@ -357,11 +382,11 @@ def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
     return found
 
 
-def _splits(width: int) -> list[dict[str, Any]]:
+def splits(width: int, whole: str = "columns", part: str = "c", first: int = 0) -> list[dict[str, Any]]:
     """Steps that halve [word, place] by the lowest bit of the place, breadth first, down to columns c0, c1, ..."""
 
     def name(place: int, step: int) -> str:
-        return "columns" if step == 1 else f"c{place}" if step == width else f"c{place}_by_{step}"
+        return whole if step == 1 else f"{part}{first + place}" if step == width else f"{part}{place}_by_{step}"
 
     steps, step = [], 1
     while step < width:
@@ -383,11 +408,11 @@ def _split_result(runs: int, count: int) -> str:
     return ", ".join(f"c{4 * (index % runs) + index // runs}" for index in range(count))
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _is_power_of_two(number: int) -> bool:
+def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from .render import LinearSpec, ScanSpec, Spec
+from .specs import ConvSpec, RowsSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +131,29 @@ def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> Scan
     while gpu and block_p > 16 and heads * -(-headdim // block_p) < gpu.units:
         block_p //= 2
     return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
+
+
+def quantize_rows(architecture: str, k: int, group_size: int | None) -> RowsSpec:
+    """One program a row, 16 features a thread where that takes at most 16 warps.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    spec = RowsSpec(k, group_size, 1, architecture)
+    lanes, warps = LANES.get(architecture, 32), 1
+    while warps < 16 and spec.elements > 16 * lanes * warps:
+        warps *= 2
+    return dataclasses.replace(spec, warps=warps)
+
+
+def conv_update(architecture: str, channels: int, length: int, taps: int) -> ConvSpec:
+    """The kernel for ``channels`` = batch * d: a channel a thread, in blocks of one warp where those fill the GPU less
+    than twice, of four otherwise.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    lanes = LANES.get(architecture, 32)
+    gpu = GPUS.get(architecture)
+    warps = 1 if gpu and channels < 2 * 4 * lanes * gpu.units else 4
+    return ConvSpec(length, taps, warps * lanes, warps, architecture)
