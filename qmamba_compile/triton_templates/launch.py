@@ -60,6 +60,7 @@ def _chosen(
     stochastic: bool,
     state_dtype: str = "float32",
     flush_interval: int = 1,
+    ring_bits: int = 16,
 ) -> Spec | None:
     try:
         return tuning.ssm_update(
@@ -72,6 +73,7 @@ def _chosen(
             stochastic,
             state_dtype=state_dtype,
             flush_interval=flush_interval,
+            ring_bits=ring_bits,
         )
     except ConfigError as error:
         log.warning("no Triton kernel, the torch reference runs instead: %s", error)
@@ -117,14 +119,16 @@ def ssm_update(
     dstate = quant.unpacked_width(packed.shape[-1], bits)
     dynamic = state_scale_out is not None
     interval = 1 if ring is None else ring.x.shape[1] + 1
-    spec = _chosen(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic, flush_interval=interval)
+    ring_bits = 8 if ring is not None and ring.scale is not None and interval > 1 else 16
+    scheme = (bits, dynamic, stochastic, "float32", interval, ring_bits)
+    spec = _chosen(architecture, batch * nheads, headdim, dstate, *scheme)
     scale = state_scale_out if state_scale_out is not None else state_scale
     if spec is None or scale is None or not scale.is_contiguous():
         return None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state: tuple[Tensor, ...] = (packed.view(torch.int32), channel_scale, scale, rng)
     if ring is not None and interval > 1:
-        state += (ring.x, ring.B, ring.decay, ring.position)
+        state += tuple(part for part in ring if part is not None)
     _launch(spec, state, slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
     if ring is not None and interval > 1:
         load(spec).advance[batch,](rng, slots, ring.position, num_warps=1)
@@ -220,11 +224,12 @@ def advance(rng: Tensor, slots: Tensor | None) -> None:
 def states_fit(
     packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None
 ) -> bool:
-    """The kernels write in place, so these cannot be copied into a layout that suits them. No ring of int8."""
+    """The kernels write in place, so these cannot be copied into a layout that suits them."""
     written = (packed, channel_scale, state_scale_out, rng, *(() if ring is None else ring))
     return (
         all(t is None or t.is_contiguous() for t in written)
-        and (ring is None or (ring.scale is None and ring.x.dtype in (torch.bfloat16, torch.float32)))
+        and (ring is None or ring.x.dtype in (torch.bfloat16, torch.float32, torch.int8))
+        and (ring is None or (ring.x.dtype is torch.int8) == (ring.scale is not None))
         and channel_scale.dtype is quant.SCALE_DTYPE
         and (state_scale_out is None or state_scale_out.dtype is quant.SCALE_DTYPE)
         and packed.shape[-1] % 4 == 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +21,18 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def _chosen(
-    kind: type[QuantizeSpec] | type[DequantizeSpec],
-    architecture: str,
-    heads: int,
-    headdim: int,
-    dstate: int,
-    bits: int,
-    dynamic: bool = False,
-    stochastic: bool = False,
-) -> QuantizeSpec | DequantizeSpec | None:
-    """Blocks of rows as `ssm_update` has them: what decides is the same, a tile of float32 elements in registers."""
+def _spec_to_pack(*choice: Any) -> QuantizeSpec | None:
     try:
-        spec = tuning.ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic)
-        return kind(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)})
+        return tuning.quantize_state(*choice)
+    except ConfigError as error:
+        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
+        return None
+
+
+@functools.cache
+def _spec_to_unpack(*choice: Any) -> DequantizeSpec | None:
+    try:
+        return tuning.dequantize_state(*choice)
     except ConfigError as error:
         log.warning("no Triton kernel, the torch reference runs instead: %s", error)
         return None
@@ -56,7 +54,7 @@ def quantize_state_(
         return False
     batch, nheads, headdim, dstate = state.shape
     dynamic = state_scale_out is not None
-    spec = _chosen(QuantizeSpec, architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic)
+    spec = _spec_to_pack(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic)
     scale = state_scale_out if state_scale_out is not None else state_scale
     if spec is None or scale is None:
         return False
@@ -86,7 +84,7 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
         return None
     batch, nheads, headdim, width = packed.shape
     dstate = quant.unpacked_width(width, bits)
-    spec = _chosen(DequantizeSpec, architecture, batch * nheads, headdim, dstate, bits)
+    spec = _spec_to_unpack(architecture, batch * nheads, headdim, dstate, bits)
     if spec is None:
         return None
     packed = packed.contiguous()

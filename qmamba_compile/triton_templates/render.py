@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import quant
 from ..errors import ConfigError
-from ..recurrence import EXP_CONSTANTS
+from ..recurrence import EXP_CONSTANTS, RING_DTYPES
 
 if TYPE_CHECKING:
     import jinja2
@@ -65,6 +65,7 @@ class Spec:
         target: one of `TARGETS`.
         state_dtype: one of `STATE_DTYPES`, for ``bits=None``.
         flush_interval: L of a checkpointed state, which is stored once in L steps; 1 is a state without a ring.
+        ring_bits: of the inputs in its ring; 16 stands for either floating type.
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -82,6 +83,7 @@ class Spec:
     target: str = "sm_90"
     state_dtype: str = "float32"
     flush_interval: int = 1
+    ring_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -104,6 +106,8 @@ class Spec:
             raise ConfigError(f"rows={self.rows}, warps={self.warps}: powers of two are allowed, and 16 warps at most")
         if not 1 <= self.flush_interval <= 65 or (self.flush_interval > 1 and self.bits is None):
             raise ConfigError(f"flush_interval={self.flush_interval}: 1 to 65 are allowed, and 1 for a float state")
+        if self.ring_bits not in RING_DTYPES or (self.ring_bits != 16 and self.flush_interval == 1):
+            raise ConfigError(f"ring_bits={self.ring_bits}: {tuple(RING_DTYPES)} are allowed, and 16 without a ring")
         if self.dynamic and self.rows < self.headdim:
             raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
 
@@ -117,6 +121,8 @@ class Spec:
             words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
         if self.flush_interval > 1:
             words.append(f"every{self.flush_interval}")
+        if self.ring_bits != 16:
+            words.append(f"ring{self.ring_bits}")
         return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
 
     @property
@@ -302,6 +308,8 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "tile_mask_store": tile_mask,
         "padded_columns": padded(spec.dstate),
         "ring": spec.flush_interval - 1,
+        "int8_ring": spec.ring_bits == 8,
+        "padded_headdim": padded(spec.headdim),
         # Codes by the reference's own roundings, not by a fused product of g = h / state_scale.
         "exact": spec.dynamic or spec.kernel != "ssm_update",
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from .render import LinearSpec, ScanSpec, Spec
-from .specs import ConvSpec, RowsSpec
+from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ def ssm_update(
     *,
     state_dtype: str = "float32",
     flush_interval: int = 1,
+    ring_bits: int = 16,
 ) -> Spec:
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
@@ -97,7 +98,8 @@ def ssm_update(
         fewest = max(1, lanes * 16 // row_bytes)
         while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
             rows //= 2
-    return Spec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture, state_dtype, flush_interval)
+    extents = (headdim, dstate, bits, dynamic, stochastic)
+    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 
 
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
@@ -131,6 +133,28 @@ def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> Scan
     while gpu and block_p > 16 and heads * -(-headdim // block_p) < gpu.units:
         block_p //= 2
     return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
+
+
+def quantize_state(
+    architecture: str, heads: int, headdim: int, dstate: int, bits: int, dynamic: bool, stochastic: bool
+) -> QuantizeSpec:
+    """Rows and warps as `ssm_update` has them: what decides is the same, a tile of float32 elements in registers.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    spec = ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic)
+    return QuantizeSpec(headdim, dstate, bits, dynamic, stochastic, spec.rows, spec.warps, architecture)
+
+
+def dequantize_state(architecture: str, heads: int, headdim: int, dstate: int, bits: int) -> DequantizeSpec:
+    """The same for unpacking, which needs no row but its own.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    spec = ssm_update(architecture, heads, headdim, dstate, bits, False, False)
+    return DequantizeSpec(headdim, dstate, bits, rows=spec.rows, warps=spec.warps, target=architecture)
 
 
 def quantize_rows(architecture: str, k: int, group_size: int | None) -> RowsSpec:

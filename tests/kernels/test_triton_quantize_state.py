@@ -188,9 +188,10 @@ BOUNDS = {
 )
 def test_compiled_code(kind: str, scales: str, target: str) -> None:
     """The state of 2.7B at batch 64: no spills, 16-byte accesses to float and packed state."""
-    which = {"quantize": QuantizeSpec, "dequantize": DequantizeSpec}[kind]
-    spec = launch_state._chosen(which, target, 64 * 80, 64, 128, 4, scales == "dynamic", scales == "stochastic")
-    assert spec is not None
+    shape = (target, 64 * 80, 64, 128, 4)
+    spec: QuantizeSpec | DequantizeSpec = tuning.dequantize_state(*shape)
+    if kind == "quantize":
+        spec = tuning.quantize_state(*shape, scales == "dynamic", scales == "stochastic")
     found = compiled.state_facts(spec)
     assert found.spills == 0 and found.local_accesses == 0, found
     lanes = tuning.LANES.get(target, 32) * spec.warps
