@@ -51,6 +51,7 @@ def compile_kernel(
     target: str,
     warps: int,
     stages: int = 2,
+    most_registers: int | None = None,
 ) -> Any:
     """Compile a rendered kernel for ``target``, as Triton's launcher would for 16-byte aligned arguments.
 
@@ -79,7 +80,9 @@ def compile_kernel(
         if types[argument] == "i32" and "stride" in argument
     }
     source = ASTSource(kernel, types, dict(constants), divisible)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if most_registers is not None:
+        options["maxnreg"] = most_registers
     return triton.compile(source, target=gpu, options=options)
 
 
@@ -257,8 +260,11 @@ def ssm_update_signature(
 def ssm_update_facts(spec: Spec) -> Facts:
     """`Facts` of an `ssm_update` kernel as a model calls it."""
     types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
-    kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, spec.warps)
-    return facts(kernel, spec.rows // spec.tile)
+    registers = spec.most_registers
+    kernel = compile_kernel(
+        load(spec), "ssm_update", types, constants, spec.target, spec.warps, most_registers=registers
+    )
+    return facts(kernel, spec.turns)
 
 
 @functools.cache
@@ -268,4 +274,4 @@ def state_facts(spec: Spec) -> Facts:
     strides = ("state_stride_b", "state_stride_h", "state_stride_p", "scale_stride_b")
     types |= dict.fromkeys(strides, "i32")
     kernel = compile_kernel(load(spec), spec.kernel, types, {}, spec.target, spec.warps)
-    return facts(kernel, spec.rows // spec.tile)
+    return facts(kernel, spec.turns)

@@ -210,6 +210,7 @@ def _launch(
         dt_softplus,
         num_warps=spec.warps,
         enable_fp_fusion=False,
+        **({} if spec.most_registers is None else {"maxnreg": spec.most_registers}),
     )
 
 

@@ -140,6 +140,28 @@ class Spec:
         return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
 
     @property
+    def lifted(self) -> bool:
+        """The step works on h in units of a row's old scale, which saves a product an element."""
+        return self.kernel == "ssm_update" and bool(self.bits) and not self.dynamic and self.flush_interval == 1
+
+    @property
+    def unrolled(self) -> bool:
+        """Two tiles a turn of the loop, within `most_registers`."""
+        nearest = self.lifted and not self.stochastic and self.bits == 4
+        return nearest and not self.target.startswith("gfx") and self.rows >= 2 * self.tile
+
+    @property
+    def most_registers(self) -> int | None:
+        """Limit of a thread's registers: with two tiles a turn the compiler would take 144, where 136 do without a
+        spill. Instructions an element: 10.7 with one tile, 10.4 with two (sm_90, 64 x 128, 4 bits; 128 spill)."""
+        return 136 if self.unrolled and self.target.startswith("sm_") else None
+
+    @property
+    def turns(self) -> int:
+        """Turns of the loop over a program's tiles."""
+        return self.rows // self.tile // (2 if self.unrolled else 1)
+
+    @property
     def row_blocks(self) -> int:
         """Programs of one head."""
         return -(-self.headdim // self.rows)
@@ -308,6 +330,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "tile_mask_store": tile_mask,
         "padded_columns": padded(spec.dstate),
         "ring": spec.flush_interval - 1,
+        "lifted": spec.lifted,
         "int8_ring": spec.ring_bits == 8,
         "padded_headdim": padded(spec.headdim),
         # Codes by the reference's own roundings, not by a fused product of g = h / state_scale.
@@ -321,8 +344,10 @@ def _constants(spec: Spec) -> dict[str, Any]:
     octant = -(-spec.dstate // 8)
     zero_word = sum(offset << shift for shift in range(0, 32, spec.bits))
     rounder = 3 * 2**22 + offset
-    # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code).
-    constant_bits = 0x4B400000
+    # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code), and the slot whose
+    # own constant makes up for it: the first whose part of them lies beyond the word.
+    surplus = sum(0x4B400000 << shift for shift in range(0, 32, spec.bits)) % 2**32
+    balance = -(-10 // spec.bits)
     byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {
         # Reading keeps no updated state in registers: more rows share what each tile costs.
@@ -338,7 +363,8 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "noise_turn": quant.NOISE_TURN,
         "offset": offset,
         "rounder": rounder,
-        "surplus": sum(constant_bits << shift for shift in range(0, 32, spec.bits)) % 2**32,
+        "balance": balance,
+        "balancing_rounder": rounder + ((-surplus % 2**32) >> (balance * spec.bits)),
         "zero_word": f"0x{zero_word:08X}",
         "slots": (slots := _slots(spec, run_length, offset)),
         "shift": _SHIFT[spec.bits],
@@ -383,11 +409,19 @@ def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
                 "source": source,
                 "mask": f"0x{(2**spec.bits - 1) << position:X}",
                 "bias": f"{2**23 + (offset << position)}.0",
+                "unscaled": _unscaled(f"field({source}, 0x{(2**spec.bits - 1) << position:X})", position, offset),
                 "times_unit": f" * {2.0**-position!r}" if position else "",
                 "column": f"{run * run_length + byte}",
             }
         )
     return found
+
+
+def _unscaled(field: str, position: int, offset: int) -> str:
+    """The code in a field of bits at ``position``, in one addition or one fused multiply-add, exactly."""
+    if position == 0:
+        return f"{field} - {2**23 + offset}.0"
+    return f"tl.fma({field}, {2.0**-position!r}, -{2.0 ** (23 - position) + offset!r})"
 
 
 def splits(width: int, whole: str = "columns", part: str = "c", first: int = 0) -> list[dict[str, Any]]:

@@ -45,8 +45,8 @@ LANES = {"gfx942": 64, "gfx950": 64}
 """Threads of a warp, where not 32."""
 
 PLANNED_WARPS = {"calibrated 4": 15, "calibrated 8": 24, "other": 8}
-"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 127 on
-sm_80 and sm_90, 136 on sm_100; 8 bits: 72. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
+"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 136,
+which `Spec.most_registers` asks for; 8 bits: 80. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
 the state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
 
 
@@ -73,8 +73,8 @@ def ssm_update(
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
     Calibrated: one warp owns rows. 4 warps on 64 rows would each prepare B / state_scale and C * state_scale anew, 2 to
-    3.5 instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows leave an element 1.1 instructions
-    less than 32 rows do (11.3 and 12.4; 18.2 with 8 rows), so a head is split only where the GPU would stay empty.
+    3.5 instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows leave an element 1.6 instructions
+    less than 32 rows do (10.4 and 12.0; 18.4 with 8 rows), so a head is split only where the GPU would stay empty.
 
     Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales
     of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4

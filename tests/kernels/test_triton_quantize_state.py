@@ -174,12 +174,12 @@ def test_spec_refuses(kind: Any, change: dict[str, Any], named: str) -> None:
         kind(**{"headdim": 64, "dstate": 128, "bits": 4} | change)
 
 
-# Instructions an element, as compiled by Triton 3.9 when the bound was set, plus 2 to 5 percent.
+# Instructions an element, as compiled by Triton 3.6 and 3.9 when the bound was set: the larger one plus 2 to 5 percent.
 BOUNDS = {
-    ("quantize", "calibrated"): {"sm_80": 11.0, "sm_90": 10.7, "sm_100": 9.3, "gfx942": 17.5},
-    ("quantize", "dynamic"): {"sm_80": 13.4, "sm_90": 13.3, "sm_100": 11.5, "gfx942": 27.2},
-    ("quantize", "stochastic"): {"sm_90": 34.0},
-    ("dequantize", "calibrated"): {"sm_80": 7.7, "sm_90": 7.7, "sm_100": 6.7, "gfx942": 7.0},
+    ("quantize", "calibrated"): {"sm_80": 11.0, "sm_90": 10.7, "sm_100": 9.5, "gfx942": 18.3},
+    ("quantize", "dynamic"): {"sm_80": 13.3, "sm_90": 13.2, "sm_100": 12.0, "gfx942": 26.7},
+    ("quantize", "stochastic"): {"sm_90": 33.7},
+    ("dequantize", "calibrated"): {"sm_80": 7.6, "sm_90": 7.6, "sm_100": 6.6, "gfx942": 7.0},
 }
 
 
