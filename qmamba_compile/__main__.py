@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +58,17 @@ _err = rich.console.Console(stderr=True)
 
 _RECOMPILE_LIMIT = 64
 """Prefill and decode, batch 1 and more, one chunk and several, with and without a mask: more than Dynamo's 8."""
+
+_GPU_KERNELS = (
+    "ssm_update",
+    "quantize_state",
+    "dequantize_state",
+    "chunk_scan",
+    "w8a8_linear",
+    "quantize_rows",
+    "norm_quantize_rows",
+    "conv_update",
+)
 
 Model = Annotated[str, typer.Option(help="Folder or hub name of a transformers model, or 'toy' for a tiny random one.")]
 Bits = Annotated[str, typer.Option(help="Bits of the SSM state: 8, 4, 2 or none.")]
@@ -134,7 +145,7 @@ def generate(
 
 @app.command()
 def render(
-    kernel: Annotated[str, typer.Argument(help="Name of a kernel, such as ssm_update.")],
+    kernel: Annotated[str, typer.Argument(help=f"CPU: such as ssm_update. GPU: {', '.join(_GPU_KERNELS)}.")],
     headdim: Annotated[int, typer.Option()] = 64,
     dstate: Annotated[int, typer.Option()] = 128,
     bits: Annotated[int, typer.Option(help="8, 4 or 2.")] = 4,
@@ -144,13 +155,15 @@ def render(
         str, typer.Option(help="cpu, or an instruction set (avx512, avx2, portable), or a GPU (sm_90, gfx942, ...).")
     ] = "cpu",
     heads: Annotated[int, typer.Option(help="GPU: batch * nheads, by which block sizes are chosen.")] = 5120,
+    k: Annotated[int, typer.Option(help="GPU: features of a linear's input, or of a row.")] = 2560,
+    outputs: Annotated[int, typer.Option(help="GPU: outputs of a linear.")] = 10576,
+    rows: Annotated[int, typer.Option(help="GPU: rows of a linear's input.")] = 1,
     stats: Annotated[bool, typer.Option("--stats", help="GPU: what the compiler made of it, instead of text.")] = False,
 ) -> None:
     """Print the source that is generated for a kernel."""
     if target.startswith(("sm_", "gfx")):
-        return _render_triton(
-            kernel, headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic", target, heads, stats
-        )
+        scheme = (headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic")
+        return _render_triton(kernel, target, heads, scheme, (rows, outputs, k), stats)
     from .cpu_templates import build
     from .cpu_templates.render import Spec
     from .cpu_templates.render import render as render_source
@@ -164,26 +177,38 @@ def render(
 
 def _render_triton(
     kernel: str,
-    headdim: int,
-    dstate: int,
-    bits: int,
-    dynamic: bool,
-    stochastic: bool,
     target: str,
     heads: int,
+    scheme: tuple[int, int, int, bool, bool],
+    linear: tuple[int, int, int],
     stats: bool,
 ) -> None:
+    """Args: scheme: headdim, dstate, bits, dynamic, stochastic. linear: rows, outputs, k."""
     from .triton_templates import compiled, tuning
     from .triton_templates import render as triton_render
 
-    if kernel != "ssm_update":
-        raise ConfigError(f"kernel={kernel!r} is not printed for GPUs; use ssm_update")
     target = triton_render.target_of(target)
-    spec = tuning.ssm_update(target, heads, headdim, dstate, bits, dynamic, stochastic)
+    headdim, dstate, bits, *_ = scheme
+    choices: dict[str, Callable[[], triton_render.AnySpec]] = {
+        "ssm_update": lambda: tuning.ssm_update(target, heads, *scheme),
+        "quantize_state": lambda: tuning.quantize_state(target, heads, *scheme),
+        "dequantize_state": lambda: tuning.dequantize_state(target, heads, headdim, dstate, bits),
+        "chunk_scan": lambda: tuning.chunk_scan(target, heads, headdim, dstate),
+        "w8a8_linear": lambda: tuning.w8a8_linear(target, *linear),
+        "quantize_rows": lambda: tuning.quantize_rows(target, linear[2], None),
+        "norm_quantize_rows": lambda: tuning.quantize_rows(target, linear[2], linear[2]),
+        "conv_update": lambda: tuning.conv_update(target, heads * headdim, 4, 4),
+    }
+    assert tuple(choices) == _GPU_KERNELS
+    if kernel not in choices:
+        raise ConfigError(f"kernel={kernel!r} is not printed for GPUs; use one of {', '.join(choices)}")
+    spec = choices[kernel]()
     if not stats:
         sys.stdout.write(triton_render.render(spec))
         return
-    found = compiled.ssm_update_facts(spec)
+    if not isinstance(spec, triton_render.Spec):
+        raise ConfigError(f"--stats counts instructions an element of a state; {kernel} has none")
+    found = compiled.ssm_update_facts(spec) if kernel == "ssm_update" else compiled.state_facts(spec)
     elements = spec.rows * spec.dstate / (tuning.LANES.get(target, 32) * spec.warps)
     table = rich.table.Table(title=spec.slug(), title_justify="left", box=None, show_header=False, title_style="bold")
     table.add_row("registers of a thread", str(found.registers))

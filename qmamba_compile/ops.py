@@ -21,6 +21,8 @@ from . import quant, recurrence, scan_ops  # noqa: F401  scan_ops defines an ope
 from .cpu_templates import launch as cpu_kernels
 from .recurrence import Ring
 from .triton_templates import launch as gpu_kernels
+from .triton_templates import launch_layers as gpu_layers
+from .triton_templates import launch_state as gpu_states
 
 _library = torch.library.Library("qmamba", "DEF")
 
@@ -78,7 +80,7 @@ def _fake(name: str):  # type: ignore[no-untyped-def]
 def quantize_state(state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, seed: int) -> list[Tensor]:
     """Pack a fresh state [b, h, p, n]: packed, channel_scale, rng, and state_scale when dynamic."""
     rng = quant.new_rng(state.shape[0], seed, state.device)
-    if state.is_cpu:
+    if state.is_cpu or state.is_cuda:
         batch, nheads, headdim, dstate = state.shape
         width = quant.packed_width(dstate, bits)
         packed = state.new_empty((batch, nheads, headdim, width), dtype=torch.int8 if bits == 8 else torch.uint8)
@@ -88,9 +90,8 @@ def quantize_state(state: Tensor, state_scale: Tensor | None, bits: int, stochas
         if state_scale is None:
             state_scale_out = state.new_empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE)
             outputs.append(state_scale_out)
-        if cpu_kernels.quantize_state_(
-            packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic
-        ):
+        kernels = cpu_kernels if state.is_cpu else gpu_states
+        if kernels.quantize_state_(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic):
             return outputs
     packed, channel_scale, found_scale = quant.quantize_state(
         state, bits, state_scale=state_scale, rng=rng if stochastic else None
@@ -126,10 +127,10 @@ def quantize_state_(
     ring_position: Tensor | None = None,
 ) -> None:
     """Requantize ``state`` [b, h, p, n] into the tensors of an existing packed state; its ring starts anew."""
-    if not packed.is_cpu or not cpu_kernels.quantize_state_(
-        packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic
-    ):
-        quantize_state_reference_(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic)
+    arguments = (packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic)
+    kernels = cpu_kernels if packed.is_cpu else gpu_states
+    if not (packed.is_cpu or packed.is_cuda) or not kernels.quantize_state_(*arguments):
+        quantize_state_reference_(*arguments)
     if ring_position is not None:
         ring_position.zero_()
 
@@ -170,8 +171,9 @@ def dequantize_state(
 ) -> Tensor:
     """float32 snapshot [b, h, p, n] of the state now."""
     state = None
-    if packed.is_cpu:
-        state = cpu_kernels.dequantize_state(packed, channel_scale, state_scale, bits)
+    if packed.is_cpu or packed.is_cuda:
+        kernels = cpu_kernels if packed.is_cpu else gpu_states
+        state = kernels.dequantize_state(packed, channel_scale, state_scale, bits)
     if state is None:
         state = quant.dequantize_state(packed, channel_scale, state_scale, bits)
     ring = _ring(ring_tensors)
@@ -344,7 +346,7 @@ def w8a8_linear(
 ) -> Tensor:
     """`w8a8_linear_reference` by the fastest kernel that this device has."""
     if x.is_cpu or x.is_cuda:
-        kernels = cpu_kernels if x.is_cpu else gpu_kernels
+        kernels = cpu_kernels if x.is_cpu else gpu_layers
         y = kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
         if y is not None:
             return y
@@ -403,8 +405,9 @@ def norm_w8a8_linear(
     act_scale: Tensor | None,
 ) -> Tensor:
     """`w8a8_linear` of `rms_norm_reference`, by the fastest kernel that this device has: [..., k] -> [..., o]."""
-    if x.is_cpu:
-        y = cpu_kernels.norm_w8a8_linear(
+    if x.is_cpu or x.is_cuda:
+        kernels = cpu_kernels if x.is_cpu else gpu_layers
+        y = kernels.norm_w8a8_linear(
             x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale
         )
         if y is not None:
@@ -437,8 +440,9 @@ def _(x, gate, norm_weight, epsilon, group_size, qdata, *args) -> Tensor:  # typ
 @_implement("conv_update")
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """`conv_update_reference` by the fastest kernel that this device has."""
-    if xBC.is_cpu:
-        y = cpu_kernels.conv_update(conv_state, xBC, weight, bias, silu)
+    if xBC.is_cpu or xBC.is_cuda:
+        kernels = cpu_kernels if xBC.is_cpu else gpu_layers
+        y = kernels.conv_update(conv_state, xBC, weight, bias, silu)
         if y is not None:
             return y
     return conv_update_reference(conv_state, xBC, weight, bias, silu)

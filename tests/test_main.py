@@ -125,6 +125,14 @@ def test_render_prints_a_triton_kernel():
     assert "lop3.b32" in result.stdout and "p64_n128_b4_calibrated_nearest" in result.stdout
 
 
+@pytest.mark.parametrize("kernel", cli._GPU_KERNELS)
+def test_render_prints_every_gpu_kernel(kernel):
+    result = invoke("render", kernel, "--target", "gfx942")
+    assert result.exit_code == 0, result.output
+    compile(result.stdout, "rendered", "exec")
+    assert kernel.removeprefix("norm_") in result.stdout.splitlines()[0] and "gfx942" in result.stdout.splitlines()[0]
+
+
 def test_render_says_what_the_compiler_made_of_it():
     result = invoke("render", "ssm_update", "--target", "sm_90", "--state-scales", "calibrated", "--stats")
     assert result.exit_code == 0, result.output
@@ -135,7 +143,8 @@ def test_render_says_what_the_compiler_made_of_it():
     "arguments, named",
     [
         (["ssm_update", "--target", "sm_70"], "sm_70"),
-        (["dequantize_state", "--target", "sm_90"], "dequantize_state"),
+        (["ssm_scan", "--target", "sm_90"], "ssm_scan"),
+        (["conv_update", "--target", "sm_90", "--stats"], "conv_update"),
         (["ssm_update", "--stats"], "--stats"),
         (["ssm_update", "--target", "gfx942", "--dstate", "20"], "dstate=20"),
     ],

@@ -51,6 +51,7 @@ def compile_kernel(
     target: str,
     warps: int,
     stages: int = 2,
+    most_registers: int | None = None,
 ) -> Any:
     """Compile a rendered kernel for ``target``, as Triton's launcher would for 16-byte aligned arguments.
 
@@ -79,7 +80,9 @@ def compile_kernel(
         if types[argument] == "i32" and "stride" in argument
     }
     source = ASTSource(kernel, types, dict(constants), divisible)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if most_registers is not None:
+        options["maxnreg"] = most_registers
     return triton.compile(source, target=gpu, options=options)
 
 
@@ -272,12 +275,13 @@ def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     """
     types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
     types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
-    module, trips, inner = load(spec), spec.rows // spec.tile, 1
+    module, trips, inner = load(spec), spec.turns, 1
     if stores is not None:
         module = load_source(f"{spec.slug()}_{'storing' if stores else 'reading'}", _one_branch(render(spec), stores))
         trips = trips if stores else max(1, trips // READ_TILES)
         inner = spec.flush_interval - 1
-    kernel = compile_kernel(module, "ssm_update", types, constants, spec.target, spec.warps)
+    registers = spec.most_registers
+    kernel = compile_kernel(module, "ssm_update", types, constants, spec.target, spec.warps, most_registers=registers)
     return facts(kernel, trips, inner)
 
 
@@ -288,3 +292,13 @@ def _one_branch(source: str, stores: bool) -> str:
     bound = re.search(r"^    if position < (\d+):$", source, re.MULTILINE)
     assert bound is not None and len(test.findall(source)) == 1
     return test.sub(assumed.format(f"{'==' if stores else '<'} {bound[1]}"), source)
+
+
+@functools.cache
+def state_facts(spec: Spec) -> Facts:
+    """`Facts` of a `quantize_state` kernel for a float32 state, or of a `dequantize_state` kernel."""
+    types = {"packed": "*i32", "channel_scale": "*bf16", "state_scale": "*bf16", "rng": "*i64", "state": "*fp32"}
+    strides = ("state_stride_b", "state_stride_h", "state_stride_p", "scale_stride_b")
+    types |= dict.fromkeys(strides, "i32")
+    kernel = compile_kernel(load(spec), spec.kernel, types, {}, spec.target, spec.warps)
+    return facts(kernel, spec.turns)

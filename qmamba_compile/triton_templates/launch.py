@@ -60,6 +60,7 @@ def _chosen(
     stochastic: bool,
     state_dtype: str = "float32",
     flush_interval: int = 1,
+    ring_bits: int = 16,
 ) -> Spec | None:
     try:
         return tuning.ssm_update(
@@ -72,6 +73,7 @@ def _chosen(
             stochastic,
             state_dtype=state_dtype,
             flush_interval=flush_interval,
+            ring_bits=ring_bits,
         )
     except ConfigError as error:
         log.warning("no Triton kernel, the torch reference runs instead: %s", error)
@@ -111,25 +113,27 @@ def ssm_update(
         dt_min, dt_max: limits of dt after softplus.
     """
     architecture = target(x.device.type, x.device.index)
-    if architecture is None or not _states_fit(packed, channel_scale, state_scale_out, rng, ring):
+    if architecture is None or not states_fit(packed, channel_scale, state_scale_out, rng, ring):
         return None
     batch, nheads, headdim = x.shape
     dstate = quant.unpacked_width(packed.shape[-1], bits)
     dynamic = state_scale_out is not None
     interval = 1 if ring is None else ring.x.shape[1] + 1
-    spec = _chosen(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic, flush_interval=interval)
+    ring_bits = 8 if ring is not None and ring.scale is not None and interval > 1 else 16
+    scheme = (bits, dynamic, stochastic, "float32", interval, ring_bits)
+    spec = _chosen(architecture, batch * nheads, headdim, dstate, *scheme)
     scale = state_scale_out if state_scale_out is not None else state_scale
     if spec is None or scale is None or not scale.is_contiguous():
         return None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state: tuple[Tensor, ...] = (packed.view(torch.int32), channel_scale, scale, rng)
     if ring is not None and interval > 1:
-        state += (ring.x, ring.B, ring.decay, ring.position)
+        state += tuple(part for part in ring if part is not None)
     _launch(spec, state, slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
     if ring is not None and interval > 1:
         load(spec).advance[batch,](rng, slots, ring.position, num_warps=1)
     elif stochastic:
-        _advance(rng, slots)
+        advance(rng, slots)
     return y
 
 
@@ -206,10 +210,11 @@ def _launch(
         dt_softplus,
         num_warps=spec.warps,
         enable_fp_fusion=False,
+        **({} if spec.most_registers is None else {"maxnreg": spec.most_registers}),
     )
 
 
-def _advance(rng: Tensor, slots: Tensor | None) -> None:
+def advance(rng: Tensor, slots: Tensor | None) -> None:
     """Add 1 to the step of each sequence. A kernel cannot: its programs read the step in no order."""
     if slots is None:
         rng[:, 1] += 1
@@ -217,14 +222,15 @@ def _advance(rng: Tensor, slots: Tensor | None) -> None:
         rng[:, 1].index_add_(0, slots.clamp(min=0).long(), (slots >= 0).to(rng.dtype))
 
 
-def _states_fit(
+def states_fit(
     packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None
 ) -> bool:
-    """The kernels write in place, so these cannot be copied into a layout that suits them. No ring of int8."""
+    """The kernels write in place, so these cannot be copied into a layout that suits them."""
     written = (packed, channel_scale, state_scale_out, rng, *(() if ring is None else ring))
     return (
         all(t is None or t.is_contiguous() for t in written)
-        and (ring is None or (ring.scale is None and ring.x.dtype in (torch.bfloat16, torch.float32)))
+        and (ring is None or ring.x.dtype in (torch.bfloat16, torch.float32, torch.int8))
+        and (ring is None or (ring.x.dtype is torch.int8) == (ring.scale is not None))
         and channel_scale.dtype is quant.SCALE_DTYPE
         and (state_scale_out is None or state_scale_out.dtype is quant.SCALE_DTYPE)
         and packed.shape[-1] % 4 == 0
@@ -269,7 +275,7 @@ def w8a8_linear(
     arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows, outputs)
     module.w8a8_linear[grid](*arguments, flat.stride(0), k, **options)
     if spec.splits > 1:
-        combining = (-(-outputs // COMBINE_BLOCK), rows)
+        combining = (rows, -(-outputs // COMBINE_BLOCK))
         module.combine[combining](partial, row_scale, scale, bias, y, rows, outputs, **options)
     return y
 

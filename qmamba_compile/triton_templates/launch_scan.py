@@ -18,7 +18,8 @@ from .. import quant
 from ..errors import ConfigError
 from . import tuning
 from .launch import target
-from .render import SsmScanBackwardSpec, SsmScanSpec, load
+from .render import load
+from .specs import SsmScanBackwardSpec, SsmScanSpec
 
 log = logging.getLogger(__name__)
 

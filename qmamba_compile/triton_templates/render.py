@@ -11,11 +11,11 @@ import os
 import pathlib
 import tempfile
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import quant
 from ..errors import ConfigError
-from ..recurrence import EXP_CONSTANTS
+from ..recurrence import EXP_CONSTANTS, RING_DTYPES
 
 if TYPE_CHECKING:
     import jinja2
@@ -65,10 +65,13 @@ class Spec:
         target: one of `TARGETS`.
         state_dtype: one of `STATE_DTYPES`, for ``bits=None``.
         flush_interval: L of a checkpointed state, which is stored once in L steps; 1 is a state without a ring.
+        ring_bits: of the inputs in its ring; 16 stands for either floating type.
 
     Raises:
         ConfigError: a value that no kernel can be made for.
     """
+
+    kernel: ClassVar[str] = "ssm_update"
 
     headdim: int
     dstate: int
@@ -80,6 +83,7 @@ class Spec:
     target: str = "sm_90"
     state_dtype: str = "float32"
     flush_interval: int = 1
+    ring_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -98,16 +102,18 @@ class Spec:
                 f"dstate={self.dstate} at {self.bits} bits does not fill words of 32 bits; "
                 f"use a multiple of {32 // self.bits}"
             )
-        if not _is_power_of_two(self.rows) or not _is_power_of_two(self.warps) or self.warps > 16:
+        if not is_power_of_two(self.rows) or not is_power_of_two(self.warps) or self.warps > 16:
             raise ConfigError(f"rows={self.rows}, warps={self.warps}: powers of two are allowed, and 16 warps at most")
         if not 1 <= self.flush_interval <= 65 or (self.flush_interval > 1 and self.bits is None):
             raise ConfigError(f"flush_interval={self.flush_interval}: 1 to 65 are allowed, and 1 for a float state")
+        if self.ring_bits not in RING_DTYPES or (self.ring_bits != 16 and self.flush_interval == 1):
+            raise ConfigError(f"ring_bits={self.ring_bits}: {tuple(RING_DTYPES)} are allowed, and 16 without a ring")
         if self.dynamic and self.rows < self.headdim:
             raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
 
     def slug(self) -> str:
         """Name of the kernel, and the beginning of its file's name."""
-        words = ["ssm_update", f"p{self.headdim}", f"n{self.dstate}"]
+        words = [self.kernel, f"p{self.headdim}", f"n{self.dstate}"]
         if self.bits is None:
             words.append(self.state_dtype)
         else:
@@ -115,6 +121,8 @@ class Spec:
             words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
         if self.flush_interval > 1:
             words.append(f"every{self.flush_interval}")
+        if self.ring_bits != 16:
+            words.append(f"ring{self.ring_bits}")
         return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
 
     @property
@@ -127,9 +135,31 @@ class Spec:
         """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state."""
         if self.dynamic:
             return self.rows
-        row_bytes = _padded(self.words) * 4 if self.bits else _padded(self.dstate) * _itemsize(self.state_dtype) // 4
+        row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4
         lanes = 64 if self.target.startswith("gfx") else 32
         return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
+
+    @property
+    def lifted(self) -> bool:
+        """The step works on h in units of a row's old scale, which saves a product an element."""
+        return self.kernel == "ssm_update" and bool(self.bits) and not self.dynamic and self.flush_interval == 1
+
+    @property
+    def unrolled(self) -> bool:
+        """Two tiles a turn of the loop, within `most_registers`."""
+        nearest = self.lifted and not self.stochastic and self.bits == 4
+        return nearest and not self.target.startswith("gfx") and self.rows >= 2 * self.tile
+
+    @property
+    def most_registers(self) -> int | None:
+        """Limit of a thread's registers: with two tiles a turn the compiler would take 144, where 136 do without a
+        spill. Instructions an element: 10.7 with one tile, 10.4 with two (sm_90, 64 x 128, 4 bits; 128 spill)."""
+        return 136 if self.unrolled and self.target.startswith("sm_") else None
+
+    @property
+    def turns(self) -> int:
+        """Turns of the loop over a program's tiles."""
+        return self.rows // self.tile // (2 if self.unrolled else 1)
 
     @property
     def row_blocks(self) -> int:
@@ -146,6 +176,7 @@ class LinearSpec:
         splits: programs that share one block of outputs, each with a part of k.
         warps, stages: of a program, and loads of weights under way.
         target: one of `TARGETS`.
+        prequantized: x comes as the codes and scales of `quantize_rows`.
     """
 
     block_o: int = 32
@@ -154,11 +185,12 @@ class LinearSpec:
     warps: int = 4
     stages: int = 4
     target: str = "sm_90"
+    prequantized: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
-        if not all(_is_power_of_two(n) for n in (self.block_o, self.block_k, self.warps)):
+        if not all(is_power_of_two(n) for n in (self.block_o, self.block_k, self.warps)):
             raise ConfigError(f"{self}: block_o, block_k and warps must be powers of two")
         if self.block_o < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
             raise ConfigError(
@@ -167,7 +199,8 @@ class LinearSpec:
 
     def slug(self) -> str:
         """Name of the kernel, and the beginning of its file's name."""
-        return f"w8a8_linear_o{self.block_o}_k{self.block_k}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
+        name = "w8a8_linear_prequantized" if self.prequantized else "w8a8_linear"
+        return f"{name}_o{self.block_o}_k{self.block_k}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +228,7 @@ class ScanSpec:
         if not 1 <= self.headdim <= 256 or not 1 <= self.dstate <= 256:
             raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 are allowed")
         for name, value, fewest in (("chunk", self.chunk, 16), ("block_p", self.block_p, 16), ("warps", self.warps, 1)):
-            if not _is_power_of_two(value) or not fewest <= value <= 256:
+            if not is_power_of_two(value) or not fewest <= value <= 256:
                 raise ConfigError(f"{name}={value} is not allowed; use a power of two from {fewest} to 256")
 
     def slug(self) -> str:
@@ -203,108 +236,19 @@ class ScanSpec:
         return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_r{self.block_p}_w{self.warps}_{self.target}"
 
 
-@dataclasses.dataclass(frozen=True)
-class SsmScanSpec:
-    """One `ssm_scan` kernel, of the faithful scan.
+class LayerSpec:
+    """What `render` needs of a spec in specs.py that is not of a state: its template's name and numbers."""
 
-    Batch, seqlen, nheads, ngroups, strides, dtypes, flush_interval and optional inputs come with the call.
-
-    Attributes:
-        headdim, dstate: extents of one head's state.
-        bits: bits of a code; ``None`` is a float32 state.
-        dynamic: state_scale is measured at each store, by a program that owns the head; otherwise it is calibrated.
-        stochastic: rounding of the stores.
-        rows: rows of a head that one program holds; all of them when dynamic.
-        warps: of a program.
-        target: one of `TARGETS`.
-
-    Raises:
-        ConfigError: a value that no kernel can be made for.
-    """
-
-    headdim: int
-    dstate: int
-    bits: int | None
-    dynamic: bool = False
-    stochastic: bool = False
-    rows: int = 8
-    warps: int = 1
-    target: str = "sm_90"
-
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
-        if not 1 <= self.headdim <= 256 or not 1 <= self.dstate <= 256:
-            raise ConfigError(f"headdim={self.headdim}, dstate={self.dstate}: 1 to 256 are allowed")
-        if self.bits is None and (self.dynamic or self.stochastic):
-            raise ConfigError("bits=None is a float state: dynamic=False, stochastic=False")
-        if self.bits is not None and not 2 <= self.bits <= 8:
-            raise ConfigError(f"bits={self.bits} is not allowed; use 2 to 8 or None")
-        if not _is_power_of_two(self.rows) or not _is_power_of_two(self.warps) or self.warps > 16:
-            raise ConfigError(f"rows={self.rows}, warps={self.warps}: powers of two are allowed, and 16 warps at most")
-        if self.dynamic and self.rows < self.headdim:
-            raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
+    kernel: ClassVar[str]
 
     def slug(self) -> str:
-        """Name of the kernel, and the beginning of its file's name."""
-        words = ["ssm_scan", f"p{self.headdim}", f"n{self.dstate}"]
-        if self.bits is None:
-            words.append("float32")
-        else:
-            words.append(f"b{self.bits}")
-            words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
-        return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
+        raise NotImplementedError
 
-    @property
-    def columns(self) -> int:
-        """Columns of the tile that a program holds, padding included."""
-        # Stochastic: eight runs, as the noise of a row comes.
-        return 8 * _padded(-(-self.dstate // 8)) if self.stochastic else _padded(self.dstate)
-
-    @property
-    def row_blocks(self) -> int:
-        """Programs of one head."""
-        return -(-self.headdim // self.rows)
+    def constants(self) -> dict[str, Any]:
+        raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
-class SsmScanBackwardSpec:
-    """One `ssm_scan_backward` kernel: the gradient of a chunk of tokens whose states are there.
-
-    Attributes:
-        headdim, dstate: extents of one head's state, which one program owns.
-        warps: of a program.
-        target: one of `TARGETS`.
-
-    Raises:
-        ConfigError: a value that no kernel can be made for.
-    """
-
-    headdim: int
-    dstate: int
-    warps: int = 8
-    target: str = "sm_90"
-
-    def __post_init__(self) -> None:
-        # The same limits.
-        SsmScanSpec(self.headdim, self.dstate, None, warps=self.warps, target=self.target)
-
-    def slug(self) -> str:
-        """Name of the kernel, and the beginning of its file's name."""
-        return f"ssm_scan_backward_p{self.headdim}_n{self.dstate}_w{self.warps}_{self.target}"
-
-    @property
-    def rows(self) -> int:
-        """Rows of the tile that a program holds, padding included."""
-        return _padded(self.headdim)
-
-    @property
-    def columns(self) -> int:
-        """Columns of that tile."""
-        return _padded(self.dstate)
-
-
-AnySpec = Spec | LinearSpec | ScanSpec | SsmScanSpec | SsmScanBackwardSpec
+AnySpec = Spec | LinearSpec | ScanSpec | LayerSpec
 
 LINEAR_ROWS = 16
 """Rows of one program of `w8a8_linear`: the fewest that a product of int8 tiles takes."""
@@ -316,17 +260,15 @@ COMBINE_BLOCK = 256
 def render(spec: AnySpec) -> str:
     """Python source of the Triton kernel that ``spec`` names."""
     if isinstance(spec, Spec):
-        name, constants = "ssm_update", _constants(spec)
+        name, constants = spec.kernel, _constants(spec)
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
         constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
-    elif isinstance(spec, SsmScanSpec):
-        name, constants = "ssm_scan", _ssm_scan_constants(spec)
-    elif isinstance(spec, SsmScanBackwardSpec):
-        name, constants = "ssm_scan_backward", _tile_constants(spec)
+    elif isinstance(spec, LayerSpec):
+        name, constants = spec.kernel, spec.constants()
     else:
         name = "chunk_scan"
-        constants = {"padded_n": max(16, _padded(spec.dstate))}
+        constants = {"padded_n": max(16, padded(spec.dstate))}
     return _environment().get_template(f"{name}.py.jinja").render(spec=spec, exp=EXP_CONSTANTS, **constants)
 
 
@@ -372,7 +314,7 @@ def _environment() -> jinja2.Environment:
 def _constants(spec: Spec) -> dict[str, Any]:
     ragged_rows = spec.headdim % spec.rows != 0
     width = spec.words if spec.bits else spec.dstate
-    ragged_columns = _padded(width) != width
+    ragged_columns = padded(width) != width
     row_test = f"row < {spec.headdim}"
     column_test = f"{'word' if spec.bits else 'column'} < {width}"
     tile_tests = [f"({row_test})[:, None]"] * ragged_rows + [f"({column_test})[None, :]"] * ragged_columns
@@ -386,8 +328,13 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "column_mask": f", mask={column_test}, other=0.0" if ragged_columns else "",
         "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
         "tile_mask_store": tile_mask,
-        "padded_columns": _padded(spec.dstate),
+        "padded_columns": padded(spec.dstate),
         "ring": spec.flush_interval - 1,
+        "lifted": spec.lifted,
+        "int8_ring": spec.ring_bits == 8,
+        "padded_headdim": padded(spec.headdim),
+        # Codes by the reference's own roundings, not by a fused product of g = h / state_scale.
+        "exact": spec.dynamic or spec.kernel != "ssm_update",
     }
     if spec.bits is None:
         return constants
@@ -397,23 +344,27 @@ def _constants(spec: Spec) -> dict[str, Any]:
     octant = -(-spec.dstate // 8)
     zero_word = sum(offset << shift for shift in range(0, 32, spec.bits))
     rounder = 3 * 2**22 + offset
-    # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code).
-    constant_bits = 0x4B400000
+    # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code), and the slot whose
+    # own constant makes up for it: the first whose part of them lies beyond the word.
+    surplus = sum(0x4B400000 << shift for shift in range(0, 32, spec.bits)) % 2**32
+    balance = -(-10 // spec.bits)
+    byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {
         # Reading keeps no updated state in registers: more rows share what each tile costs.
         "read_tile": min(spec.rows, READ_TILES * spec.tile),
-        "padded_ring": _padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
-        "n_mask": f", mask=n < {spec.dstate}, other=0.0" if _padded(spec.dstate) != spec.dstate else "",
-        "n_mask_store": f", mask=n < {spec.dstate}" if _padded(spec.dstate) != spec.dstate else "",
+        "padded_ring": padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
+        "n_mask": f", mask=n < {spec.dstate}, other=0.0" if padded(spec.dstate) != spec.dstate else "",
+        "n_mask_store": f", mask=n < {spec.dstate}" if padded(spec.dstate) != spec.dstate else "",
         "words": spec.words,
-        "padded_words": _padded(spec.words),
+        "padded_words": padded(spec.words),
         "padded_rows": spec.rows,
         "largest": quant.max_code(spec.bits),
         "tiny_scale": quant.TINY_SCALE,
         "noise_turn": quant.NOISE_TURN,
         "offset": offset,
         "rounder": rounder,
-        "surplus": sum(constant_bits << shift for shift in range(0, 32, spec.bits)) % 2**32,
+        "balance": balance,
+        "balancing_rounder": rounder + ((-surplus % 2**32) >> (balance * spec.bits)),
         "zero_word": f"0x{zero_word:08X}",
         "slots": (slots := _slots(spec, run_length, offset)),
         "shift": _SHIFT[spec.bits],
@@ -426,49 +377,16 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "column_mask": f", mask=({column_test})[:, None], other=0.0" if ragged_columns else "",
         "column_mask_store": f", mask=({column_test})[:, None]" if ragged_columns else "",
         "tile_mask": f"{tile_mask}, other={_signed(0 if spec.bits == 8 else zero_word)}" if tile_mask else "",
+        "run_length": run_length,
+        "byte_mask": f"{byte_mask}, other=0.0" if byte_mask else "",
+        "byte_mask_store": byte_mask,
         "names": lambda letter: ", ".join(f"{letter}{index}" for index in range(32 // spec.bits)),
-        "splits": _splits(32 // spec.bits),
+        "splits": splits(32 // spec.bits),
         "split_result": _split_result(runs, 32 // spec.bits),
         "octant": octant,
-        "shares_philox": _is_power_of_two(spec.dstate) and spec.dstate >= 8,
+        "shares_philox": is_power_of_two(spec.dstate) and spec.dstate >= 8,
         "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
-        "power_of_two": _is_power_of_two(spec.headdim),
-    }
-
-
-def _tile_constants(spec: SsmScanSpec | SsmScanBackwardSpec) -> dict[str, Any]:
-    """Masks of a tile [rows, columns] of a head, where it does not end with the head."""
-    ragged_rows, ragged_columns = spec.headdim % spec.rows != 0, spec.columns != spec.dstate
-    tests = {
-        "row": f"row < {spec.headdim}" if ragged_rows else "",
-        "column": f"column < {spec.dstate}" if ragged_columns else "",
-    }
-    tile = [f"({tests['row']})[:, None]"] * ragged_rows + [f"({tests['column']})[None, :]"] * ragged_columns
-    constants: dict[str, Any] = {"columns": spec.columns}
-    for name, test in (tests | {"tile": " & ".join(tile)}).items():
-        constants[f"{name}_mask"] = f", mask={test}, other=0.0" if test else ""
-        constants[f"{name}_mask_store"] = f", mask={test}" if test else ""
-    return constants
-
-
-def _ssm_scan_constants(spec: SsmScanSpec) -> dict[str, Any]:
-    constants = _tile_constants(spec) | {
-        "nvidia": spec.target.startswith("sm_"),
-        "row_blocks": spec.row_blocks,
-        "octant": -(-spec.dstate // 8),
-        "padded_octant": spec.columns // 8,
-    }
-    if spec.bits is None:
-        return constants
-    return constants | {
-        "largest": quant.max_code(spec.bits),
-        "tiny_scale": quant.TINY_SCALE,
-        "noise_turn": quant.NOISE_TURN,
-        # Codes are not packed here, and have no offset.
-        "rounder": 3 * 2**22,
-        "ring": 0,
-        "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
-        "power_of_two": _is_power_of_two(spec.headdim),
+        "power_of_two": is_power_of_two(spec.headdim),
     }
 
 
@@ -491,6 +409,7 @@ def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
                 "source": source,
                 "mask": f"0x{(2**spec.bits - 1) << position:X}",
                 "bias": f"{2**23 + (offset << position)}.0",
+                "unscaled": _unscaled(f"field({source}, 0x{(2**spec.bits - 1) << position:X})", position, offset),
                 "times_unit": f" * {2.0**-position!r}" if position else "",
                 "column": f"{run * run_length + byte}",
             }
@@ -498,11 +417,18 @@ def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
     return found
 
 
-def _splits(width: int) -> list[dict[str, Any]]:
+def _unscaled(field: str, position: int, offset: int) -> str:
+    """The code in a field of bits at ``position``, in one addition or one fused multiply-add, exactly."""
+    if position == 0:
+        return f"{field} - {2**23 + offset}.0"
+    return f"tl.fma({field}, {2.0**-position!r}, -{2.0 ** (23 - position) + offset!r})"
+
+
+def splits(width: int, whole: str = "columns", part: str = "c", first: int = 0) -> list[dict[str, Any]]:
     """Steps that halve [word, place] by the lowest bit of the place, breadth first, down to columns c0, c1, ..."""
 
     def name(place: int, step: int) -> str:
-        return "columns" if step == 1 else f"c{place}" if step == width else f"c{place}_by_{step}"
+        return whole if step == 1 else f"{part}{first + place}" if step == width else f"{part}{place}_by_{step}"
 
     steps, step = [], 1
     while step < width:
@@ -524,11 +450,11 @@ def _split_result(runs: int, count: int) -> str:
     return ", ".join(f"c{4 * (index % runs) + index // runs}" for index in range(count))
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _is_power_of_two(number: int) -> bool:
+def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from .render import LinearSpec, ScanSpec, Spec, SsmScanBackwardSpec, SsmScanSpec
+from .render import LinearSpec, ScanSpec, Spec, padded
+from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,8 @@ LANES = {"gfx942": 64, "gfx950": 64}
 """Threads of a warp, where not 32."""
 
 PLANNED_WARPS = {"calibrated 4": 15, "calibrated 8": 24, "other": 8}
-"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 127 on
-sm_80 and sm_90, 136 on sm_100; 8 bits: 72. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
+"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 136,
+which `Spec.most_registers` asks for; 8 bits: 80. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
 the state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
 
 
@@ -67,12 +68,13 @@ def ssm_update(
     *,
     state_dtype: str = "float32",
     flush_interval: int = 1,
+    ring_bits: int = 16,
 ) -> Spec:
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
     Calibrated: one warp owns rows. 4 warps on 64 rows would each prepare B / state_scale and C * state_scale anew, 2 to
-    3.5 instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows leave an element 1.1 instructions
-    less than 32 rows do (11.3 and 12.4; 18.2 with 8 rows), so a head is split only where the GPU would stay empty.
+    3.5 instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows leave an element 1.6 instructions
+    less than 32 rows do (10.4 and 12.0; 18.4 with 8 rows), so a head is split only where the GPU would stay empty.
 
     Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales
     of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4
@@ -96,7 +98,8 @@ def ssm_update(
         fewest = max(1, lanes * 16 // row_bytes)
         while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
             rows //= 2
-    return Spec(headdim, dstate, bits, dynamic, stochastic, rows, warps, architecture, state_dtype, flush_interval)
+    extents = (headdim, dstate, bits, dynamic, stochastic)
+    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 
 
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
@@ -132,6 +135,54 @@ def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> Scan
     return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
 
 
+def quantize_state(
+    architecture: str, heads: int, headdim: int, dstate: int, bits: int, dynamic: bool, stochastic: bool
+) -> QuantizeSpec:
+    """Rows and warps as `ssm_update` has them: what decides is the same, a tile of float32 elements in registers.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    spec = ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic)
+    return QuantizeSpec(headdim, dstate, bits, dynamic, stochastic, spec.rows, spec.warps, architecture)
+
+
+def dequantize_state(architecture: str, heads: int, headdim: int, dstate: int, bits: int) -> DequantizeSpec:
+    """The same for unpacking, which needs no row but its own.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    spec = ssm_update(architecture, heads, headdim, dstate, bits, False, False)
+    return DequantizeSpec(headdim, dstate, bits, rows=spec.rows, warps=spec.warps, target=architecture)
+
+
+def quantize_rows(architecture: str, k: int, group_size: int | None) -> RowsSpec:
+    """One program a row, 16 features a thread where that takes at most 16 warps.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    spec = RowsSpec(k, group_size, 1, architecture)
+    lanes, warps = LANES.get(architecture, 32), 1
+    while warps < 16 and spec.elements > 16 * lanes * warps:
+        warps *= 2
+    return dataclasses.replace(spec, warps=warps)
+
+
+def conv_update(architecture: str, channels: int, length: int, taps: int) -> ConvSpec:
+    """The kernel for ``channels`` = batch * d: a channel a thread, in blocks of one warp where those fill the GPU less
+    than twice, of four otherwise.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    lanes = LANES.get(architecture, 32)
+    gpu = GPUS.get(architecture)
+    warps = 1 if gpu and channels < 2 * 4 * lanes * gpu.units else 4
+    return ConvSpec(length, taps, warps * lanes, warps, architecture)
+
+
 SCAN_ELEMENTS = 32
 """Elements of the state that a thread of the faithful scan or its gradient holds."""
 
@@ -148,7 +199,7 @@ def ssm_scan(
         ConfigError: no kernel serves these extents.
     """
     held = SCAN_ELEMENTS * LANES.get(architecture, 32)
-    rows, columns = _padded(headdim), _padded(dstate)
+    rows, columns = padded(headdim), padded(dstate)
     if dynamic:
         warps = max(1, min(16, rows * columns // held))
     else:
@@ -163,9 +214,5 @@ def ssm_scan_backward(architecture: str, headdim: int, dstate: int) -> SsmScanBa
         ConfigError: no kernel serves these extents.
     """
     held = SCAN_ELEMENTS * LANES.get(architecture, 32)
-    warps = max(1, min(16, _padded(headdim) * _padded(dstate) // held))
+    warps = max(1, min(16, padded(headdim) * padded(dstate) // held))
     return SsmScanBackwardSpec(headdim, dstate, warps, architecture)
-
-
-def _padded(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()

@@ -13,8 +13,9 @@ from test_cpu_ssm_update import Problem
 from test_triton_ssm_update import SMALL, Y_TOLERANCE, poisoned_launch
 
 from qmamba_compile import ops, recurrence
+from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch, tuning
-from qmamba_compile.triton_templates.render import READ_TILES, load, render
+from qmamba_compile.triton_templates.render import READ_TILES, Spec, load, render
 
 
 def check(change: dict[str, Any], flush_interval: int, steps: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -101,14 +102,52 @@ def test_slots_of_a_pool(interpreted: Callable[..., Any]) -> None:
     interpreted(check_pool)
 
 
-def check_int8_ring() -> None:
+@pytest.mark.parametrize(
+    "change, flush_interval",
+    [
+        ({}, 4),
+        ({"dynamic": False}, 4),
+        ({"batch": 3, "dynamic": False, "dtype": torch.bfloat16}, 2),
+        ({"batch": 2, "ngroups": 2, "nheads": 4, "headdim": 5, "dstate": 24, "dynamic": False}, 3),
+        # Rows of a head in several programs, which share the scale of its inputs.
+        ({"headdim": 64, "dstate": 16, "nheads": 1, "dynamic": False}, 3),
+        ({"bits": 8, "stochastic": True, "strided": True}, 3),
+        ({"bits": 2, "D": False, "dt_bias": False}, 3),
+    ],
+    ids=str,
+)
+def test_int8_ring(interpreted: Callable[..., Any], change: dict[str, Any], flush_interval: int) -> None:
+    interpreted(check, change, flush_interval, 2 * flush_interval + 1, torch.int8)
+
+
+def check_broken_int8_ring() -> None:
+    """NaN and infinity show in the scale of the ring; its codes are 0, as the reference's."""
     problem = Problem(**SMALL)
     ring = recurrence.new_ring(1, 2, 8, 1, 32, 3, dtype=torch.int8)
+    wanted_state = [None if t is None else t.clone() for t in problem.state]
+    wanted_ring = [None if t is None else t.clone() for t in ring]
+    for place, value in ((0, torch.nan), (3, torch.inf)):
+        inputs = [None if t is None else t.clone() for t in problem.inputs()]
+        inputs[place][0, 0, 1] = value
+        poisoned_launch(*problem.state, *inputs, None, True, 4, False, ring)
+        ops.ssm_update_reference(*wanted_state, *inputs, None, True, 4, False, *wanted_ring)
+        for found, wanted in zip(ring, wanted_ring, strict=True):
+            assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0))
+    assert ring.scale is not None and ring.scale.isnan().any() and ring.scale.isfinite().any()
+
+
+def test_an_int8_ring_shows_what_is_not_finite(interpreted: Callable[..., Any]) -> None:
+    interpreted(check_broken_int8_ring)
+
+
+def check_ring_without_scale() -> None:
+    problem = Problem(**SMALL)
+    ring = recurrence.new_ring(1, 2, 8, 1, 32, 3, dtype=torch.int8)._replace(scale=None)
     assert launch.ssm_update(*problem.state, *problem.inputs(), None, True, 4, False, ring) is None
 
 
-def test_int8_rings_are_left_to_the_reference(interpreted: Callable[..., Any]) -> None:
-    interpreted(check_int8_ring)
+def test_an_int8_ring_without_scale_is_refused(interpreted: Callable[..., Any]) -> None:
+    interpreted(check_ring_without_scale)
 
 
 def loops(assembly: str) -> list[list[str]]:
@@ -127,14 +166,17 @@ def loops(assembly: str) -> list[list[str]]:
     return found
 
 
+@pytest.mark.parametrize("ring_bits", [16, 8])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_a_reading_step_takes_half_the_instructions(target: str) -> None:
+def test_a_reading_step_takes_half_the_instructions(target: str, ring_bits: int) -> None:
     """Of the loop over a state's tiles; 0.48 of the storing step's on sm_90 when the bound was set."""
     types, constants = compiled.ssm_update_signature()
-    types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
+    kept = "*bf16" if ring_bits == 16 else "*i8"
+    types |= {"ring_x": kept, "ring_B": kept, "ring_decay": "*fp32", "ring_position": "*i32", "ring_scale": "*fp32"}
     found = {}
     for interval in (1, 8):
-        spec = tuning.ssm_update(target, 64 * 80, 64, 128, 4, False, False, flush_interval=interval)
+        bits = ring_bits if interval > 1 else 16
+        spec = tuning.ssm_update(target, 64 * 80, 64, 128, 4, False, False, flush_interval=interval, ring_bits=bits)
         kernel = compiled.compile_kernel(load(spec), "ssm_update", types, constants, target, spec.warps)
         facts = compiled.facts(kernel)
         assert facts.spills == 0 and facts.local_accesses == 0 and facts.registers <= 168
@@ -149,6 +191,21 @@ def test_a_reading_step_takes_half_the_instructions(target: str) -> None:
 def count(loop: list[str], name: str) -> int:
     """16-byte accesses of a kind in a loop."""
     return sum(instruction.startswith(name) and "128" in instruction.split(".") for instruction in loop)
+
+
+def test_an_int8_ring_compiles_for_amd() -> None:
+    types, constants = compiled.ssm_update_signature()
+    types |= {"ring_x": "*i8", "ring_B": "*i8", "ring_decay": "*fp32", "ring_position": "*i32", "ring_scale": "*fp32"}
+    spec = tuning.ssm_update("gfx942", 64 * 80, 64, 128, 4, False, False, flush_interval=8, ring_bits=8)
+    kernel = compiled.compile_kernel(load(spec), "ssm_update", types, constants, "gfx942", spec.warps)
+    facts = compiled.facts(kernel)
+    assert facts.spills == 0 and facts.local_accesses == 0 and facts.registers <= 256
+
+
+@pytest.mark.parametrize("change", [{"ring_bits": 4, "flush_interval": 2}, {"ring_bits": 8}])
+def test_spec_refuses(change: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="ring_bits"):
+        Spec(64, 128, 4, **change)  # type: ignore[arg-type]
 
 
 def test_a_state_without_a_ring_renders_none() -> None:

@@ -58,11 +58,11 @@ def test_step_of_a_model_at_batch_64(target: str, model: str) -> None:
 
 
 # Instructions an element, as compiled by Triton 3.6 and 3.9 when the bound was set: the larger one plus 2 to 5 percent.
-# sm_90, 4 bits, calibrated: 11.5.
+# sm_90, 4 bits, calibrated: 10.6 and 10.4.
 BOUNDS = {
-    ("4 calibrated", 64): {"sm_80": 12.0, "sm_90": 12.0, "sm_100": 10.6, "gfx942": 18.5},
-    ("8 calibrated", 64): {"sm_80": 14.8, "sm_90": 15.0, "sm_100": 13.0, "gfx942": 24.8},
-    ("4 dynamic", 64): {"sm_80": 28.5, "sm_90": 28.5, "sm_100": 24.0, "gfx942": 56.0},
+    ("4 calibrated", 64): {"sm_80": 10.8, "sm_90": 10.9, "sm_100": 9.5, "gfx942": 18.2},
+    ("8 calibrated", 64): {"sm_80": 14.3, "sm_90": 14.3, "sm_100": 13.6, "gfx942": 25.3},
+    ("4 dynamic", 64): {"sm_80": 28.0, "sm_90": 28.0, "sm_100": 22.8, "gfx942": 56.0},
     ("4 stochastic", 64): {"sm_90": 35.0},
     ("float32", 64): {"sm_90": 10.4, "sm_100": 10.1},
     ("bfloat16", 64): {"sm_90": 10.2, "sm_100": 10.1},
@@ -96,6 +96,9 @@ def test_instructions_per_element(kind: str, target: str, bound: float) -> None:
 def test_other_extents_compile(headdim: int, dstate: int, dynamic: bool, stochastic: bool) -> None:
     spec = tuning.ssm_update("sm_90", 1024, headdim, dstate, 4, dynamic, stochastic)
     assert facts(spec).instructions > 0
+    # Two tiles a turn of the loop, in fewer registers than the compiler would take.
+    assert spec.dynamic or (facts(spec).spills == 0 and facts(spec).local_accesses == 0)
+    assert spec.unrolled == (not dynamic and dstate > 16)
 
 
 def test_2_bits_do_not_spill() -> None:

@@ -17,7 +17,11 @@ from qmamba_compile.triton_templates.render import Spec, render, target_of
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPEC = Spec(64, 128, 4)
-GOLDEN_SPECS = [SPEC, Spec(5, 48, 2, dynamic=True, stochastic=True, rows=8, target="gfx942")]
+GOLDEN_SPECS = [
+    SPEC,
+    Spec(5, 48, 2, dynamic=True, stochastic=True, rows=8, target="gfx942"),
+    Spec(64, 128, 4, flush_interval=8, ring_bits=8),
+]
 
 
 @pytest.mark.parametrize("spec", GOLDEN_SPECS, ids=Spec.slug)
@@ -35,7 +39,16 @@ def test_golden_text(spec: Spec) -> None:
 def test_rendered_text_is_readable(bits: int | None, dynamic: bool, stochastic: bool, target: str) -> None:
     if bits is None:
         dynamic = stochastic = False
-    text = render(Spec(64, 128, bits, dynamic, stochastic, rows=64, target=target))
+    check_readable(Spec(64, 128, bits, dynamic, stochastic, rows=64, target=target))
+
+
+@pytest.mark.parametrize("ring_bits", [16, 8])
+def test_rendered_ring_is_readable(ring_bits: int) -> None:
+    check_readable(Spec(60, 96, 4, rows=8, flush_interval=8, ring_bits=ring_bits))
+
+
+def check_readable(spec: Spec) -> None:
+    text = render(spec)
     compile(text, "rendered", "exec")
     assert max(len(line) for line in text.splitlines()) <= 120
     assert all(line == line.rstrip() for line in text.splitlines())
@@ -64,6 +77,7 @@ def test_spec_refuses(change: dict[str, Any], named: str) -> None:
 
 def test_slugs_tell_specs_apart() -> None:
     changes = [{}, {"bits": 8}, {"stochastic": True}, {"rows": 64}, {"warps": 2}, {"target": "sm_80"}, {"headdim": 32}]
+    changes += [{"flush_interval": 8}, {"flush_interval": 8, "ring_bits": 8}]
     changes += [{"dynamic": True, "rows": 64}, {"bits": None}, {"bits": None, "state_dtype": "bfloat16"}]
     assert len({dataclasses.replace(SPEC, **change).slug() for change in changes}) == len(changes)
 

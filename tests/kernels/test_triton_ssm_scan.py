@@ -16,7 +16,8 @@ from test_cpu_ssm_scan import GRADIENT_TOLERANCE, NAMES, assert_same, decode, gr
 from qmamba_compile import scan_ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_scan, tuning
-from qmamba_compile.triton_templates.render import SsmScanBackwardSpec, SsmScanSpec, load, render
+from qmamba_compile.triton_templates.render import load, render
+from qmamba_compile.triton_templates.specs import SsmScanBackwardSpec, SsmScanSpec
 
 Interpreted = Callable[..., Any]
 

@@ -195,6 +195,35 @@ def test_slots_of_a_pool(interpreted: Interpreted, stochastic: bool) -> None:
     interpreted(check_slots, stochastic)
 
 
+def check_extremes() -> None:
+    """Rows of zeros, decays that leave nothing, rows without input, and inputs far beyond or below the state."""
+    problem = Problem(**SMALL | {"nheads": 6, "batch": 2}, dynamic=False, dt_softplus=False, dt_bias=False)
+    packed, channel_scale, *_ = problem.state
+    packed[0, :, 0] = quant.zero_byte(4)
+    channel_scale[0, :, 0] = quant.TINY_SCALE
+    channel_scale[0, :, 1] = quant.TINY_SCALE
+    expected_state = [None if tensor is None else tensor.clone() for tensor in problem.state]
+    for _ in range(3):
+        x, dt, _, B, C, D, _ = problem.inputs()
+        x = x.clone()
+        x[0, :, 2], x[1, :, 0] = 0, 0
+        x[0, :, 3], x[0, :, 4] = x[0, :, 3] * 1e30, x[0, :, 4] * 1e-30
+        B = B.clone()
+        B[0, :, :3] = 0
+        A = torch.tensor([-200.0, -88.0, -80.0, -30.0, -1.0, 0.0])
+        inputs = (x, torch.ones_like(dt), A, B, C, D, None)
+        y = problem.step(poisoned_launch, problem.state, inputs)
+        expected = problem.step(ops.ssm_update_reference, expected_state, inputs)
+        for tensor, wanted in zip(problem.state, expected_state, strict=True):
+            assert tensor is None or torch.equal(tensor, wanted)
+        assert y.isfinite().all()
+        assert ((y - expected).abs() <= 1e-5 * expected.abs().amax(dim=-1, keepdim=True)).all()
+
+
+def test_rows_of_zeros_and_decays_that_leave_nothing(interpreted: Interpreted) -> None:
+    interpreted(check_extremes)
+
+
 def check_gate_and_limits() -> None:
     problem = Problem(**SMALL | {"nheads": 8}, dt_bias=False, dt_softplus=False)
     x, dt, *rest = problem.inputs()

@@ -1,0 +1,201 @@
+"""Call the kernels around the recurrence, as `launch` calls those of a step and under the same promises.
+
+A linear is two or three launches: `quantize_rows`, with the norm where there is one in front; the int8 product, by our
+kernel for few rows and by ``torch._int_mm`` for many; scales and bias, which our kernel adds itself unless it splits k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import launch, tuning
+from .render import COMBINE_BLOCK, LINEAR_ROWS, LinearSpec, load
+from .specs import ConvSpec, RowsSpec
+
+log = logging.getLogger(__name__)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _rows_spec(architecture: str, k: int, group_size: int | None) -> RowsSpec | None:
+    try:
+        return tuning.quantize_rows(architecture, k, group_size)
+    except ConfigError as error:
+        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
+        return None
+
+
+def quantize_rows(
+    x: Tensor,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+    norm: tuple[Tensor | None, Tensor, float, int] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """int8 codes [m, k] and float32 scale [m] of x [m, k], as `ops.w8a8_linear_reference` quantizes it.
+
+    Args:
+        norm: of an RMSNorm in front: gate [m, k] or None, its weight [k], epsilon, features of a group.
+    """
+    architecture = launch.target(x.device.type, x.device.index)
+    gate, norm_weight, epsilon, group_size = norm or (None, None, 0.0, None)
+    floats = [t for t in (x, gate, norm_weight, act_pre_scale) if t is not None]
+    if architecture is None or any(t.dtype not in _FLOATS for t in floats):
+        return None
+    spec = _rows_spec(architecture, x.shape[1], group_size)
+    if spec is None:
+        return None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    row_scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    vectors = [None if t is None else t.contiguous() for t in (norm_weight, act_pre_scale)]
+    arguments: tuple[object, ...] = (vectors[1], act_scale, codes, row_scale)
+    if norm is None:
+        arguments = (x, *arguments, x.stride(0))
+    else:
+        arguments = (x, gate, vectors[0], *arguments, epsilon, x.stride(0), 0 if gate is None else gate.stride(0))
+    load(spec).quantize_rows[x.shape[0],](*arguments, num_warps=spec.warps, enable_fp_fusion=False)
+    return codes, row_scale
+
+
+def w8a8_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor | None:
+    """`ops.w8a8_linear` on a GPU: one kernel for few rows, which quantizes on the way."""
+    y = launch.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+    if y is not None or x.numel() == 0:
+        return y
+    rows = x.reshape(-1, qdata.shape[1])
+    quantized = quantize_rows(rows, act_pre_scale, act_scale)
+    return None if quantized is None else _product(*quantized, x.shape, x.dtype, qdata, scale, bias)
+
+
+def norm_w8a8_linear(
+    x: Tensor,
+    gate: Tensor | None,
+    norm_weight: Tensor,
+    epsilon: float,
+    group_size: int,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor | None:
+    """`ops.norm_w8a8_linear` on a GPU."""
+    if x.numel() == 0 or (gate is not None and gate.shape != x.shape):
+        return None
+    k = qdata.shape[1]
+    norm = (None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size)
+    quantized = quantize_rows(x.reshape(-1, k), act_pre_scale, act_scale, norm)
+    if quantized is None:
+        return None
+    return _product(*quantized, x.shape, torch.promote_types(x.dtype, norm_weight.dtype), qdata, scale, bias)
+
+
+def _product(
+    codes: Tensor,
+    row_scale: Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """y [..., o] of quantized rows."""
+    architecture = launch.target(codes.device.type, codes.device.index)
+    assert architecture is not None
+    rows, k = codes.shape
+    outputs = qdata.shape[0]
+    qdata, scale = qdata.contiguous(), scale.contiguous()
+    y = torch.empty((*shape[:-1], outputs), dtype=dtype, device=codes.device)
+    spec = dataclasses.replace(tuning.w8a8_linear(architecture, rows, outputs, k), prequantized=True)
+    if rows > launch.INT_MM_ROWS and k % 8 == 0 and outputs % 8 == 0:
+        spec = dataclasses.replace(spec, splits=1)
+        _combine(spec, torch._int_mm(codes, qdata.t()), row_scale, scale, bias, y, rows)
+        return y
+    partial = None
+    if spec.splits > 1:
+        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=codes.device)
+    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // LINEAR_ROWS))
+    load(spec).w8a8_linear[grid](
+        codes,
+        qdata,
+        scale,
+        bias,
+        y,
+        partial,
+        row_scale,
+        rows,
+        outputs,
+        k,
+        num_warps=spec.warps,
+        enable_fp_fusion=False,
+    )
+    if partial is not None:
+        _combine(spec, partial, row_scale, scale, bias, y, rows)
+    return y
+
+
+def _combine(
+    spec: LinearSpec, partial: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor, rows: int
+) -> None:
+    outputs = scale.numel()
+    grid = (rows, -(-outputs // COMBINE_BLOCK))
+    options = {"num_warps": spec.warps, "enable_fp_fusion": False}
+    load(spec).combine[grid](partial, row_scale, scale, bias, y, rows, outputs, **options)
+
+
+def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
+    """`ops.conv_update` on a GPU: y [b, d, 1], the state shifted in place."""
+    architecture = launch.target(xBC.device.type, xBC.device.index)
+    if architecture is None or not conv_state.is_contiguous():
+        return None
+    if any(t is not None and t.dtype not in _FLOATS for t in (conv_state, xBC, weight, bias)):
+        return None
+    batch, channels, length = conv_state.shape
+    spec = _conv_spec(architecture, batch * channels, length, weight.shape[-1])
+    if spec is None or xBC.shape != (batch, channels, 1) or batch > _MOST_BATCH:
+        return None
+    y = torch.empty((batch, channels, 1), dtype=weight.dtype, device=xBC.device)
+    if y.numel() == 0:
+        return y
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    load(spec).conv_update[-(-channels // spec.block), batch](
+        conv_state,
+        xBC,
+        weight,
+        bias,
+        y,
+        channels,
+        *xBC.stride()[:2],
+        silu,
+        num_warps=spec.warps,
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+_MOST_BATCH = 65535
+"""CUDA's limit of a grid's second extent."""
+
+
+@functools.cache
+def _conv_spec(architecture: str, channels: int, length: int, taps: int) -> ConvSpec | None:
+    try:
+        return tuning.conv_update(architecture, channels, length, taps)
+    except ConfigError as error:
+        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
+        return None
