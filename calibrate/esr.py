@@ -1,7 +1,7 @@
 """ESR, efficient selectivity reconstruction: tune what makes B, C and dt to a quantized state (Q-Mamba, section 4.2).
 
 Block after block: a block's input is what the quantized blocks before it give, its target what the float model has at
-that place. Learnable are the last rows of ``in_proj``; x and z stay frozen. Gradients go straight through
+that place. Learnable are the last rows of ``in_proj`` and the last channels of ``conv1d``; x and z stay frozen. Gradients go straight through
 requantization, along the exact quantized trajectory or, as in the paper, through single steps from a float one.
 
 A block keeps its new weights only if they win on the validation samples, by perplexity of the whole model.
@@ -24,9 +24,12 @@ from .activations import Activations
 from .blocks import Blocks
 from .evaluate import PROMPT, standard_error, window_nats
 from .learned_scale import LearnedScale
-from .quantized_model import TunedLinear, W8A8Linear, bcdt_rows, set_module
+from .quantized_model import TunedConv, TunedLinear, W8A8Linear, bc_channels, bcdt_rows, set_module
 from .recurrence import Recurrence, Run, float_scan, replaced
 from .work import Work
+
+
+LEARNABLE = ("in_proj", "conv1d", "state_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,8 @@ class EsrOptions:
 
     Attributes:
         trajectory: ``"exact"``, the recurrence that decode runs, or ``"single-step"``, the paper's simulation.
-        learn: what is tuned: rows of ``in_proj`` (``"in_proj"``), and ``"state_scale"`` with them.
+        learn: what is tuned, of `LEARNABLE`: the rows of ``in_proj`` that make B, C and dt, the channels of ``conv1d``
+            that carry B and C, and ``state_scale``.
         loss: mean square error of the ``"block"``'s output or of the ``"mixer"``'s; or ``"model"``: all layers at once,
             by how far the model's prediction is from the float one (Kullback-Leibler). That takes the whole model's
             activations for one step's samples, and as many block runs as the others.
@@ -296,14 +300,16 @@ class Reconstruction:
                 scales = {**(self.recurrence.state_scale or {}), path: tensor.to(self.device)}
                 self.recurrence = dataclasses.replace(self.recurrence, state_scale=scales)
                 continue
+            name = kind.removesuffix("_bcdt")
             old, original = model.get_submodule(path), self.float_blocks.model.get_submodule(path)
-            weight = torch.cat([original.weight[: -len(tensor)], tensor.to(original.weight)]).detach()
+            whole = original.get_parameter(name)
+            whole = torch.cat([whole[: -len(tensor)], tensor.to(whole)]).detach()
             if isinstance(old, W8A8Linear):
-                new: nn.Module = W8A8Linear(weight, original.bias, smooth=old.smooth, act_scale=old.act_scale)
+                new: nn.Module = W8A8Linear(whole, original.bias, smooth=old.smooth, act_scale=old.act_scale)
             else:
-                new = copy.deepcopy(original)
-                new.weight = nn.Parameter(weight, requires_grad=False)
-            replaced_modules[path] = old
+                new = copy.deepcopy(old)
+                setattr(new, name, nn.Parameter(whole, requires_grad=False))
+            replaced_modules.setdefault(path, old)
             set_module(model, path, new)
 
         def undo() -> None:
@@ -326,29 +332,46 @@ class Reconstruction:
             loss_of: (recurrence, samples [b]) -> loss summed over the samples, and the size of what it is relative to.
             number: of this training, for its order of samples.
         """
-        model, linears, parameters = self.blocks.model, dict[str, nn.Module](), list[nn.Parameter]()
+        model, tensors = self.blocks.model, dict[str, nn.Parameter]()
         run: Any = dataclasses.replace(self.recurrence, single_step=self.options.trajectory == "single-step")
-        for layer in layers:
-            path = f"{layer}.in_proj"
-            linears[path] = model.get_submodule(path)
-            original = self.float_blocks.model.get_submodule(path)
-            rows, int8 = bcdt_rows(model.get_submodule(layer)), isinstance(linears[path], W8A8Linear)
-            tuned = TunedLinear(original.weight, original.bias, rows, int8=int8, smooth=self.smooth.get(path))
-            set_module(model, path, tuned)
-            parameters.append(tuned.rows)
-        tensors = {f"{path}.weight_bcdt": rows for path, rows in zip(linears, parameters, strict=True)}
+        modules = {
+            f"{layer}.{name}": self._tuned(layer, name, tensors)
+            for layer in layers
+            for name in ("in_proj", "conv1d")
+            if name in self.options.learn
+        }
+        before = {path: model.get_submodule(path) for path in modules}
+        parameters = list(tensors.values())
         if "state_scale" in self.options.learn:
             run = LearnedScale(run, layers)
             parameters += run.log_scale.values()
         try:
+            for path, tuned in modules.items():
+                set_module(model, path, tuned)
             losses = self._descend(parameters, lambda mine: loss_of(run, mine), number, layers[0], advance)
         finally:
-            for path, linear in linears.items():
-                set_module(model, path, linear)
+            for path, module in before.items():
+                set_module(model, path, module)
         found = {key: rows.detach().cpu() for key, rows in tensors.items()}
         if isinstance(run, LearnedScale):
             found |= {f"{layer}.state_scale": run.scale(layer).cpu() for layer in layers}
         return found, losses
+
+    def _tuned(self, layer: str, name: str, tensors: dict[str, nn.Parameter]) -> nn.Module:
+        """The trainable stand-in of ``in_proj`` or ``conv1d``; its parameters join ``tensors`` by artifact key."""
+        path, mixer = f"{layer}.{name}", self.blocks.model.get_submodule(layer)
+        original = self.float_blocks.model.get_submodule(path)
+        if name == "in_proj":
+            int8 = isinstance(mixer.in_proj, W8A8Linear)
+            smooth = self.smooth.get(path)
+            tuned = TunedLinear(original.weight, original.bias, bcdt_rows(mixer), int8=int8, smooth=smooth)
+            tensors[f"{path}.weight_bcdt"] = tuned.rows
+            return tuned
+        channels = TunedConv(original.weight, original.bias, bc_channels(mixer))
+        tensors[f"{path}.weight_bcdt"] = channels.rows
+        if channels.bias_rows is not None:
+            tensors[f"{path}.bias_bcdt"] = channels.bias_rows
+        return channels
 
     def _descend(
         self,
