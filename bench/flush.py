@@ -14,12 +14,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from calibrate.cli import load_model
 from calibrate.data import cut_windows, read_tokens
 from calibrate.evaluate import score
-from calibrate.recurrence import Recurrence, float_scan
-from qmamba_compile import DSQState
+from calibrate.recurrence import Recurrence, float_scan, mixers
+from qmamba_compile import ConfigError, DSQState
 from qmamba_compile.recurrence import new_ring
 
 from . import cli
@@ -38,8 +39,11 @@ BITS = (8, 4, 3, 2)
 def main(
     model: Annotated[Path, typer.Option(help="A saved model.")] = ROOT / "demo" / "tiny-mamba2",
     text: Annotated[Path, typer.Option(help="Held-out text.")] = ROOT / "demo" / "heldout.txt",
-    windows: Annotated[int, typer.Option(min=2)] = 96,
+    windows: Annotated[int, typer.Option(min=2, help="Held-out windows, spread over the text.")] = 64,
     length: Annotated[int, typer.Option(min=64)] = 1024,
+    bits: Annotated[str, typer.Option(help="Which of 8, 4, 3, 2, for accuracy.")] = ",".join(map(str, BITS)),
+    intervals: Annotated[str, typer.Option(help="Values of L, for accuracy.")] = ",".join(map(str, INTERVALS)),
+    parts: Annotated[str, typer.Option(help="accuracy, time, or both; --json keeps the other part.")] = "accuracy,time",
     shape: cli.ShapeName = "130m",
     batch: cli.Batch = 8,
     repeats: cli.Repeats = 24,
@@ -47,14 +51,25 @@ def main(
     json: cli.JsonFile = None,
     plot: cli.PlotFile = None,
 ) -> None:
-    """Perplexity, bits an element and time for every L and every number of bits."""
+    """Perplexity, bits an element and time for every L and every number of bits.
+
+    Accuracy of 64 windows takes 6 minutes on one core, and does not care who else uses the machine; time does.
+    """
     if plot is not None:
         require_matplotlib(plot)
+    widths, lengths = cli.parse_numbers(bits, "--bits"), cli.parse_numbers(intervals, "--intervals")
+    wanted = parts.split(",")
+    if set(wanted) - {"accuracy", "time"}:
+        raise ConfigError(f"--parts {parts} is not allowed; use accuracy, time, or both")
     torch.set_num_threads(threads or torch.get_num_threads())
-    results: dict[str, Any] = {"machine": machine_record(), "windows": windows, "length": length}
+    results: dict[str, Any] = json_format.loads(json.read_text()) if json is not None and json.exists() else {}
     with torch.no_grad():
-        results["accuracy"] = _accuracy(model, text, windows, length)
-        results["time"] = _time(shape, batch, repeats)
+        if "accuracy" in wanted:
+            rows = _accuracy(model, text, windows, length, widths, lengths)
+            results["accuracy"] = {"machine": machine_record(), "windows": windows, "length": length, "rows": rows}
+        if "time" in wanted:
+            rows = _time(shape, batch, repeats)
+            results["time"] = {"machine": machine_record(), "shape": shape, "batch": batch, "rows": rows}
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(json_format.dumps(results, indent=1) + "\n")
@@ -62,16 +77,19 @@ def main(
         draw(results, plot)
 
 
-def _accuracy(path: Path, text: Path, windows: int, length: int) -> list[dict[str, Any]]:
+def _accuracy(
+    path: Path, text: Path, windows: int, length: int, widths: list[int], intervals: list[int]
+) -> list[dict[str, Any]]:
     model = load_model(str(path))
-    ids = cut_windows(read_tokens(str(text), str(path), model), length)[:windows]
+    ids = spread(cut_windows(read_tokens(str(text), str(path), model), length), windows)
     reference = score(model, ids, float_scan)
     outliers = Outliers.random(model)
-    mixer = model.backbone.layers[0].mixer
-    extents = (1, mixer.num_heads, mixer.head_dim)
+    mixer = next(iter(mixers(model).values()))
+    headdim, ngroups, dstate = int(mixer.head_dim), int(mixer.n_groups), int(mixer.ssm_state_size)
+    extents = (1, mixer.A_log.numel(), headdim)
     rows = []
-    for bits in BITS:
-        for interval in INTERVALS:
+    for bits in widths:
+        for interval in intervals:
             run = Recurrence(bits, flush_interval=interval)
             natural, error = score(model, ids, run).increase_over(reference)
             injected, injected_error = score(model, ids, outliers.around(run)).increase_over(reference)
@@ -83,7 +101,7 @@ def _accuracy(path: Path, text: Path, windows: int, length: int) -> list[dict[st
                     "error": error,
                     "increase_outliers": injected,
                     "error_outliers": injected_error,
-                    "bits_per_element": bits_per_element(bits, interval, extents, mixer.n_groups, mixer.ssm_state_size),
+                    "bits_per_element": bits_per_element(bits, interval, extents, ngroups, dstate),
                 }
             )
             console.print(
@@ -91,6 +109,11 @@ def _accuracy(path: Path, text: Path, windows: int, length: int) -> list[dict[st
                 f"+- {injected_error:.3%}, {rows[-1]['bits_per_element']:.2f} bits an element"
             )
     return rows
+
+
+def spread(windows: Tensor, count: int) -> Tensor:
+    """``count`` of the windows [w, l], evenly over the text; all where there are no more."""
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
 
 
 def bits_per_element(bits: int, interval: int, extents: tuple[int, int, int], ngroups: int, dstate: int) -> float:
@@ -133,38 +156,55 @@ def _time(shape: str, batch: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Accuracy against size, and time against L."""
+    """Accuracy against size, and time against L: what there is of the two."""
     pyplot = require_matplotlib(path)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.6))
-    for bits in BITS:
-        rows = [row for row in results["accuracy"] if row["bits"] == bits]
-        sizes = [row["bits_per_element"] for row in rows]
-        costs = [max(100 * row["increase"], 0.01) for row in rows]
-        (line,) = left.plot(sizes, costs, marker="o", label=f"{bits} bits")
-        with_outliers = [max(100 * row["increase_outliers"], 0.01) for row in rows]
-        left.plot(sizes, with_outliers, marker="x", linestyle=":", color=line.get_color())
-        for row, size, cost in zip(rows, sizes, costs, strict=True):
-            left.annotate(f"L={row['flush_interval']}", (size, cost), fontsize=7)
-        timed = [row for row in results["time"] if row["bits"] == bits]
-        if timed:
-            right.plot(
-                [row["flush_interval"] for row in timed],
-                [row["speedup"][0] for row in timed],
-                marker="o",
-                color=line.get_color(),
-                label=f"{bits} bits",
-            )
-    left.set(yscale="log", xlabel="bits an element, ring included", ylabel="perplexity increase, % (dotted: outliers)")
-    right.set(xscale="log", xlabel="flush_interval L", ylabel="times faster than a fused float32 loop")
-    right.set_xticks(INTERVALS, [str(interval) for interval in INTERVALS])
-    for axis in (left, right):
+    panels = [part for part in ("accuracy", "time") if part in results]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(7.5 * len(panels), 5), squeeze=False)
+    colors = {bits: f"C{index}" for index, bits in enumerate(BITS)}
+    for axis, part in zip(axes[0], panels, strict=True):
+        for bits, color in colors.items():
+            rows = [row for row in results[part]["rows"] if row["bits"] == bits]
+            if rows:
+                (_draw_accuracy if part == "accuracy" else _draw_time)(axis, rows, color, f"{bits} bits")
         axis.legend()
         axis.grid(alpha=0.3)
-    machine = results["machine"]
-    figure.suptitle(f"{machine['processor']}, {machine['threads']} threads", fontsize=9)
+        machine = results[part]["machine"]
+        axis.set_title(f"{machine['processor']}, {machine['threads']} threads", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
+
+
+_LEAST = 0.01
+"""Percent, the foot of the logarithmic axis: smaller and negative increases are drawn here."""
+
+
+def _draw_accuracy(axis: Any, rows: list[dict[str, Any]], color: str, label: str) -> None:
+    sizes = [row["bits_per_element"] for row in rows]
+    costs = [max(100 * row["increase"], _LEAST) for row in rows]
+    errors = [100 * row["error"] for row in rows]
+    axis.errorbar(sizes, costs, yerr=errors, marker="o", color=color, capsize=2, label=label)
+    outliers = [max(100 * row["increase_outliers"], _LEAST) for row in rows]
+    axis.plot(sizes, outliers, marker="x", linestyle=":", color=color)
+    for row, size, cost in zip(rows, sizes, costs, strict=True):
+        axis.annotate(f"L={row['flush_interval']}", (size, cost), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    axis.set(
+        yscale="log",
+        xlabel="bits a state element, scales and ring included",
+        ylabel="perplexity increase over a float state, % (x: outliers injected)",
+    )
+
+
+def _draw_time(axis: Any, rows: list[dict[str, Any]], color: str, label: str) -> None:
+    axis.plot(
+        [row["flush_interval"] for row in rows],
+        [row["speedup"][0] for row in rows],
+        marker="o",
+        color=color,
+        label=label,
+    )
+    axis.set(xscale="log", xlabel="flush_interval L", ylabel="times faster than a fused float32 loop")
+    axis.set_xticks(INTERVALS, [str(interval) for interval in INTERVALS])
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def calibrate(
     static_activations: Annotated[bool, typer.Option(help="Write static activation scales.")] = False,
     esr: Annotated[bool, typer.Option(help="Tune what makes B, C and dt.")] = True,
     esr_trajectory: Annotated[str, typer.Option(help="exact, or single-step as in the paper.")] = "exact",
-    esr_learn: Annotated[str, typer.Option(help="What is tuned: in_proj, conv1d and state_scale, by commas.")] = ",".join(
+    esr_learn: Annotated[str, typer.Option(help=f"What is tuned, by commas, of {', '.join(LEARNABLE)}.")] = ",".join(
         EsrOptions.learn
     ),
     esr_loss: Annotated[str, typer.Option(help="Error of the output of the: block, mixer or model.")] = "block",
@@ -161,7 +161,11 @@ def evaluate(
         )
     report = _report(result, tokens.nbytes / len(tokens.ids))
     report |= {"model": model, "text": text, "state_bits": state_bits, "weights": weights, "rounding": rounding}
-    report |= {"flush_interval": flush_interval, "state_scales": state_scales or ("calibrated" if calibration else "dynamic"), "calibration": calibration}
+    report |= {
+        "flush_interval": flush_interval,
+        "state_scales": state_scales or ("calibrated" if calibration else "dynamic"),
+        "calibration": calibration,
+    }
     if as_json:
         sys.stdout.write(json.dumps(report) + "\n")
     else:

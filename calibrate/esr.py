@@ -1,8 +1,8 @@
 """ESR, efficient selectivity reconstruction: tune what makes B, C and dt to a quantized state (Q-Mamba, section 4.2).
 
 Block after block: a block's input is what the quantized blocks before it give, its target what the float model has at
-that place. Learnable are the last rows of ``in_proj`` and the last channels of ``conv1d``; x and z stay frozen. Gradients go straight through
-requantization, along the exact quantized trajectory or, as in the paper, through single steps from a float one.
+that place. Learnable are the last rows of ``in_proj`` and the last channels of ``conv1d``; x and z stay frozen. Gradients
+go straight through requantization, along the exact quantized trajectory or, as in the paper, through single steps from a float one.
 
 A block keeps its new weights only if they win on the validation samples, by perplexity of the whole model.
 """
@@ -27,7 +27,6 @@ from .learned_scale import LearnedScale
 from .quantized_model import TunedConv, TunedLinear, W8A8Linear, bc_channels, bcdt_rows, set_module
 from .recurrence import Recurrence, Run, float_scan, replaced
 from .work import Work
-
 
 LEARNABLE = ("in_proj", "conv1d", "state_scale")
 

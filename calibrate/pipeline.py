@@ -40,8 +40,8 @@ class Options:
     Attributes:
         weights: ``"int8"``, or ``None`` for float linears.
         state_bits: bits of the state that scales and ESR are made for: 8, 4, 3 or 2.
-        rounding: ``"nearest"`` or ``"stochastic"``; flush_interval: steps from one requantization to the next. Scales are
-            chosen and ESR trains for these; weights tuned for another interval cost more than they save.
+        rounding: ``"nearest"`` or ``"stochastic"``; flush_interval: steps from one requantization to the next.
+            Scales are chosen and ESR trains for these; weights tuned for another interval cost more than they save.
         samples, validation: numbers of windows for statistics and ESR, and for every choice.
         length: tokens of a window. batch: windows that run together.
         fit: also try scales fitted to what the loss feels, which takes a backward pass through the float model.
@@ -92,8 +92,8 @@ class Calibration:
             raise CalibrationError(f"--batch {options.batch} is not allowed; use 1 or more")
         if options.esr is not None and options.esr.trajectory == "single-step" and options.flush_interval != 1:
             raise CalibrationError(
-                f"--flush-interval {options.flush_interval} does not go with --esr-trajectory single-step, which simulates "
-                "a state that is stored at every step; use --flush-interval 1, or --esr-trajectory exact"
+                f"--flush-interval {options.flush_interval} does not go with --esr-trajectory single-step, which "
+                "simulates a state that is stored at every step; use --flush-interval 1, or --esr-trajectory exact"
             )
         self.samples, self.validation = split_windows(
             tokens, options.length, (options.samples, options.validation), options.seed
