@@ -1,8 +1,9 @@
 """ESR, efficient selectivity reconstruction: tune what makes B, C and dt to a quantized state (Q-Mamba, section 4.2).
 
 Block after block: a block's input is what the quantized blocks before it give, its target what the float model has at
-that place. Learnable are the last rows of ``in_proj`` and the last channels of ``conv1d``; x and z stay frozen. Gradients
-go straight through requantization, along the exact quantized trajectory or, as in the paper, through single steps from a float one.
+that place. Learnable are the last rows of ``in_proj`` and the last channels of ``conv1d``; x and z stay frozen.
+Gradients go straight through requantization, along the exact quantized trajectory or, as in the paper, through single
+steps from a float one.
 
 A block keeps its new weights only if they win on the validation samples, by perplexity of the whole model.
 """
