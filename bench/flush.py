@@ -14,10 +14,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 from calibrate.cli import load_model
-from calibrate.data import cut_windows, read_tokens
+from calibrate.data import cut_windows, read_tokens, spread
 from calibrate.evaluate import score
 from calibrate.recurrence import Recurrence, float_scan, mixers
 from qmamba_compile import ConfigError, DSQState
@@ -109,11 +108,6 @@ def _accuracy(
                 f"+- {injected_error:.3%}, {rows[-1]['bits_per_element']:.2f} bits an element"
             )
     return rows
-
-
-def spread(windows: Tensor, count: int) -> Tensor:
-    """``count`` of the windows [w, l], evenly over the text; all where there are no more."""
-    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
 
 
 def bits_per_element(bits: int, interval: int, extents: tuple[int, int, int], ngroups: int, dstate: int) -> float:

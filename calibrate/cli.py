@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import rich.console
 import rich.table
-import torch
 import typer
 
 from qmamba_compile.artifact import Artifact, read_artifact
@@ -19,7 +18,7 @@ from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ConfigError
 
 from . import distributed
-from .data import cut_windows, read_tokens
+from .data import cut_windows, read_tokens, spread
 from .errors import CalibrationError
 from .esr import LEARNABLE, EsrOptions
 from .evaluate import PROMPT, Score, score
@@ -149,10 +148,7 @@ def evaluate(
             flush_interval=flush_interval,
         )
         tokens = read_tokens(text, model, network, field=text_field)
-        cut = cut_windows(tokens, length)
-        if windows is not None and windows < len(cut):
-            cut = cut[torch.linspace(0, len(cut) - 1, windows).long()]
-        result = score(network, cut, run, batch=batch)
+        result = score(network, spread(cut_windows(tokens, length), windows), run, batch=batch)
     if not distributed.is_main():
         return
     if not math.isfinite(result.nats.mean().item()):

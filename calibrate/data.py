@@ -162,6 +162,13 @@ def cut_windows(tokens: Tokens, length: int) -> Tensor:
     return tokens.ids[: count * length].view(count, length)
 
 
+def spread(windows: Tensor, count: int | None) -> Tensor:
+    """``count`` of the windows [w, l], evenly over the text; all where there are no more, or for ``None``."""
+    if count is None or count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).long()]
+
+
 def split_windows(tokens: Tokens, length: int, counts: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
     """Disjoint sets of windows, drawn at random from all over the text.
 
