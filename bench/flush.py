@@ -1,13 +1,16 @@
 """Which ``flush_interval``? What storing the state once in L steps does to accuracy, to its size, and to a step's time.
 
-Accuracy is the perplexity of the recurrence on the held-out windows, float weights and dynamic scales, as an increase
-over the float state on the same windows; the standard error is that of paired differences. The faithful scan behind it
-keeps the inputs between two stores in float32, where a ring keeps them in 16 bits. Size counts all slots of the ring.
+Accuracy is the perplexity of the recurrence on the held-out windows, float weights, dynamic scales and those of an
+artifact, as an increase over the float state on the same windows; the standard error is that of paired differences. The
+faithful scan behind it keeps the inputs between two stores in float32, where a ring keeps them in 16 bits. Size counts
+all slots of the ring.
 Time is one SSM step of all layers, averaged over a whole cycle; there is no kernel for 3 bits, which do not pack.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +21,10 @@ import typer
 from calibrate.cli import load_model
 from calibrate.data import cut_windows, read_tokens, spread
 from calibrate.evaluate import score
+from calibrate.quantized_model import fit_artifact
 from calibrate.recurrence import Recurrence, float_scan, mixers
 from qmamba_compile import ConfigError, DSQState
+from qmamba_compile.artifact import read_artifact
 from qmamba_compile.recurrence import new_ring
 
 from . import cli
@@ -38,6 +43,9 @@ BITS = (8, 4, 3, 2)
 def main(
     model: Annotated[Path, typer.Option(help="A saved model.")] = ROOT / "demo" / "tiny-mamba2",
     text: Annotated[Path, typer.Option(help="Held-out text.")] = ROOT / "demo" / "heldout.txt",
+    calibration: Annotated[Path | None, typer.Option(help="Artifact whose scales are tried as well.")] = (
+        ROOT / "demo" / "tiny-mamba2" / "calibration.safetensors"
+    ),
     windows: Annotated[int, typer.Option(min=2, help="Held-out windows, spread over the text.")] = 64,
     length: Annotated[int, typer.Option(min=64)] = 1024,
     bits: Annotated[str, typer.Option(help="Which of 8, 4, 3, 2, for accuracy.")] = ",".join(map(str, BITS)),
@@ -64,7 +72,7 @@ def main(
     results: dict[str, Any] = json_format.loads(json.read_text()) if json is not None and json.exists() else {}
     with torch.no_grad():
         if "accuracy" in wanted:
-            rows = _accuracy(model, text, windows, length, widths, lengths)
+            rows = _accuracy(model, text, calibration, windows, length, widths, lengths)
             results["accuracy"] = {"machine": machine_record(), "windows": windows, "length": length, "rows": rows}
         if "time" in wanted:
             rows = _time(shape, batch, repeats)
@@ -77,7 +85,7 @@ def main(
 
 
 def _accuracy(
-    path: Path, text: Path, windows: int, length: int, widths: list[int], intervals: list[int]
+    path: Path, text: Path, calibration: Path | None, windows: int, length: int, widths: list[int], intervals: list[int]
 ) -> list[dict[str, Any]]:
     model = load_model(str(path))
     ids = spread(cut_windows(read_tokens(str(text), str(path), model), length), windows)
@@ -86,36 +94,49 @@ def _accuracy(
     mixer = next(iter(mixers(model).values()))
     headdim, ngroups, dstate = int(mixer.head_dim), int(mixer.n_groups), int(mixer.ssm_state_size)
     extents = (1, mixer.A_log.numel(), headdim)
-    rows = []
-    for bits in widths:
-        for interval in intervals:
-            run = Recurrence(bits, flush_interval=interval)
+    rows: list[dict[str, Any]] = []
+    tried: dict[str, Any] = {"dynamic": (None, None)}
+    if calibration is not None:
+        artifact = fit_artifact(read_artifact(calibration), model, needs_state_scale=True)
+        scales = {layer: artifact.tensors[f"{layer}.state_scale"] for layer in mixers(model)}
+        # A calibration of the rescaled model finds the columns: tests/calibrate/test_bench_accuracy.py.
+        tried["calibrated"] = (scales, {layer: outliers.on_state_scale(layer, scales[layer]) for layer in scales})
+    for name, (scales, larger) in tried.items():
+        for bits, interval in itertools.product(widths, intervals):
+            run = Recurrence(bits, flush_interval=interval, state_scale=scales)
             natural, error = score(model, ids, run).increase_over(reference)
+            run = dataclasses.replace(run, state_scale=larger)
             injected, injected_error = score(model, ids, outliers.around(run)).increase_over(reference)
             rows.append(
                 {
+                    "scales": name,
                     "bits": bits,
                     "flush_interval": interval,
                     "increase": natural,
                     "error": error,
                     "increase_outliers": injected,
                     "error_outliers": injected_error,
-                    "bits_per_element": bits_per_element(bits, interval, extents, ngroups, dstate),
+                    "bits_per_element": bits_per_element(
+                        bits, interval, extents, ngroups, dstate, calibrated=name == "calibrated"
+                    ),
                 }
             )
             console.print(
-                f"{bits} bits, L={interval:2}: {natural:+.3%} +- {error:.3%}, with outliers {injected:+.3%} "
+                f"{name:10} {bits} bits, L={interval:2}: {natural:+.3%} +- {error:.3%}, with outliers {injected:+.3%} "
                 f"+- {injected_error:.3%}, {rows[-1]['bits_per_element']:.2f} bits an element"
             )
     return rows
 
 
-def bits_per_element(bits: int, interval: int, extents: tuple[int, int, int], ngroups: int, dstate: int) -> float:
-    """Of a dynamic state with its ring. 3-bit codes, which fill no bytes, count as if they did."""
+def bits_per_element(
+    bits: int, interval: int, extents: tuple[int, int, int], ngroups: int, dstate: int, *, calibrated: bool = False
+) -> float:
+    """Of a state with its ring. 3-bit codes, which fill no bytes, count as if they did."""
     batch, nheads, headdim = extents
     ring = new_ring(batch, nheads, headdim, ngroups, dstate, interval) if interval > 1 else None
     packed_as = 4 if bits == 3 else bits
-    state = DSQState.from_float(torch.zeros(batch, nheads, headdim, dstate), packed_as, ring=ring)
+    scale = torch.ones(nheads, dstate) if calibrated else None
+    state = DSQState.from_float(torch.zeros(batch, nheads, headdim, dstate), packed_as, state_scale=scale, ring=ring)
     return state.bits_per_element - packed_as + bits
 
 
@@ -156,11 +177,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(7.5 * len(panels), 5), squeeze=False)
     colors = {bits: f"C{index}" for index, bits in enumerate(BITS)}
     for axis, part in zip(axes[0], panels, strict=True):
-        for bits, color in colors.items():
-            rows = [row for row in results[part]["rows"] if row["bits"] == bits]
-            if rows:
-                (_draw_accuracy if part == "accuracy" else _draw_time)(axis, rows, color, f"{bits} bits")
-        axis.legend()
+        for scales, (bits, color) in itertools.product(("dynamic", "calibrated"), colors.items()):
+            rows = [r for r in results[part]["rows"] if r["bits"] == bits and r.get("scales", "dynamic") == scales]
+            if rows and part == "accuracy":
+                _draw_accuracy(axis, rows, color, f"{bits} bits, {scales}", dashed=scales == "calibrated")
+            elif rows:
+                _draw_time(axis, rows, color, f"{bits} bits")
+        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
         machine = results[part]["machine"]
         axis.set_title(f"{machine['processor']}, {machine['threads']} threads", fontsize=9)
@@ -173,13 +196,13 @@ _LEAST = 0.01
 """Percent, the foot of the logarithmic axis: smaller and negative increases are drawn here."""
 
 
-def _draw_accuracy(axis: Any, rows: list[dict[str, Any]], color: str, label: str) -> None:
+def _draw_accuracy(axis: Any, rows: list[dict[str, Any]], color: str, label: str, *, dashed: bool) -> None:
     sizes = [row["bits_per_element"] for row in rows]
     costs = [max(100 * row["increase"], _LEAST) for row in rows]
-    errors = [100 * row["error"] for row in rows]
-    axis.errorbar(sizes, costs, yerr=errors, marker="o", color=color, capsize=2, label=label)
+    style: dict[str, Any] = {"color": color, "linestyle": "--" if dashed else "-", "linewidth": 1}
+    axis.plot(sizes, costs, marker="o", fillstyle="none" if dashed else "full", label=label, **style)
     outliers = [max(100 * row["increase_outliers"], _LEAST) for row in rows]
-    axis.plot(sizes, outliers, marker="x", linestyle=":", color=color)
+    axis.plot(sizes, outliers, marker="x", **{**style, "linewidth": 0.3})
     for row, size, cost in zip(rows, sizes, costs, strict=True):
         axis.annotate(f"L={row['flush_interval']}", (size, cost), xytext=(4, 5), textcoords="offset points", fontsize=8)
     axis.set(

@@ -77,7 +77,12 @@ def read_documents(source: str, field: str = "text") -> Iterator[bytes]:
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix not in _READERS:
-        yield path.read_bytes()
+        try:
+            yield path.read_bytes()
+        except OSError as problem:
+            raise DataError(
+                f"{source}: cannot be read ({problem.strerror}); give a file that you may read"
+            ) from problem
         return
     if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in (*_READERS, ".txt", ".md", ".py")):
         raise DataError(f"{source}: no such file; give a text, JSONL or Parquet file, or the name of a data set")

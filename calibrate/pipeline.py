@@ -98,6 +98,10 @@ class Calibration:
         self.samples, self.validation = split_windows(
             tokens, options.length, (options.samples, options.validation), options.seed
         )
+        if out.is_dir():
+            raise CalibrationError(
+                f"{out}: a folder; give the name of the file to write, such as {out / 'scales'}.safetensors"
+            )
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         self.work = Work(out, self._identity(), resume=resume)
