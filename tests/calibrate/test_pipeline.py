@@ -180,6 +180,23 @@ def test_a_full_disk(calibrate, monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_no_room_for_activations(calibrate, monkeypatch):
+    """Told when the file is made: a mapped page that finds no room would end the process without a word."""
+
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CalibrationError, match=r"activations.*cannot be written \(No space left on device\)"):
+        calibrate(options=dataclasses.replace(SMALL, memory=0))
+
+
+def test_an_output_that_is_a_folder(calibrate, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CalibrationError, match="folder: a folder; give the name of the file"):
+        calibrate("folder")
+
+
 def test_a_model_that_is_not_finite(calibrate, lively):
     model = lively()
     with torch.no_grad():
