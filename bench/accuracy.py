@@ -47,7 +47,7 @@ RATES = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 RECIPES = {
     "paper (single step, constant rate)": PAPER,
     "exact trajectory, block by block": EsrOptions(),
-    "exact trajectory, all layers by the prediction": EsrOptions(loss="model", batch=4),
+    "exact trajectory, all layers by the prediction": EsrOptions(loss="model"),
 }
 SETTINGS = {
     "H4 fully static": (4, True, "none"),
@@ -286,14 +286,13 @@ class Bench:
             "layers": [dataclasses.asdict(result) for result in reconstruction.results],
         }
 
-    def esr(self, seeds: int, only: str, before: dict[str, Any]) -> dict[str, Any]:
+    def esr(self, seeds: int, only: str, keep: Callable[[dict[str, Any]], None]) -> None:
         """Every recipe where there is a gap: H4 fully static, H3 calibrated, and W8A8H4 calibrated.
 
         Args:
             only: of these, those whose setting and recipe match this regular expression.
-            before: results of an earlier run, which those of this one join.
+            keep: called with what is found, as soon as it is.
         """
-        results: dict[str, Any] = dict(before)
         for setting, (bits, static, weights) in SETTINGS.items():
             for recipe, options in RECIPES.items():
                 if not re.search(only, f"{setting}, {recipe}"):
@@ -303,8 +302,7 @@ class Bench:
                 shares = torch.tensor([run["recovered"] for run in runs])
                 spread = shares.std().item() if seeds > 1 else math.nan
                 console.print(f"{setting}, {recipe}: {shares.mean():.1%} of the gap recovered, spread {spread:.1%}")
-                results.setdefault(setting, {})[recipe] = runs
-        return results
+                keep({setting: {recipe: runs}})
 
     def rates(self) -> dict[str, float]:
         """The paper's ablation: held-out perplexity by learning rate, H4 fully static, the paper's recipe."""
@@ -333,7 +331,7 @@ class Bench:
         _save(figure, out / "state_magnitude.png")
         _save(self._draw_positions(pyplot), out / "error_by_position.png")
         if "table" in results:
-            _save(_draw_table(pyplot, results["table"]["rows"]), out / "schemes.png")
+            _save(_draw_table(pyplot, results["table"]["results"]), out / "schemes.png")
         if "esr" in results:
             _save(_draw_layers(pyplot, results["esr"]["results"]), out / "esr_loss.png")
         if "rates" in results:
@@ -468,8 +466,8 @@ def accuracy(
     samples: Annotated[int, typer.Option(min=2, help="Windows for statistics.")] = 48,
     validation: Annotated[int, typer.Option(min=2, help="Windows for the choice of scales.")] = 16,
     esr_length: Annotated[int, typer.Option(min=64, help="Tokens of a window for ESR.")] = 512,
-    esr_samples: Annotated[int, typer.Option(min=1)] = 128,
-    esr_validation: Annotated[int, typer.Option(min=2)] = 64,
+    esr_samples: Annotated[int, typer.Option(min=1)] = 96,
+    esr_validation: Annotated[int, typer.Option(min=2)] = 48,
     bits: Annotated[str, typer.Option(help="Which of 8, 4, 3, 2.")] = "8,4,3,2",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every ESR recipe.")] = 3,
     only: Annotated[str, typer.Option(help="ESR settings and recipes that match this regular expression.")] = "",
@@ -485,7 +483,6 @@ def accuracy(
         raise typer.BadParameter(f"allowed: {', '.join(PARTS)}", param_hint="--parts")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "accuracy.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     network = load_model(model)
     held_out = read_tokens(text, model, network)
     with _calibration_file(calibration_text) as source:
@@ -493,28 +490,26 @@ def accuracy(
     sizes = Sizes(windows, length, samples, validation, batch, few, esr_length, esr_samples, esr_validation)
     bench = Bench(network, held_out, other, sizes)
     console.print(f"float: perplexity {bench.reference.perplexity:.5f}, {bench.reference.tokens:,} tokens")
-    widths = tuple(int(width) for width in bits.split(","))
-    steps: dict[str, Callable[[], Any]] = {
-        "table": lambda: bench.table(widths),
-        "esr": lambda: bench.esr(seeds, only, results.get("esr", {}).get("results", {})),
-        "rates": bench.rates,
-        "plots": lambda: bench.plots(out, results),
-    }
-    for part in PARTS:
-        if part not in wanted:
-            continue
-        began, first = time.perf_counter(), len(bench.rows)
-        found = {"results": steps[part](), "rows": [dataclasses.asdict(row) for row in bench.rows[first:]]}
-        if part == "plots":
-            continue
-        results[part] = found | {
-            "float_perplexity": bench.reference.perplexity,
-            "sizes": dataclasses.asdict(sizes),
-            "seconds": round(time.perf_counter() - began),
-            "machine": machine_record(),
-        }
-        # After each part: a long run that is ended early has something to show.
-        file.write_text(json.dumps(results, indent=1) + "\n")
+    about = {"float_perplexity": bench.reference.perplexity, "sizes": dataclasses.asdict(sizes)}
+
+    def keep(part: str, results: Any) -> None:
+        """At once, since a long run that is ended early has something to show; beside what others have written."""
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if part == "esr":
+            settings = known.get(part, {}).get("results", {})
+            results = settings | {name: settings.get(name, {}) | recipes for name, recipes in results.items()}
+        known[part] = {"results": results, **about, "machine": machine_record()}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+
+    if "table" in wanted:
+        bench.table(tuple(int(width) for width in bits.split(",")))
+        keep("table", [dataclasses.asdict(row) for row in bench.rows])
+    if "esr" in wanted:
+        bench.esr(seeds, only, lambda results: keep("esr", results))
+    if "rates" in wanted:
+        keep("rates", bench.rates())
+    if "plots" in wanted:
+        bench.plots(out, json.loads(file.read_text()) if file.exists() else {})
     _print(bench.rows)
     console.print(f"written to {file}", style="dim")
 

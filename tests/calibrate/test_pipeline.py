@@ -29,7 +29,8 @@ from qmamba_compile.errors import ArtifactError, ConfigError
 
 ROOT = Path(__file__).parents[2]
 SMALL = Options(samples=8, validation=4, length=64, batch=4, esr=EsrOptions(epochs=1, batch=4, margin=-1e9))
-FLAGS = ["--samples", "8", "--validation", "4", "--length", "64", "--batch", "4", "--esr-epochs", "1", "--quiet"]
+FLAGS = ["--samples", "8", "--validation", "4", "--length", "64", "--batch", "4"]
+FLAGS += ["--esr-batch", "4", "--esr-epochs", "1", "--quiet"]
 
 
 @pytest.fixture
