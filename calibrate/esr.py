@@ -62,6 +62,11 @@ class EsrOptions:
 
 TOGETHER = "all layers"
 
+FRACTIONS = (1.0, 0.5, 0.25)
+"""Of the way from the old weights to the trained ones, what is tried on the validation samples. Straight-through
+gradients are noisy: of a step, its noise costs by its square, what it gains goes by its length.
+"""
+
 PAPER = EsrOptions(trajectory="single-step", schedule="constant", batch=1)
 
 
@@ -75,6 +80,7 @@ class BlockResult:
             nats a token (``"model"``); ``None`` where it was not finite.
         nats_before, nats_after: of the validation samples by the whole quantized model, with old and with new weights.
         kept: the new weights stay.
+        fraction: of the way to the trained weights that was best; nats_after is there.
         note: why not, where it is not plain.
     """
 
@@ -85,6 +91,7 @@ class BlockResult:
     nats_after: float | None
     kept: bool
     note: str = ""
+    fraction: float = 1.0
 
 
 Outcome = tuple[BlockResult, dict[str, Tensor], Tensor]
@@ -280,16 +287,35 @@ class Reconstruction:
         if last is None:
             note = "the loss was not finite: lower the learning rate"
             return BlockResult(layer, first, None, mean, mean, False, note), {}, nats
-        undo = self._install(tensors)
-        after = validate()
-        gain = nats - after
+        tried: dict[float, Tensor] = {}
+        for fraction in FRACTIONS:
+            undo = self._install(self._towards(tensors, fraction))
+            tried[fraction] = validate()
+            undo()
+        best = min(tried, key=lambda fraction: _finite(tried[fraction].mean().item()) or math.inf)
+        after, gain = tried[best], nats - tried[best]
         # NaN compares as False: it never wins.
         kept = bool(gain.mean() > self.options.margin * standard_error(gain))
-        result = BlockResult(layer, first, last, mean, _finite(after.mean().item()), kept)
-        if kept:
-            return result, tensors, after
-        undo()
-        return result, {}, nats
+        result = BlockResult(layer, first, last, mean, _finite(after.mean().item()), kept, fraction=best)
+        if not kept:
+            return result, {}, nats
+        tensors = self._towards(tensors, best)
+        self._install(tensors)
+        return result, tensors, after
+
+    def _towards(self, tensors: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+        """``fraction`` of the way from what the model has to ``tensors``; of a scale, in its logarithm."""
+        found = {}
+        for key, tensor in tensors.items():
+            path, _, kind = key.rpartition(".")
+            if kind == "state_scale":
+                assert self.recurrence.state_scale is not None
+                old = self.recurrence.state_scale[path].to(tensor)
+                found[key] = old * (tensor / old) ** fraction
+            else:
+                old = self.float_blocks.model.get_submodule(path).get_parameter(kind.removesuffix("_bcdt"))
+                found[key] = old[-len(tensor) :].to(tensor).lerp(tensor, fraction)
+        return found
 
     def _install(self, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
         """Put tuned tensors into the quantized model and its recurrence; returns what takes them out again."""
