@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -47,7 +48,7 @@ RATES = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 RECIPES = {
     "paper (single step, constant rate)": PAPER,
     "exact trajectory, block by block": EsrOptions(),
-    "exact trajectory, all layers by the prediction": EsrOptions(loss="model"),
+    "exact trajectory, all layers by the prediction": EsrOptions(loss="model", learning_rate=3e-4),
 }
 SETTINGS = {
     "H4 fully static": (4, True, "none"),
@@ -56,7 +57,8 @@ SETTINGS = {
 }
 """Bits, whether both scale vectors are static, linears."""
 PARTS = ("table", "esr", "rates", "plots")
-console = rich.console.Console()
+# Tables are wider than what rich assumes of a pipe.
+console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -527,8 +529,6 @@ class _calibration_file:  # noqa: N801
     def __enter__(self) -> str:
         if self._given is not None:
             return self._given
-        import sys
-
         sys.path.insert(0, str(ROOT / "demo"))
         from train import stdlib_files
 
