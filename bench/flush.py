@@ -171,55 +171,56 @@ def _time(shape: str, batch: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Accuracy against size, and time against L: what there is of the two."""
+    """Accuracy against size for both kinds of scales, and time against L: what there is of them."""
     pyplot = require_matplotlib(path)
-    panels = [part for part in ("accuracy", "time") if part in results]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(7.5 * len(panels), 5), squeeze=False)
-    colors = {bits: f"C{index}" for index, bits in enumerate(BITS)}
-    for axis, part in zip(axes[0], panels, strict=True):
-        for scales, (bits, color) in itertools.product(("dynamic", "calibrated"), colors.items()):
-            rows = [r for r in results[part]["rows"] if r["bits"] == bits and r.get("scales", "dynamic") == scales]
-            if rows and part == "accuracy":
-                _draw_accuracy(axis, rows, color, f"{bits} bits, {scales}", dashed=scales == "calibrated")
-            elif rows:
-                _draw_time(axis, rows, color, f"{bits} bits")
+    panels: list[tuple[str, list[dict[str, Any]], Any]] = []
+    if "accuracy" in results:
+        rows = results["accuracy"]["rows"]
+        for scales in dict.fromkeys(row["scales"] for row in rows):
+            panels.append((f"{scales} scales", [row for row in rows if row["scales"] == scales], _draw_accuracy))
+    if "time" in results:
+        machine = results["time"]["machine"]
+        title = f"one step, {machine['processor']}, {machine['threads']} threads"
+        panels.append((title, results["time"]["rows"], _draw_time))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False)
+    for axis, (title, rows, draw_rows) in zip(axes[0], panels, strict=True):
+        for index, bits in enumerate(BITS):
+            chosen = [row for row in rows if row["bits"] == bits]
+            if chosen:
+                draw_rows(axis, chosen, f"C{index}", f"{bits} bits")
+        axis.set_title(title, fontsize=10)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-        machine = results[part]["machine"]
-        axis.set_title(f"{machine['processor']}, {machine['threads']} threads", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
-_LEAST = 0.01
-"""Percent, the foot of the logarithmic axis: smaller and negative increases are drawn here."""
+_LEAST, _MOST = 0.01, 200
+"""Percent, the ends of the logarithmic axis: smaller and negative increases are drawn at its foot."""
 
 
-def _draw_accuracy(axis: Any, rows: list[dict[str, Any]], color: str, label: str, *, dashed: bool) -> None:
+def _draw_accuracy(axis: Any, rows: list[dict[str, Any]], color: str, label: str) -> None:
     sizes = [row["bits_per_element"] for row in rows]
     costs = [max(100 * row["increase"], _LEAST) for row in rows]
-    style: dict[str, Any] = {"color": color, "linestyle": "--" if dashed else "-", "linewidth": 1}
-    axis.plot(sizes, costs, marker="o", fillstyle="none" if dashed else "full", label=label, **style)
+    axis.plot(sizes, costs, marker="o", color=color, label=label)
     outliers = [max(100 * row["increase_outliers"], _LEAST) for row in rows]
-    axis.plot(sizes, outliers, marker="x", **{**style, "linewidth": 0.3})
+    axis.plot(sizes, outliers, marker="x", linestyle=":", color=color)
     for row, size, cost in zip(rows, sizes, costs, strict=True):
-        axis.annotate(f"L={row['flush_interval']}", (size, cost), xytext=(4, 5), textcoords="offset points", fontsize=8)
+        place = {"xytext": (-4, -11), "textcoords": "offset points", "fontsize": 7, "ha": "right"}
+        axis.annotate(f"L={row['flush_interval']}", (size, cost), **place)
     axis.set(
         yscale="log",
+        ylim=(0.7 * _LEAST, _MOST),
+        xlim=(1.5, 14),
         xlabel="bits a state element, scales and ring included",
-        ylabel="perplexity increase over a float state, % (x: outliers injected)",
+        ylabel="perplexity increase, % (dotted: outliers injected)",
     )
 
 
 def _draw_time(axis: Any, rows: list[dict[str, Any]], color: str, label: str) -> None:
-    axis.plot(
-        [row["flush_interval"] for row in rows],
-        [row["speedup"][0] for row in rows],
-        marker="o",
-        color=color,
-        label=label,
-    )
+    lengths, times = [row["flush_interval"] for row in rows], [row["speedup"][0] for row in rows]
+    axis.plot(lengths, times, marker="o", color=color, label=label)
     axis.set(xscale="log", xlabel="flush_interval L", ylabel="times faster than a fused float32 loop")
     axis.set_xticks(INTERVALS, [str(interval) for interval in INTERVALS])
 
