@@ -28,7 +28,9 @@ from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ArtifactError, ConfigError
 
 ROOT = Path(__file__).parents[2]
-SMALL = Options(samples=8, validation=4, length=64, batch=4, esr=EsrOptions(epochs=1, batch=4, margin=-1e9))
+# A rate that leaves a clear trace even where only a quarter of the way is taken.
+ESR = EsrOptions(epochs=1, batch=4, margin=-1e9, learning_rate=4e-3)
+SMALL = Options(samples=8, validation=4, length=64, batch=4, esr=ESR)
 FLAGS = ["--samples", "8", "--validation", "4", "--length", "64", "--batch", "4"]
 FLAGS += ["--esr-batch", "4", "--esr-epochs", "1", "--quiet"]
 
