@@ -73,7 +73,7 @@ class SchemeRecurrence:
 
     def grouped(self, scan: Scan) -> tuple[Tensor, Tensor | None]:
         """Groups of a row are states of their own with one scale a row each; y is the sum of theirs."""
-        y: Tensor | float = 0.0
+        y = torch.zeros(())
         for start in range(0, scan.B.shape[-1], GROUP):
             B, C = (tensor[..., start : start + GROUP].contiguous() for tensor in (scan.B, scan.C))
             ones = torch.ones(scan.x.shape[2], B.shape[-1], device=B.device)
