@@ -22,7 +22,8 @@ train: $(STAMP)
 
 calibrate: $(STAMP)
 	$(BIN)/python demo/train.py --write-training build/stdlib.txt
-	$(BIN)/qmamba calibrate demo/tiny-mamba2 --data build/stdlib.txt --out demo/tiny-mamba2/calibration.safetensors
+	$(BIN)/qmamba calibrate demo/tiny-mamba2 --data build/stdlib.txt --out demo/tiny-mamba2/calibration.safetensors \
+		--flush-interval 1 --esr-batch 8
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ QUESTIONS = {
     "compile": ("compile_time", "cold and warm compile time in fresh processes"),
     "memory": ("memory", "bytes of weights and state, peak of prefill"),
     "cost": ("cost", "time against tokens generated, batch and length"),
+    "calibration": ("calibration", "what statistics and ESR cost a block, extrapolated"),
     "accuracy": ("accuracy", "perplexity against bits, scales and rounding"),
     "flush": ("flush", "accuracy, size and time by flush_interval"),
     "roofline": ("roofline", "generated kernels against the roofs of GPUs"),

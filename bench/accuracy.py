@@ -2,6 +2,8 @@
 
 Every figure is the perplexity of the recurrence on held-out windows, requantized at every token, as an increase over
 the float model on the same windows; the standard error is that of paired differences. Scales and ESR see other text.
+
+Parts may run one by one: ``--out`` keeps what the others found.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,10 +26,12 @@ import typer
 from torch import Tensor
 
 from bench.outliers import Outliers
+from bench.plot import require_matplotlib
+from bench.record import machine_record
 from bench.schemes import SCHEMES, SchemeRecurrence
 from calibrate.capture import Statistics, capture
 from calibrate.cli import load_model
-from calibrate.data import cut_windows, read_tokens, split_windows
+from calibrate.data import Tokens, cut_windows, read_tokens, split_windows, spread
 from calibrate.esr import PAPER, EsrOptions, Reconstruction
 from calibrate.evaluate import Score, score, standard_error, token_nats
 from calibrate.pipeline import Options
@@ -38,16 +42,23 @@ from calibrate.work import Work
 from qmamba_compile import quant
 
 ROOT = Path(__file__).resolve().parents[1]
-CLIPS = (0.5, 0.65, 0.8, 1.0, 1.25)
+CLIPS = (0.25, 0.35, 0.5, 0.7, 1.0)
 """Static channel scales that are tried, relative to the one that serves the largest value seen."""
 RATES = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 RECIPES = {
     "paper (single step, constant rate)": PAPER,
     "exact trajectory, block by block": EsrOptions(),
-    "exact trajectory, all layers by the prediction": EsrOptions(loss="model", batch=4),
+    "exact trajectory, all layers by the prediction": EsrOptions(loss="model", learning_rate=3e-4),
 }
+SETTINGS = {
+    "H4 fully static": (4, True, "none"),
+    "H3 calibrated": (3, False, "none"),
+    "W8A8H4 calibrated": (4, False, "int8"),
+}
+"""Bits, whether both scale vectors are static, linears."""
 PARTS = ("table", "esr", "rates", "plots")
-console = rich.console.Console()
+# Tables are wider than what rich assumes of a pipe.
+console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +71,34 @@ class Row:
     weights: str
     outliers: bool
     esr: str
+    windows: int
     perplexity: float
     increase: float
     error: float
     bits_per_element: float
     state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much text.
+
+    Attributes:
+        windows: held-out ones. length: tokens of a window. batch: at a time.
+        samples, validation: windows for statistics and for choices.
+        few: held-out windows for a scheme that only plain torch knows.
+        esr_length, esr_samples, esr_validation: of ESR's own windows, drawn anew for every seed.
+    """
+
+    windows: int
+    length: int
+    samples: int
+    validation: int
+    batch: int
+    few: int
+    esr_length: int
+    esr_samples: int
+    esr_validation: int
 
 
 class Bench:
@@ -73,17 +107,22 @@ class Bench:
     Attributes:
         rows: of the table so far.
         reference: the float model on the held-out windows.
+        few: of these, how many a scheme sees that only plain torch knows.
     """
 
-    def __init__(self, model: Any, held_out: Tensor, samples: Tensor, validation: Tensor, batch: int) -> None:
-        self.model, self.held_out, self.samples, self.validation = model, held_out, samples, validation
-        self.batch = batch
-        self.reference = score(model, held_out, float_scan, batch=batch)
-        self.statistics = capture(model, list(samples.split(batch)))
-        self.felt = sensitivities(model, list(samples[: max(1, len(samples) // 2)].split(batch)))
+    def __init__(self, model: Any, held_out_text: Tokens, text: Tokens, sizes: Sizes) -> None:
+        """Statistics and scales come from ``text``, which is none of the held-out one."""
+        self.model, self.held_out_text, self.text = model, held_out_text, text
+        self.sizes, self.batch = sizes, sizes.batch
+        self.held_out = spread(cut_windows(held_out_text, sizes.length), sizes.windows)
+        self.reference = score(model, self.held_out, float_scan, batch=self.batch)
+        samples, self.validation = split_windows(text, sizes.length, (sizes.samples, sizes.validation), 0)
+        self.statistics = capture(model, list(samples.split(self.batch)))
+        self.felt = sensitivities(model, list(samples[: max(1, len(samples) // 2)].split(self.batch)))
         self.outliers = Outliers.random(model)
         self.int8 = quantized_copy(model)
         self.rows: list[Row] = []
+        self._chosen: dict[tuple[str, int, bool], Recurrence] = {}
         mixer = next(iter(mixers(model).values()))
         self.headdim, self.dstate = int(mixer.head_dim), int(mixer.ssm_state_size)
         self.elements = sum(m.A_log.numel() * self.headdim * self.dstate for m in mixers(model).values())
@@ -92,29 +131,46 @@ class Bench:
 
     def calibrated(self, bits: int, stochastic: bool, *, outliers: bool = False) -> Recurrence:
         """DSQ with calibrated scales, chosen on the validation windows as `qmamba calibrate` does."""
-        statistics, felt = self._seen(outliers)
-        tried = {f"rms^{e:g}": {layer: power_scale(statistics, layer, e) for layer in felt} for e in EXPONENTS}
-        tried["fitted"] = {
-            layer: fitted_scale(statistics.rows[layer], statistics.channels[layer], felt[layer]) for layer in felt
-        }
-        runs = [Recurrence(bits, stochastic, state_scale=scales) for scales in tried.values()]
-        return min(runs, key=lambda run: self._validate(run, outliers))
+
+        def tried() -> list[Recurrence]:
+            statistics, felt = self._seen(outliers)
+            scales = [{layer: power_scale(statistics, layer, e) for layer in felt} for e in EXPONENTS]
+            fitted = {
+                layer: fitted_scale(statistics.rows[layer], statistics.channels[layer], felt[layer]) for layer in felt
+            }
+            return [Recurrence(bits, state_scale=choice) for choice in (*scales, fitted)]
+
+        return self._best("calibrated", bits, stochastic, outliers, tried)
 
     def static(self, bits: int, stochastic: bool, *, outliers: bool = False) -> Recurrence:
         """Both vectors from calibration; how much of the largest values is clipped, the validation windows decide."""
-        base = self.calibrated(bits, stochastic, outliers=outliers)
-        statistics, _ = self._seen(outliers)
-        assert base.state_scale is not None
-        scales = {layer: quant.store_scale(scale).float() for layer, scale in base.state_scale.items()}
-        largest = {
-            layer: (statistics.state_max[layer].float() / scale[:, None]).amax(-1) / quant.max_code(bits)
-            for layer, scale in scales.items()
-        }
-        runs = [
-            dataclasses.replace(base, channel_scale={layer: clip * scale for layer, scale in largest.items()})
-            for clip in CLIPS
-        ]
-        return min(runs, key=lambda run: self._validate(run, outliers))
+
+        def tried() -> list[Recurrence]:
+            base = self.calibrated(bits, False, outliers=outliers)
+            statistics, _ = self._seen(outliers)
+            assert base.state_scale is not None
+            scales = {layer: quant.store_scale(scale).float() for layer, scale in base.state_scale.items()}
+            largest = {
+                layer: (statistics.state_max[layer].float() / scale[:, None]).amax(-1) / quant.max_code(bits)
+                for layer, scale in scales.items()
+            }
+            return [
+                dataclasses.replace(base, channel_scale={layer: clip * scale for layer, scale in largest.items()})
+                for clip in CLIPS
+            ]
+
+        return self._best("static", bits, stochastic, outliers, tried)
+
+    def _best(
+        self, kind: str, bits: int, stochastic: bool, outliers: bool, tried: Callable[[], list[Recurrence]]
+    ) -> Recurrence:
+        """The best on the validation windows, rounded to nearest; the same scales serve both roundings."""
+        key = (kind, bits, outliers)
+        if key not in self._chosen:
+            runs = tried()
+            nats = [self._validate(run, outliers) for run in runs]
+            self._chosen[key] = runs[nats.index(min(nats))]
+        return dataclasses.replace(self._chosen[key], stochastic=stochastic)
 
     def _seen(self, outliers: bool) -> tuple[Statistics, dict[str, Tensor]]:
         if not outliers:
@@ -133,7 +189,10 @@ class Bench:
     ) -> None:
         """Add a row and print it."""
         model = self.int8 if weights == "int8" else self.model
-        result = score(model, self.held_out, self.outliers.around(run) if outliers else run, batch=self.batch)
+        windows = self.held_out
+        if isinstance(run, SchemeRecurrence) and not run.by_kernel:
+            windows = spread(windows, self.sizes.few)
+        result = score(model, windows, self.outliers.around(run) if outliers else run, batch=self.batch)
         self.add(scheme, run, result, extra_bits, weights=weights, outliers=outliers)
 
     def add(
@@ -148,19 +207,23 @@ class Bench:
         esr: str = "",
     ) -> None:
         """Add a row of what has been measured, and print it."""
-        increase, error = result.increase_over(self.reference)
+        seen = len(result.nats)
+        reference = Score(spread(self.reference.nats, seen), result.tokens)
+        increase, error = result.increase_over(reference)
         bits = run.bits + extra_bits
         rounding = "stochastic" if run.stochastic else "nearest"
         state_bytes = round(self.elements * bits / 8)
         perplexity = result.perplexity
         self.rows.append(
-            Row(scheme, rounding, run.bits, weights, outliers, esr, perplexity, increase, error, bits, state_bytes)
+            Row(
+                scheme, rounding, run.bits, weights, outliers, esr, seen, perplexity, increase, error, bits, state_bytes
+            )
         )
         marks = ", ".join(text for text in (f"W {weights}", "outliers" if outliers else "", esr) if text)
         console.print(f"{scheme:18} H{run.bits} {rounding:10} {marks:24} {increase:+9.3%} +- {error:.3%}")
 
     def table(self, bits: tuple[int, ...]) -> None:
-        """Every scheme at every number of bits; outliers and int8 linears at 4 bits."""
+        """Every scheme at every number of bits; outliers at 4 bits, and what only plain torch knows at 4 and 3."""
         p, n = self.headdim, self.dstate
         for width in bits:
             for stochastic in (False, True):
@@ -170,7 +233,8 @@ class Bench:
                 for outliers in (False, True) if width == 4 else (False,):
                     for name, (_, extra) in SCHEMES.items():
                         run = SchemeRecurrence(name, width, stochastic)
-                        self.measure(name, run, extra(p, n), outliers=outliers)
+                        if run.by_kernel or width == 4 or (width == 3 and not stochastic):
+                            self.measure(name, run, extra(p, n), outliers=outliers)
                     self.measure("per channel", per_channel, 16 / n, outliers=outliers)
                     self.measure("DSQ dynamic", dynamic, 16 / n + 16 / p, outliers=outliers)
                     calibrated = self.calibrated(width, stochastic, outliers=outliers)
@@ -183,13 +247,16 @@ class Bench:
 
     # --- ESR -------------------------------------------------------------------------------------------------------
 
-    def reconstruct(self, run: Recurrence, options: EsrOptions, seed: int, weights: str = "none") -> dict[str, Any]:
-        """Share of the log-perplexity gap that ESR recovers on the held-out windows."""
-        generator = torch.Generator().manual_seed(seed)
-        samples = self.samples[torch.randperm(len(self.samples), generator=generator)]
+    def reconstruct(
+        self, run: Recurrence, options: EsrOptions, seed: int, weights: str = "none", mark: str = ""
+    ) -> dict[str, Any]:
+        """Share of the log-perplexity gap that ESR recovers on the held-out windows, which it never sees."""
+        sizes = self.sizes
+        counts = (sizes.esr_samples, sizes.esr_validation)
+        samples, validation = split_windows(self.text, sizes.esr_length, counts, seed + 1)
         quantized = quantized_copy(self.model, weights=None if weights == "none" else weights)
         before = score(quantized, self.held_out, run, batch=self.batch)
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             reconstruction = Reconstruction(
                 self.model,
@@ -197,123 +264,197 @@ class Bench:
                 run,
                 options,
                 samples,
-                self.validation,
+                validation,
                 smooth=None,
                 seed=seed,
                 work=Work(Path(folder) / "esr", {}, resume=False),
                 memory_limit=Options.memory,
             )
             reconstruction.run()
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - used
         after = score(quantized, self.held_out, reconstruction.recurrence, batch=self.batch)
         gap, gain = before.nats - self.reference.nats, before.nats - after.nats
-        self.add("with ESR", run, after, 16 / self.dstate, weights=weights, esr=f"seed {seed}")
+        self.add("with ESR", run, after, 16 / self.dstate, weights=weights, esr=f"{mark} seed {seed}".strip())
+        floats = score(quantized, self.held_out, float_scan, batch=self.batch).nats - self.reference.nats
         return {
             "recovered": (gain.mean() / gap.mean()).item(),
             "nats_gained": gain.mean().item(),
             "nats_gained_error": standard_error(gain),
             "gap": gap.mean().item(),
-            "float_state_change": (
-                score(quantized, self.held_out, float_scan, batch=self.batch).nats - self.reference.nats
-            )
-            .mean()
-            .item(),
+            "float_state_change": floats.mean().item(),
+            "perplexity": after.perplexity,
+            "held_out_windows": len(self.held_out),
+            "samples": len(samples),
+            "length": sizes.esr_length,
+            "options": dataclasses.asdict(options),
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "layers": [dataclasses.asdict(result) for result in reconstruction.results],
         }
 
-    def esr(self, seeds: int, only: str = "") -> dict[str, Any]:
+    def esr(self, seeds: int, only: str, keep: Callable[[dict[str, Any]], None]) -> None:
         """Every recipe where there is a gap: H4 fully static, H3 calibrated, and W8A8H4 calibrated.
 
         Args:
             only: of these, those whose setting and recipe match this regular expression.
+            keep: called with what is found, as soon as it is.
         """
-        settings: dict[str, tuple[Recurrence, str]] = {
-            "H4 fully static": (self.static(4, False), "none"),
-            "H3 calibrated": (self.calibrated(3, False), "none"),
-            "W8A8H4 calibrated": (self.calibrated(4, False), "int8"),
-        }
-        results: dict[str, Any] = {}
-        for setting, (run, weights) in settings.items():
+        for setting, (bits, static, weights) in SETTINGS.items():
             for recipe, options in RECIPES.items():
                 if not re.search(only, f"{setting}, {recipe}"):
                     continue
-                runs = [self.reconstruct(run, options, seed, weights) for seed in range(seeds)]
+                run = (self.static if static else self.calibrated)(bits, False)
+                runs = [self.reconstruct(run, options, seed, weights, recipe) for seed in range(seeds)]
                 shares = torch.tensor([run["recovered"] for run in runs])
                 spread = shares.std().item() if seeds > 1 else math.nan
                 console.print(f"{setting}, {recipe}: {shares.mean():.1%} of the gap recovered, spread {spread:.1%}")
-                results.setdefault(setting, {})[recipe] = runs
-        return results
+                keep({setting: {recipe: runs}})
 
     def rates(self) -> dict[str, float]:
-        """The paper's ablation: held-out perplexity by learning rate, H3 calibrated, the paper's recipe."""
-        run = self.calibrated(3, False)
+        """The paper's ablation: held-out perplexity by learning rate, H4 fully static, the paper's recipe."""
+        run = self.static(4, False)
         found = {"without ESR": score(self.model, self.held_out, run, batch=self.batch).perplexity}
         for rate in RATES:
-            self.reconstruct(run, dataclasses.replace(PAPER, learning_rate=rate), 0)
-            found[f"{rate:g}"] = self.rows[-1].perplexity
+            options = dataclasses.replace(PAPER, learning_rate=rate)
+            found[f"{rate:g}"] = self.reconstruct(run, options, 0, mark=f"rate {rate:g}")["perplexity"]
         return found
 
     # --- plots -----------------------------------------------------------------------------------------------------
 
-    def plots(self, out: Path, esr: dict[str, Any]) -> None:
-        """State magnitude of one head, error against position, ESR loss by layer."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
+    def plots(self, out: Path, results: dict[str, Any]) -> None:
+        """The state of one head, error against position; and of what is known: table, ESR by layer, learning rates."""
+        pyplot = require_matplotlib(out / "state_magnitude.png")
         layer = max(self.felt, key=lambda name: self.statistics.state_rms(name).max().item())
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+        head = int(self.statistics.state_rms(layer).amax(dim=(1, 2)).argmax())
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
         for axis, statistics, title in zip(
             axes, (self.statistics, self.outliers.statistics(self.statistics)), ("as trained", "outliers"), strict=True
         ):
-            head = int(statistics.state_rms(layer).amax(dim=(1, 2)).argmax())
             image = axis.imshow(statistics.state_rms(layer)[head].log10(), aspect="auto")
             axis.set(title=f"{layer}, head {head}, {title}", xlabel="state n", ylabel="channel p")
+            axis.title.set_fontsize(9)
             figure.colorbar(image, label="log10 of the root mean square")
         _save(figure, out / "state_magnitude.png")
-        figure, axis = plt.subplots(figsize=(7, 4))
+        _save(self._draw_positions(pyplot), out / "error_by_position.png")
+        if "table" in results:
+            _save(_draw_table(pyplot, results["table"]["results"]), out / "schemes.png")
+        if "esr" in results:
+            _save(_draw_layers(pyplot, results["esr"]["results"]), out / "esr_loss.png")
+        if "rates" in results:
+            _save(_draw_rates(pyplot, results["rates"]), out / "esr_rates.png")
+
+    def _draw_positions(self, pyplot: Any) -> Any:
+        """On long windows, `_LONG` times as long as those of the table."""
+        windows = spread(cut_windows(self.held_out_text, _LONG * self.sizes.length), _TEXTS)
+        figure, axis = pyplot.subplots(figsize=(7, 4))
+        reference = self._by_position(windows, float_scan)
         for name, run in {
-            "DSQ dynamic, nearest": Recurrence(4),
-            "DSQ dynamic, stochastic": Recurrence(4, True),
-            "DSQ calibrated, nearest": self.calibrated(4, False),
+            "dynamic, nearest": Recurrence(4),
+            "dynamic, stochastic": Recurrence(4, True),
+            "calibrated, nearest": self.calibrated(4, False),
+            "dynamic, nearest, stored once in 8 steps": Recurrence(4, flush_interval=8),
         }.items():
-            error = self._by_position(run) - self._by_position(float_scan)
+            error = (self._by_position(windows, run) - reference).unflatten(0, (-1, _BIN)).mean(dim=1)
             axis.plot(torch.arange(len(error)) * _BIN + _BIN / 2, error, label=name)
-        axis.set(xlabel="position in the text", ylabel="nats over the float state", title="H4, error against position")
-        axis.legend()
-        _save(figure, out / "error_by_position.png")
-        figure, axis = plt.subplots(figsize=(7, 4))
-        for setting, recipes in esr.items():
-            layers = recipes.get(next(name for name, o in RECIPES.items() if o.loss == "block"), [{}])[0].get(
-                "layers", []
-            )
-            for when, style in (("loss_first", "--"), ("loss_last", "-")):
-                axis.plot([result[when] for result in layers], style, marker="o", label=f"{setting}, {when[5:]} epoch")
-        axis.set(xlabel="block", ylabel="relative square error", title="ESR loss by block", yscale="log")
-        if esr:
-            axis.legend(fontsize=7)
-        _save(figure, out / "esr_loss.png")
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set(
+            xlabel=f"position in the text (means of {_BIN} bytes, {len(windows)} texts)",
+            ylabel="nats over the float state",
+            title="H4, error against position",
+        )
+        axis.legend(fontsize=8)
+        return figure
 
     @torch.no_grad()
-    def _by_position(self, run: Run) -> Tensor:
-        total = torch.zeros(0)
+    def _by_position(self, windows: Tensor, run: Run) -> Tensor:
+        """Mean code length at each position, as many as fill whole bins."""
         with replaced(self.model, run):
-            for ids in self.held_out.split(self.batch):
-                nats = token_nats(self.model(ids, use_cache=False).logits[:, :-1], ids[:, 1:]).double().sum(dim=0)
-                total = nats if len(total) == 0 else total + nats
-        usable = len(total) // _BIN * _BIN
-        return total[:usable].view(-1, _BIN).mean(dim=1) / len(self.held_out)
+            nats = [
+                token_nats(self.model(ids, use_cache=False).logits[:, :-1], ids[:, 1:]).double().sum(dim=0)
+                for ids in windows.split(self.batch)
+            ]
+        total = torch.stack(nats).sum(dim=0) / len(windows)
+        return total[: len(total) // _BIN * _BIN]
 
 
-_BIN = 64
+_LONG, _TEXTS = 8, 12
+
+
+_BIN = 512
 """Positions averaged for a point of the plot."""
+
+
+def _draw_table(pyplot: Any, rows: list[dict[str, Any]]) -> Any:
+    """Increase against bits an element, natural states; one color a scheme, filled markers are stochastic."""
+    figure, axis = pyplot.subplots(figsize=(9, 5.5))
+    natural = [row for row in rows if not row["outliers"] and row["weights"] == "none" and row["scheme"] != "with ESR"]
+    for index, scheme in enumerate(dict.fromkeys(row["scheme"] for row in natural)):
+        for rounding, fill in (("nearest", "none"), ("stochastic", "full")):
+            chosen = [row for row in natural if row["scheme"] == scheme and row["rounding"] == rounding]
+            axis.plot(
+                [row["bits_per_element"] for row in chosen],
+                [max(100 * row["increase"], 0.005) for row in chosen],
+                marker="o",
+                fillstyle=fill,
+                linestyle="-" if fill == "full" else ":",
+                linewidth=0.8,
+                color=f"C{index}",
+                label=scheme if fill == "full" else None,
+            )
+    axis.set(
+        yscale="log",
+        xlabel="bits a state element, scales included (open, dotted: nearest; filled: stochastic)",
+        ylabel="perplexity increase over a float state, %",
+        title="requantized at every token",
+    )
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def _draw_layers(pyplot: Any, results: dict[str, Any]) -> Any:
+    """Loss of the first and of the last epoch by block, of the recipes that go block by block."""
+    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    index = 0
+    for setting, recipes in results.items():
+        for recipe, runs in recipes.items():
+            layers = runs[0]["layers"]
+            if len(layers) < 2:
+                continue
+            for when, style in (("loss_first", ":"), ("loss_last", "-")):
+                label = f"{setting}, {recipe}" if when == "loss_last" else None
+                values = [result[when] for result in layers]
+                axis.plot(range(len(layers)), values, style, marker="o", color=f"C{index}", label=label)
+            index += 1
+    axis.set(
+        xlabel="block",
+        ylabel="square error relative to the target's",
+        title="ESR loss by block: first epoch dotted, last epoch solid",
+        yscale="log",
+    )
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def _draw_rates(pyplot: Any, part: dict[str, Any]) -> Any:
+    """Perplexity by learning rate, beside that without ESR and that of the float model."""
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    found = dict(part["results"])
+    without = found.pop("without ESR")
+    axis.plot([float(rate) for rate in found], list(found.values()), marker="o", label="the paper's recipe")
+    axis.axhline(without, color="black", linestyle=":", label="without ESR")
+    axis.axhline(part["float_perplexity"], color="gray", linestyle="--", label="float state")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="perplexity", title="H4 fully static")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    return figure
 
 
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     console.print(f"written to {path}", style="dim")
 
 
@@ -325,47 +466,58 @@ def accuracy(
     calibration_text: Annotated[
         str | None, typer.Option(help="Other text, for scales and ESR; by default the standard library's sources.")
     ] = None,
-    windows: Annotated[int, typer.Option(min=2, help="Held-out windows, spread over the text.")] = 95,
-    length: Annotated[int, typer.Option(min=64)] = 1024,
-    samples: Annotated[int, typer.Option(min=2)] = 64,
-    validation: Annotated[int, typer.Option(min=2)] = 32,
+    windows: Annotated[int, typer.Option(min=2, help="Held-out windows, spread over the text.")] = 48,
+    few: Annotated[int, typer.Option(min=2, help="Of these, for schemes that only plain torch knows.")] = 8,
+    length: Annotated[int, typer.Option(min=64, help="Tokens of a window.")] = 1024,
+    samples: Annotated[int, typer.Option(min=2, help="Windows for statistics.")] = 48,
+    validation: Annotated[int, typer.Option(min=2, help="Windows for the choice of scales.")] = 16,
+    esr_length: Annotated[int, typer.Option(min=64, help="Tokens of a window for ESR.")] = 512,
+    esr_samples: Annotated[int, typer.Option(min=1)] = 96,
+    esr_validation: Annotated[int, typer.Option(min=2)] = 48,
     bits: Annotated[str, typer.Option(help="Which of 8, 4, 3, 2.")] = "8,4,3,2",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every ESR recipe.")] = 3,
     only: Annotated[str, typer.Option(help="ESR settings and recipes that match this regular expression.")] = "",
-    parts: Annotated[str, typer.Option(help="Which of table, esr, rates, plots.")] = ",".join(PARTS),
+    parts: Annotated[str, typer.Option(help=f"Which of {', '.join(PARTS)}.")] = ",".join(PARTS),
     batch: Annotated[int, typer.Option(min=1)] = 16,
-    out: Annotated[Path, typer.Option(help="Folder for JSON and plots.")] = Path("build/bench/accuracy"),
+    out: Annotated[Path, typer.Option(help="Folder for JSON and plots; parts that are not run stay.")] = Path(
+        "build/bench/accuracy"
+    ),
 ) -> None:
     """Perplexity against bits, scales and rounding; ESR; plots."""
     wanted = parts.split(",")
     if set(wanted) - set(PARTS):
         raise typer.BadParameter(f"allowed: {', '.join(PARTS)}", param_hint="--parts")
     out.mkdir(parents=True, exist_ok=True)
+    file = out / "accuracy.json"
     network = load_model(model)
-    tokens = read_tokens(text, model, network)
-    cut = cut_windows(tokens, length)
-    held_out = cut[torch.linspace(0, len(cut) - 1, min(windows, len(cut))).long()]
+    held_out = read_tokens(text, model, network)
     with _calibration_file(calibration_text) as source:
         other = read_tokens(source, model, network)
-    train, validate = split_windows(other, length, (samples, validation), 0)
-    bench = Bench(network, held_out, train, validate, batch)
+    sizes = Sizes(windows, length, samples, validation, batch, few, esr_length, esr_samples, esr_validation)
+    bench = Bench(network, held_out, other, sizes)
     console.print(f"float: perplexity {bench.reference.perplexity:.5f}, {bench.reference.tokens:,} tokens")
-    results: dict[str, Any] = {"model": model, "text": text, "float_perplexity": bench.reference.perplexity}
-    results |= {"tokens": bench.reference.tokens, "machine": _machine(), "torch": torch.__version__}
-    steps: dict[str, Callable[[], Any]] = {
-        "table": lambda: bench.table(tuple(int(width) for width in bits.split(","))),
-        "esr": lambda: bench.esr(seeds, only),
-        "rates": bench.rates,
-        "plots": lambda: bench.plots(out, results.get("esr") or {}),
-    }
-    for part in PARTS:
-        if part in wanted:
-            results[part] = steps[part]()
-            results["rows"] = [dataclasses.asdict(row) for row in bench.rows]
-            # After each part: a long run that is ended early has something to show.
-            (out / "accuracy.json").write_text(json.dumps(results, indent=1) + "\n")
+    about = {"float_perplexity": bench.reference.perplexity, "sizes": dataclasses.asdict(sizes)}
+
+    def keep(part: str, results: Any) -> None:
+        """At once, since a long run that is ended early has something to show; beside what others have written."""
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if part == "esr":
+            settings = known.get(part, {}).get("results", {})
+            results = settings | {name: settings.get(name, {}) | recipes for name, recipes in results.items()}
+        known[part] = {"results": results, **about, "machine": machine_record()}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+
+    if "table" in wanted:
+        bench.table(tuple(int(width) for width in bits.split(",")))
+        keep("table", [dataclasses.asdict(row) for row in bench.rows])
+    if "esr" in wanted:
+        bench.esr(seeds, only, lambda results: keep("esr", results))
+    if "rates" in wanted:
+        keep("rates", bench.rates())
+    if "plots" in wanted:
+        bench.plots(out, json.loads(file.read_text()) if file.exists() else {})
     _print(bench.rows)
-    console.print(f"written to {out / 'accuracy.json'}", style="dim")
+    console.print(f"written to {file}", style="dim")
 
 
 class _calibration_file:  # noqa: N801
@@ -377,8 +529,6 @@ class _calibration_file:  # noqa: N801
     def __enter__(self) -> str:
         if self._given is not None:
             return self._given
-        import sys
-
         sys.path.insert(0, str(ROOT / "demo"))
         from train import stdlib_files
 
@@ -390,10 +540,6 @@ class _calibration_file:  # noqa: N801
         self._folder.cleanup()
 
 
-def _machine() -> str:
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-
-
 def _print(rows: list[Row]) -> None:
     table = rich.table.Table(title="perplexity over the float model, recurrent, requantized at every token")
     for column in (
@@ -403,6 +549,7 @@ def _print(rows: list[Row]) -> None:
         "weights",
         "outliers",
         "ESR",
+        "windows",
         "increase",
         "+-",
         "bits/element",
@@ -417,6 +564,7 @@ def _print(rows: list[Row]) -> None:
             row.weights,
             "yes" if row.outliers else "",
             row.esr,
+            str(row.windows),
             f"{row.increase:+.3%}",
             f"{row.error:.3%}",
             f"{row.bits_per_element:.3f}",

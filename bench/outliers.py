@@ -57,6 +57,10 @@ class Outliers:
         channel, state = self.channel[layer], self.state[layer]
         return channel[:, :, None] * state.repeat_interleave(len(channel) // len(state), dim=0)[:, None]
 
+    def on_state_scale(self, layer: str, scale: Tensor) -> Tensor:
+        """[h, n]: the scales of which a calibration of the larger states finds about the same."""
+        return scale * self.state[layer].repeat_interleave(len(scale) // len(self.state[layer]), dim=0)
+
     def statistics(self, original: Statistics) -> Statistics:
         """What `capture` would have found with the larger states."""
         changed = dataclasses.replace(original, state_sum={}, state_max={}, rows={})

@@ -127,6 +127,66 @@ def memory(*, shape: str, variant: str, batch: int, length: int, threads: int, o
     }
 
 
+def calibration(*, shape: str, length: int, threads: int) -> dict[str, Any]:
+    """Seconds of each part of calibration for one window and one block, and the peak of resident memory."""
+    import dataclasses
+    import tempfile
+
+    import torch
+
+    from calibrate.capture import capture
+    from calibrate.esr import EsrOptions, Reconstruction
+    from calibrate.quantized_model import quantized_copy
+    from calibrate.recurrence import Recurrence, float_scan
+    from calibrate.state_scales import power_scale
+    from calibrate.work import Work
+
+    from .shapes import shape_named
+    from .variants import random_ids
+
+    torch.set_num_threads(threads)
+    # Two blocks: one to tune, one behind it.
+    small = dataclasses.replace(shape_named(shape), n_layers=2)
+    model = small.build()
+    ids = random_ids(small, 2, length, seed=3)
+    seconds: dict[str, float] = {}
+
+    def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+        began = time.perf_counter()
+        return call(), time.perf_counter() - began
+
+    statistics, seconds["capture"] = timed(lambda: capture(model, [ids[:1]]))
+    scales = {layer: power_scale(statistics, layer, 0.5) for layer in statistics.state_sum}
+    with tempfile.TemporaryDirectory() as folder:
+        esr = Reconstruction(
+            model,
+            quantized_copy(model),
+            Recurrence(4, state_scale=scales),
+            EsrOptions(batch=1, epochs=1),
+            ids[:1],
+            ids[1:],
+            smooth=None,
+            seed=0,
+            work=Work(Path(folder) / "esr", {}, resume=False),
+            memory_limit=2**31,
+        )
+        hidden, floats, other = (esr._embedded(part) for part in (esr.sample_ids, esr.sample_ids, esr.validation_ids))
+        nats, validate = timed(lambda: esr._validate(other, 0))
+        layer = esr.blocks.mixer[0]
+        _, tune = timed(lambda: esr._tune(0, layer, hidden, floats, other, nats, lambda text, steps: None))
+        _, seconds["float_forward"] = timed(
+            lambda: esr._advance(esr.float_blocks, float_scan, esr.sample_ids, floats, 0)
+        )
+        _, seconds["quantized_forward"] = timed(
+            lambda: esr._advance(esr.blocks, esr.recurrence, esr.sample_ids, hidden, 0)
+        )
+    seconds["step"] = tune - validate
+    seconds["head"] = max(0.0, validate - 2 * seconds["quantized_forward"])
+    seconds["capture"] = max(0.0, seconds["capture"] - seconds["head"]) / 2
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    return {**seconds, "peak": _resident("VmHWM"), "weights": held}
+
+
 def _return_freed_memory() -> None:
     """Hand freed pages back, or the peak would start from what compilation left behind."""
     import ctypes
@@ -147,7 +207,11 @@ def _resident(field: str) -> int:
     raise WorkerError(f"{field} is not in /proc/self/status; peak memory is measured on Linux only")
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"compile_times": compile_times, "memory": memory}
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "compile_times": compile_times,
+    "memory": memory,
+    "calibration": calibration,
+}
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .work import writing
 
 _counter = itertools.count()
 
@@ -26,6 +29,9 @@ class Activations:
             return
         path = folder / f"activations.{next(_counter)}"
         numel = shape[0] * shape[1] * shape[2]
+        # Room on the disk now: a page that finds none later kills the process without a word.
+        with writing(path), open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * numel)
         self._rows = torch.from_file(str(path), shared=True, size=numel, dtype=torch.float32).view(shape)
         # The mapping keeps the file alive; nothing else needs its name.
         path.unlink()

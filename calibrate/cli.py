@@ -11,25 +11,28 @@ from typing import Annotated, Any
 
 import rich.console
 import rich.table
-import torch
 import typer
 
 from qmamba_compile.artifact import Artifact, read_artifact
+from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ConfigError
 
 from . import distributed
-from .data import cut_windows, read_tokens
+from .data import cut_windows, read_tokens, spread
 from .errors import CalibrationError
-from .esr import EsrOptions
+from .esr import LEARNABLE, EsrOptions
 from .evaluate import PROMPT, Score, score
 from .pipeline import Calibration, Options
 from .quantized_model import fit_artifact, quantized_copy
 from .recurrence import Recurrence, Run, float_scan, mixers
 
+logger = logging.getLogger(__name__)
+
 _out = rich.console.Console()
 _err = rich.console.Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or hub name of a transformers model.")]
+FlushInterval = Annotated[int, typer.Option(min=1, help="Steps from one requantization of the state to the next.")]
 TextField = Annotated[str, typer.Option(help="Column of a JSONL or Parquet file or a data set that holds the text.")]
 
 
@@ -40,22 +43,28 @@ def calibrate(
     text_field: TextField = "text",
     weights: Annotated[str, typer.Option(help="Linears to calibrate for: int8 or none.")] = "int8",
     state_bits: Annotated[int, typer.Option(help="Bits of the state: 8, 4, 3 or 2.")] = 4,
-    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
+    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = QMambaConfig.rounding,
+    flush_interval: FlushInterval = QMambaConfig.flush_interval,
     samples: Annotated[int, typer.Option(min=1, help="Windows for statistics and ESR.")] = 64,
     validation: Annotated[int, typer.Option(min=2, help="Windows that every choice is made on.")] = 32,
     length: Annotated[int, typer.Option(min=PROMPT + 1, help="Tokens of a window.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Windows that run together, and of one optimizer step.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     fit: Annotated[bool, typer.Option(help="Try scales fitted to what the loss feels (a backward pass).")] = True,
     smooth: Annotated[bool, typer.Option(help="Try SmoothQuant.")] = True,
     static_activations: Annotated[bool, typer.Option(help="Write static activation scales.")] = False,
     esr: Annotated[bool, typer.Option(help="Tune what makes B, C and dt.")] = True,
     esr_trajectory: Annotated[str, typer.Option(help="exact, or single-step as in the paper.")] = "exact",
-    esr_learn: Annotated[str, typer.Option(help="What is tuned: in_proj, or in_proj,state_scale.")] = "in_proj",
+    esr_learn: Annotated[str, typer.Option(help=f"What is tuned, by commas, of {', '.join(LEARNABLE)}.")] = ",".join(
+        EsrOptions.learn
+    ),
     esr_loss: Annotated[str, typer.Option(help="Error of the output of the: block, mixer or model.")] = "block",
     esr_lr: Annotated[float, typer.Option(help="Learning rate.")] = EsrOptions.learning_rate,
     esr_schedule: Annotated[str, typer.Option(help="cosine or constant.")] = EsrOptions.schedule,
     esr_epochs: Annotated[int, typer.Option(min=1)] = EsrOptions.epochs,
+    esr_batch: Annotated[
+        int, typer.Option(min=1, help="Windows of one optimizer step, shared by the processes of torchrun.")
+    ] = EsrOptions.batch,
     memory: Annotated[
         float, typer.Option(help="GB of activations to hold in memory; beyond it they are in a file.")
     ] = 2.0,
@@ -75,11 +84,13 @@ def calibrate(
     _allow("--esr-schedule", esr_schedule, ("cosine", "constant"))
     learn = tuple(esr_learn.split(","))
     for name in learn:
-        _allow("--esr-learn", name, ("in_proj", "state_scale"))
+        _allow("--esr-learn", name, LEARNABLE)
+    QMambaConfig(flush_interval=flush_interval)  # refuses what the backend does not run
     options = Options(
         weights=None if weights == "none" else weights,
         state_bits=state_bits,
         rounding=rounding,
+        flush_interval=flush_interval,
         samples=samples,
         validation=validation,
         length=length,
@@ -89,7 +100,7 @@ def calibrate(
         smooth=smooth,
         static_activations=static_activations,
         memory=int(memory * 2**30),
-        esr=EsrOptions(esr_trajectory, learn, esr_loss, esr_lr, esr_schedule, esr_epochs, batch) if esr else None,
+        esr=EsrOptions(esr_trajectory, learn, esr_loss, esr_lr, esr_schedule, esr_epochs, esr_batch) if esr else None,
     )
     with distributed.joined() as device:
         network = load_model(model).to(device)
@@ -113,7 +124,7 @@ def evaluate(
     ] = None,
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
     seed: Annotated[int, typer.Option(min=0, help="Seed of stochastic rounding.")] = 0,
-    flush_interval: Annotated[int, typer.Option(min=1, help="Steps between two requantizations.")] = 1,
+    flush_interval: FlushInterval = QMambaConfig.flush_interval,
     length: Annotated[int, typer.Option(min=PROMPT + 1, help="Tokens of a window.")] = 1024,
     windows: Annotated[int | None, typer.Option(min=1, help="Only so many, spread evenly over the text.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 16,
@@ -140,10 +151,7 @@ def evaluate(
             flush_interval=flush_interval,
         )
         tokens = read_tokens(text, model, network, field=text_field)
-        cut = cut_windows(tokens, length)
-        if windows is not None and windows < len(cut):
-            cut = cut[torch.linspace(0, len(cut) - 1, windows).long()]
-        result = score(network, cut, run, batch=batch)
+        result = score(network, spread(cut_windows(tokens, length), windows), run, batch=batch)
     if not distributed.is_main():
         return
     if not math.isfinite(result.nats.mean().item()):
@@ -152,7 +160,11 @@ def evaluate(
         )
     report = _report(result, tokens.nbytes / len(tokens.ids))
     report |= {"model": model, "text": text, "state_bits": state_bits, "weights": weights, "rounding": rounding}
-    report |= {"state_scales": state_scales or ("calibrated" if calibration else "dynamic"), "calibration": calibration}
+    report |= {
+        "flush_interval": flush_interval,
+        "state_scales": state_scales or ("calibrated" if calibration else "dynamic"),
+        "calibration": calibration,
+    }
     if as_json:
         sys.stdout.write(json.dumps(report) + "\n")
     else:
@@ -232,7 +244,7 @@ def quantize(
     rounding: str,
     calibration: str | None,
     seed: int = 0,
-    flush_interval: int = 1,
+    flush_interval: int = QMambaConfig.flush_interval,
 ) -> tuple[Any, Run]:
     """A quantized copy of ``model`` and its recurrence.
 
@@ -247,6 +259,8 @@ def quantize(
     artifact = None
     if calibration is not None:
         artifact = fit_artifact(read_artifact(calibration), model, needs_state_scale=calibrated)
+        if artifact.tuned_for not in (None, flush_interval):
+            logger.warning(artifact.other_interval(flush_interval))
     device = next(model.parameters()).device
     quantized = quantized_copy(model, weights=weights, artifact=artifact).to(device)
     if state_bits is None:

@@ -77,7 +77,12 @@ def read_documents(source: str, field: str = "text") -> Iterator[bytes]:
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix not in _READERS:
-        yield path.read_bytes()
+        try:
+            yield path.read_bytes()
+        except OSError as problem:
+            raise DataError(
+                f"{source}: cannot be read ({problem.strerror}); give a file that you may read"
+            ) from problem
         return
     if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in (*_READERS, ".txt", ".md", ".py")):
         raise DataError(f"{source}: no such file; give a text, JSONL or Parquet file, or the name of a data set")
@@ -160,6 +165,13 @@ def cut_windows(tokens: Tokens, length: int) -> Tensor:
     if count == 0:
         raise DataError(f"{tokens.source}: too short for one window of {length}; give more text, or lower --length")
     return tokens.ids[: count * length].view(count, length)
+
+
+def spread(windows: Tensor, count: int | None) -> Tensor:
+    """``count`` of the windows [w, l], evenly over the text; all where there are no more, or for ``None``."""
+    if count is None or count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 
 def split_windows(tokens: Tokens, length: int, counts: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:

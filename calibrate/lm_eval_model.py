@@ -34,7 +34,8 @@ class QMambaLM(TemplateLM):
     Args (of ``--model_args``):
         pretrained: folder or hub name. calibration: artifact.
         state_bits: 8, 4, 3, 2 or none. weights: int8 or none. state_scales: dynamic or calibrated.
-        rounding: nearest or stochastic, with ``seed``. flush_interval: steps between two requantizations.
+        rounding: nearest or stochastic, with ``seed``. flush_interval: steps between two requantizations; 1 by
+            default, since a generation goes on from a packed state, which a scan with a longer one does not give.
         batch_size: sequences that run together. max_length: tokens, beyond which the left is cut off.
     """
 

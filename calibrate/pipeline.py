@@ -15,6 +15,7 @@ import rich.progress
 from torch import Tensor
 
 from qmamba_compile.artifact import Artifact, Header, write_artifact
+from qmamba_compile.config import QMambaConfig
 
 from . import distributed
 from .blocks import Blocks
@@ -39,7 +40,8 @@ class Options:
     Attributes:
         weights: ``"int8"``, or ``None`` for float linears.
         state_bits: bits of the state that scales and ESR are made for: 8, 4, 3 or 2.
-        rounding: ``"nearest"`` or ``"stochastic"``, for which scales are chosen and ESR trains.
+        rounding: ``"nearest"`` or ``"stochastic"``; flush_interval: steps from one requantization to the next.
+            Scales are chosen and ESR trains for these; weights tuned for another interval cost more than they save.
         samples, validation: numbers of windows for statistics and ESR, and for every choice.
         length: tokens of a window. batch: windows that run together.
         fit: also try scales fitted to what the loss feels, which takes a backward pass through the float model.
@@ -50,7 +52,8 @@ class Options:
 
     weights: str | None = "int8"
     state_bits: int = 4
-    rounding: str = "nearest"
+    rounding: str = QMambaConfig.rounding
+    flush_interval: int = QMambaConfig.flush_interval
     samples: int = 64
     validation: int = 32
     length: int = 1024
@@ -86,10 +89,19 @@ class Calibration:
         self.model, self.tokens, self.options, self.out = model, tokens, options, out
         Blocks(model)
         if options.esr is not None and options.esr.batch < 1:
-            raise CalibrationError(f"--batch {options.batch} is not allowed; use 1 or more")
+            raise CalibrationError(f"--esr-batch {options.esr.batch} is not allowed; use 1 or more")
+        if options.esr is not None and options.esr.trajectory == "single-step" and options.flush_interval != 1:
+            raise CalibrationError(
+                f"--flush-interval {options.flush_interval} does not go with --esr-trajectory single-step, which "
+                "simulates a state that is stored at every step; use --flush-interval 1, or --esr-trajectory exact"
+            )
         self.samples, self.validation = split_windows(
             tokens, options.length, (options.samples, options.validation), options.seed
         )
+        if out.is_dir():
+            raise CalibrationError(
+                f"{out}: a folder; give the name of the file to write, such as {out / 'scales'}.safetensors"
+            )
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         self.work = Work(out, self._identity(), resume=resume)
@@ -171,7 +183,9 @@ class Calibration:
 
     def _recurrence(self, scales: dict[str, Tensor] | None) -> Recurrence:
         stochastic = self.options.rounding == "stochastic"
-        return Recurrence(self.options.state_bits, stochastic, self.options.seed, state_scale=scales)
+        return Recurrence(
+            self.options.state_bits, stochastic, self.options.seed, self.options.flush_interval, state_scale=scales
+        )
 
     def _score(self, stage: str, model: Any, run: Run) -> Score:
         """Validation samples; kept as a stage, since a resumed run needs it again."""

@@ -108,6 +108,34 @@ class TunedLinear(nn.Module):
         return F.linear(_through_int8(x), _through_int8(weight), self.bias)
 
 
+class TunedConv(nn.Module):
+    """A causal convolution whose last channels are being tuned: the attributes that a Mamba2 layer reads of its own.
+
+    Attributes:
+        rows: the parameter [r, 1, d_conv], for the last r channels of the weight; bias_rows: [r], where it has a bias.
+    """
+
+    frozen: Tensor
+    frozen_bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(weight[-rows:].detach().float().clone())
+        self.bias_rows = None if bias is None else nn.Parameter(bias[-rows:].detach().float().clone())
+        self.register_buffer("frozen", weight[:-rows].detach())
+        self.register_buffer("frozen_bias", None if bias is None else bias[:-rows].detach())
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([self.frozen, self.rows.to(self.frozen)])
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self.frozen_bias is None or self.bias_rows is None:
+            return None
+        return torch.cat([self.frozen_bias, self.bias_rows.to(self.frozen_bias)])
+
+
 def _through_int8(x: Tensor) -> Tensor:
     """Values of x [..., k] after row-wise int8 quantization, with the gradient of the identity."""
     codes, scale = quant.quantize_rows(x.detach())
@@ -149,6 +177,11 @@ def bcdt_rows(mixer: Any) -> int:
     """Rows at the end of ``in_proj`` that make B, C and dt."""
     nheads, dstate = state_shape(mixer)
     return 2 * int(mixer.n_groups) * dstate + nheads
+
+
+def bc_channels(mixer: Any) -> int:
+    """Channels at the end of ``conv1d`` that carry B and C."""
+    return 2 * int(mixer.n_groups) * state_shape(mixer)[1]
 
 
 def quantized_copy(

@@ -125,6 +125,24 @@ class Artifact:
         """float32 [rows], for the last rows of the layer's bias."""
         return self.tensors.get(f"{layer}.bias_bcdt")
 
+    @property
+    def tuned_for(self) -> int | None:
+        """flush_interval that its weights were tuned for; ``None`` when it has none."""
+        if not any(key.endswith("_bcdt") for key in self.tensors):
+            return None
+        return self.header.config.get("flush_interval", 1)
+
+    def other_interval(self, flush_interval: int) -> str:
+        """What to say to who runs its weights with another interval.
+
+        ESR bends weights against the error of one way of storing; without that error they are only bent. Bundled model,
+        tuned for a store at every step, run with a store in eight: +0.91 % perplexity, not +0.18 %.
+        """
+        return (
+            f"{self.source}: its weights were tuned for flush_interval={self.tuned_for} and run with {flush_interval}, "
+            f"which may cost more than it saves; set flush_interval={self.tuned_for}, or calibrate with --no-esr"
+        )
+
     @functools.cached_property
     def digest(self) -> str:
         """sha256 over header and tensors, independent of their order and of the file."""
@@ -134,6 +152,11 @@ class Artifact:
             sha.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             sha.update(tensor.numpy().tobytes())
         return sha.hexdigest()
+
+
+def with_last_rows(parameter: Tensor, rows: Tensor) -> Tensor:
+    """A copy of ``parameter`` whose last rows are tuned ones."""
+    return torch.cat([parameter[: -len(rows)], rows.to(parameter)])
 
 
 def fingerprint(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

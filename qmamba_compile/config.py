@@ -41,8 +41,8 @@ class QMambaConfig:
         check_finite: raise as soon as a state is not finite, naming its layer (one reduction a step).
         strict: raise instead of reporting when an anchor is left alone.
         inner_backend: what compiles the rewritten graph; ``"aot_eager"`` and ``"eager"`` find faults by subtraction.
-        quantize_linear, fuse_chunk_scan, quantize_state, fuse_ssm_update, fuse_conv_update, fuse_norm_linear:
-            one switch a pass.
+        quantize_linear, fuse_chunk_scan, quantize_state, fuse_ssm_update, apply_tuned_conv, fuse_conv_update,
+            fuse_norm_linear: one switch a pass.
     """
 
     weights: str | None = "int8"
@@ -61,6 +61,7 @@ class QMambaConfig:
     fuse_chunk_scan: bool = True
     quantize_state: bool = True
     fuse_ssm_update: bool = True
+    apply_tuned_conv: bool = True
     fuse_conv_update: bool = True
     fuse_norm_linear: bool = True
 

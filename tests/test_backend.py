@@ -169,6 +169,8 @@ def test_each_switch_takes_away_its_own_rewrite(make_model, tokens, compiled, de
     names = {rewrite.name() for rewrite in PIPELINE}
     gone = {switch} | ({"fuse_ssm_update"} if switch == "quantize_state" else set())
     gone |= {"fuse_norm_linear"} if switch == "quantize_linear" else set()
+    # Nothing is tuned without an artifact: see tests/passes/test_apply_tuned_conv.py.
+    gone |= {"apply_tuned_conv"}
     assert ran == names - gone
     # int8 linears move the logits, of magnitude 5, by about 0.1.
     assert (logits - expected).abs().max() < (0.02 if switch == "quantize_linear" else 0.4)
@@ -697,10 +699,6 @@ def _missing_layer(artifact, model):
     return artifact, dict(list(some_scales(model).items())[:1])
 
 
-def _tuned_convolution(artifact, model):
-    return artifact, {**some_scales(model), "backbone.layers.0.mixer.conv1d.weight_bcdt": torch.ones(2, 1, 4)}
-
-
 def _other_dstate(artifact, model):
     return artifact, {key: torch.ones(2, 16) for key in some_scales(model)}
 
@@ -712,9 +710,8 @@ def _other_dstate(artifact, model):
         (_other_model, ["another model"]),
         (_missing_layer, ["backbone.layers.1.mixer", "state_scale"]),
         (_other_dstate, ["backbone.layers.0.mixer", "[2, 16]", "2, 32"]),
-        (_tuned_convolution, ["conv1d.weight_bcdt", "not applied"]),
     ],
-    ids=["another size", "another model", "missing layer", "another dstate", "tuned convolution"],
+    ids=["another size", "another model", "missing layer", "another dstate"],
 )
 def test_wrong_artifact_leaves_every_weight_untouched(make_model, tokens, compiled, tmp_path, change, words):
     model, path = make_model(), tmp_path / "a.safetensors"
@@ -727,6 +724,16 @@ def test_wrong_artifact_leaves_every_weight_untouched(make_model, tokens, compil
         compiled(model, **options)(tokens(2, 9), use_cache=True)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert str(path) in str(caught.value)
+    assert float_parameters(model) == before
+
+
+@pytest.mark.parametrize("options", [{"apply_tuned_conv": False}, {"skip_layers": ["backbone.layers.0"]}], ids=str)
+def test_options_that_leave_a_tuned_convolution_out(make_model, tokens, compiled, tmp_path, options):
+    model, path = make_model(), tmp_path / "a.safetensors"
+    make_artifact(path, model, tensors={"backbone.layers.0.mixer.conv1d.weight_bcdt": torch.ones(2, 1, 4)})
+    before = float_parameters(model)
+    with torch.no_grad(), pytest.raises(Exception, match=r"conv1d\.weight_bcdt: these options leave a tuned conv"):
+        compiled(model, calibration=str(path), **options)(tokens(2, 9), use_cache=True)
     assert float_parameters(model) == before
 
 

@@ -36,6 +36,7 @@ def test_explain_counts_what_the_toy_model_has(toy):
         "fuse_chunk_scan": (2, 2),
         "quantize_state": (2, 2),
         "fuse_ssm_update": (0, 0),
+        "apply_tuned_conv": (0, 0),
         "fuse_conv_update": (0, 0),
         "quantize_linear": (5, 5),
         "fuse_norm_linear": (5, 5),

@@ -3,6 +3,7 @@
 fuse_chunk_scan   (fusion)    prefill's scan becomes one operator
 quantize_state    (semantic)  prefill hands the state over packed, decode keeps it packed
 fuse_ssm_update   (fusion)    a decode step runs on the packed state
+apply_tuned_conv  (semantic)  convolutions get the channels that ESR has tuned
 fuse_conv_update  (fusion)    a decode step's causal convolution becomes one operator
 quantize_linear   (semantic)  linears become int8 W8A8
 fuse_norm_linear  (fusion)    the norm before a linear becomes part of it
@@ -19,6 +20,7 @@ from ..config import QMambaConfig
 from ..errors import ArtifactError
 from ..fx_utils import iter_calls, op_name, parameter_path, placeholders, shape_of
 from ..report import Report
+from .apply_tuned_conv import ApplyTunedConv, is_convolution
 from .base import GraphPass, PassContext, StateOutput
 from .fuse_chunk_scan import FuseChunkScan
 from .fuse_conv_update import FuseConvUpdate
@@ -36,6 +38,7 @@ PIPELINE: tuple[type[GraphPass], ...] = (
     FuseChunkScan,
     QuantizeState,
     FuseSsmUpdate,
+    ApplyTunedConv,
     FuseConvUpdate,
     QuantizeLinear,
     FuseNormLinear,
@@ -56,7 +59,8 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
         context.artifact = check_model(context.artifact, shapes)
         _refuse_unapplied(context.artifact, context.config)
-        _warn_of_other_interval(context.artifact, context.config)
+        if context.artifact.tuned_for not in (None, context.config.flush_interval):
+            logger.warning(context.artifact.other_interval(context.config.flush_interval))
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)
@@ -64,32 +68,23 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
     gm.recompile()
 
 
-def _warn_of_other_interval(artifact: Artifact, config: QMambaConfig) -> None:
-    """ESR bends weights against the error of one way of storing; without that error they are only bent.
-
-    Bundled model, tuned for a store at every step, run with a store in eight: +0.91 % perplexity, not +0.18 %.
-    """
-    tuned_for = artifact.header.config.get("flush_interval", 1)
-    if tuned_for != config.flush_interval and any(key.endswith(".weight_bcdt") for key in artifact.tensors):
-        logger.warning(
-            "%s: its weights were tuned for flush_interval=%s and run with %s, which may cost more than it saves; "
-            "set flush_interval=%s, or calibrate with --no-esr",
-            artifact.source,
-            tuned_for,
-            config.flush_interval,
-            tuned_for,
-        )
-
-
 def _refuse_unapplied(artifact: Artifact, config: QMambaConfig) -> None:
     """Tuned weights that no pass applies: running without them would be another model."""
     for key in artifact.tensors:
         layer, _, kind = key.rpartition(".")
-        convolution = len(artifact.header.shapes.get(f"{layer}.weight", ())) == 3
-        if kind == "bias_bcdt" or (kind == "weight_bcdt" and convolution):
+        if not kind.endswith("_bcdt"):
+            continue
+        if is_convolution(artifact, layer):
+            if not config.apply_tuned_conv or config.excludes(layer):
+                raise ArtifactError(
+                    f"{artifact.source}: {key}: these options leave a tuned convolution out; allowed: "
+                    "apply_tuned_conv=True and no skip_layers that name it; or calibrate with --esr-learn in_proj"
+                )
+            continue
+        if kind == "bias_bcdt":
             raise ArtifactError(
-                f"{artifact.source}: {key}: tuned convolutions and biases are not applied by this version; allowed: "
-                "weight_bcdt of linears; calibrate without them"
+                f"{artifact.source}: {key}: tuned biases of linears are not applied by this version; allowed: "
+                "weight_bcdt of linears, weight_bcdt and bias_bcdt of convolutions; calibrate without them"
             )
         if kind == "weight_bcdt" and (config.weights is None or not config.quantize_linear or config.excludes(layer)):
             raise ArtifactError(

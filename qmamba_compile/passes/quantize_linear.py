@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable
@@ -28,7 +29,8 @@ from ..fx_utils import (
 )
 from ..report import Report
 from .base import GraphPass
-from .int8_weight import FindBeside, has_row_scales, quantize_for_layer
+from .beside import FindBeside
+from .int8_weight import has_row_scales, quantize_for_layer
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,7 +107,7 @@ class QuantizeLinear(GraphPass):
         """Inputs for the int8 form of ``weight``: qdata, scale, act_pre_scale (None where absent)."""
         index = weight.meta["qmamba_input"].index
         value = self.context.example_inputs[index]
-        find: Callable[[Any], Int8Tensor] | None = None
+        find: FindBeside | None = None
         if not isinstance(value, Int8Tensor):
             slots = self._module_slots(weight)
             if slots:
@@ -119,7 +121,9 @@ class QuantizeLinear(GraphPass):
                 value = quantized
                 self.context.example_inputs[index] = value
             else:
-                find = FindBeside(layer, self.context.artifact)
+                artifact = self.context.artifact
+                key = (layer, None if artifact is None else artifact.digest)
+                find = FindBeside(key, functools.partial(quantize_for_layer, layer=layer, artifact=artifact))
                 value = find(value)
         inputs: list[fx.Node | None] = []
         last = weight
@@ -168,7 +172,7 @@ class QuantizeLinear(GraphPass):
         return slots
 
 
-def _getter(name: str, find: Callable[[Any], Int8Tensor] | None) -> Callable[[Any], Tensor]:
+def _getter(name: str, find: FindBeside | None) -> Callable[[Any], Tensor]:
     attribute = operator.attrgetter(name)
     return attribute if find is None else lambda weight: attribute(find(weight))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import types
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +14,7 @@ import tokenizers
 import torch
 import transformers
 
-from calibrate.data import Tokens, cut_windows, read_documents, read_tokens, split_windows
+from calibrate.data import Tokens, cut_windows, read_documents, read_tokens, split_windows, spread
 from calibrate.errors import DataError
 
 
@@ -91,6 +93,21 @@ def test_broken_and_empty_files(tmp_path):
         list(read_documents(str(broken)))
     with pytest.raises(DataError, match="the text is empty"):
         read_tokens(str(empty), "", byte_model())
+
+
+def test_a_file_that_may_not_be_read(text_file, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
+        list(read_documents(str(text_file)))
+
+
+def test_spread_windows():
+    windows = torch.arange(20).view(10, 2)
+    assert spread(windows, 3)[:, 0].tolist() == [0, 8, 18]
+    assert torch.equal(spread(windows, 10), windows) and torch.equal(spread(windows, None), windows)
 
 
 def test_windows_are_disjoint_and_drawn_by_seed():

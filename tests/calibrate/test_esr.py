@@ -12,7 +12,7 @@ from calibrate.capture import capture
 from calibrate.esr import PAPER, TOGETHER, EsrOptions, Reconstruction
 from calibrate.evaluate import score
 from calibrate.learned_scale import LearnedScale
-from calibrate.quantized_model import W8A8Linear, bcdt_rows, quantized_copy
+from calibrate.quantized_model import W8A8Linear, bc_channels, bcdt_rows, quantized_copy
 from calibrate.recurrence import Recurrence, Scan, mixers, replaced
 from calibrate.state_scales import power_scale
 from calibrate.work import Work
@@ -61,6 +61,8 @@ def reconstruct(lively, windows, scales, tmp_path):
         {"loss": "model"},
         {"trajectory": "single-step", "schedule": "constant"},
         {"weights": "int8"},
+        {"learn": ("in_proj", "conv1d")},
+        {"learn": ("conv1d",), "weights": "int8"},
     ],
     ids=str,
 )
@@ -197,6 +199,28 @@ def test_the_gradient_of_a_scale_lowers_the_error():
         optimizer.step()
         errors.append(error.item())
     assert sum(errors[-5:]) < 0.9 * sum(errors[:5])
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_channels_of_x_stay_frozen(reconstruct, lively, weights):
+    reconstruction, quantized = reconstruct(learn=("conv1d",), epochs=1, margin=-1e9, weights=weights)
+    for layer, mixer in mixers(quantized).items():
+        was, channels = lively().get_submodule(layer), bc_channels(mixer)
+        assert channels == 2 * 32 == len(mixer.conv1d.weight) - mixer.intermediate_size
+        for name in ("weight", "bias"):
+            found, old = getattr(mixer.conv1d, name), getattr(was.conv1d, name)
+            assert torch.equal(found[-channels:], reconstruction.tuned[f"{layer}.conv1d.{name}_bcdt"])
+            assert torch.equal(found[:-channels], old[:-channels])
+            assert not torch.equal(found[-channels:], old[-channels:])
+    names = {f"{layer}.conv1d.{name}_bcdt" for layer in LAYERS for name in ("weight", "bias")}
+    assert set(reconstruction.tuned) == names
+
+
+def test_convolutions_that_do_not_win_do_not_stay(reconstruct, lively):
+    reconstruction, quantized = reconstruct(learn=("in_proj", "conv1d"), margin=1e9)
+    assert not reconstruction.tuned
+    for name, parameter in lively().named_parameters():
+        assert torch.equal(quantized.get_parameter(name), parameter)
 
 
 def test_learning_the_scale_too(reconstruct):

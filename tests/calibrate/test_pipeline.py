@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,11 +24,15 @@ from calibrate.esr import EsrOptions
 from calibrate.pipeline import Calibration, Options
 from calibrate.recurrence import Recurrence, mixers
 from qmamba_compile.artifact import read_artifact
+from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ArtifactError, ConfigError
 
 ROOT = Path(__file__).parents[2]
-SMALL = Options(samples=8, validation=4, length=64, batch=4, esr=EsrOptions(epochs=1, batch=4, margin=-1e9))
-FLAGS = ["--samples", "8", "--validation", "4", "--length", "64", "--batch", "4", "--esr-epochs", "1", "--quiet"]
+# A rate that leaves a clear trace even where only a quarter of the way is taken.
+ESR = EsrOptions(epochs=1, batch=4, margin=-1e9, learning_rate=4e-3)
+SMALL = Options(samples=8, validation=4, length=64, batch=4, esr=ESR)
+FLAGS = ["--samples", "8", "--validation", "4", "--length", "64", "--batch", "4"]
+FLAGS += ["--esr-batch", "4", "--esr-epochs", "1", "--quiet"]
 
 
 @pytest.fixture
@@ -61,6 +66,58 @@ def test_the_artifact_is_what_the_backend_reads(calibrate, lively, compiled, tok
         original = lively()(tokens(2, 20), use_cache=False).logits
         expected = ours(tokens(2, 20), use_cache=False).logits
     assert (theirs - expected).abs().mean() < 0.02 * (original - expected).abs().mean()
+
+
+def test_tuned_convolutions_run_in_the_backend(calibrate, lively, compiled, tokens, tmp_path):
+    esr = dataclasses.replace(SMALL.esr, learn=("in_proj", "conv1d"), learning_rate=0.03)
+    artifact = calibrate(options=dataclasses.replace(SMALL, esr=esr))
+    assert artifact.weight_bcdt("backbone.layers.0.mixer.conv1d").shape == (64, 1, 4)
+    assert artifact.bias_bcdt("backbone.layers.0.mixer.conv1d").shape == (64,)
+    path = str(tmp_path / "a.safetensors")
+    model = compiled(lively(), state_scales="calibrated", calibration=path)
+    with torch.no_grad():
+        found = model(tokens(2, 20), use_cache=True).logits
+        ours, _ = cli.quantize(
+            lively(), state_bits=4, weights="int8", state_scales=None, rounding="nearest", calibration=path
+        )
+        original = lively()(tokens(2, 20), use_cache=False).logits
+        expected = ours(tokens(2, 20), use_cache=False).logits
+    assert (found - expected).abs().mean() < 0.02 * (original - expected).abs().mean()
+
+
+@pytest.mark.parametrize("flags, interval", [([], 8), (["--flush-interval", "1"], 1)], ids=str)
+def test_the_interval_is_the_backend_s_unless_given(model_folder, text_file, tmp_path, caplog, flags, interval):
+    out, scored = tmp_path / "a.safetensors", {}
+    flags = [*FLAGS, "--no-smooth", "--no-fit", "--no-esr", *flags]
+    assert invoke(cli.calibrate_app, model_folder, "--data", text_file, "--out", out, *flags).exit_code == 0
+    artifact = read_artifact(out)
+    assert artifact.header.config["flush_interval"] == interval and artifact.tuned_for is None
+    assert QMambaConfig().flush_interval == 8
+    for name in ("", "1", "8"):
+        more = ["--flush-interval", name] if name else []
+        arguments = ["--model", model_folder, "--text", text_file, "--length", "64", "--windows", "4", *more, "--json"]
+        report = json.loads(invoke(cli.evaluate_app, *arguments).stdout.splitlines()[-1])
+        assert report["flush_interval"] == int(name or 8)
+        scored[name] = report["perplexity"]
+    assert scored[""] == scored["8"] != scored["1"]
+
+
+def test_weights_tuned_for_another_interval_are_told(calibrate, lively, tmp_path, caplog):
+    artifact = calibrate()
+    assert artifact.tuned_for == 8
+    arguments = {"state_bits": 4, "weights": "int8", "state_scales": None, "rounding": "nearest"}
+    arguments["calibration"] = str(tmp_path / "a.safetensors")
+    cli.quantize(lively(), **arguments)
+    assert not caplog.records
+    cli.quantize(lively(), **arguments, flush_interval=1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_single_step_needs_a_store_at_every_step(calibrate):
+    esr = dataclasses.replace(SMALL.esr, trajectory="single-step")
+    with pytest.raises(CalibrationError, match="use --flush-interval 1"):
+        calibrate(options=dataclasses.replace(SMALL, esr=esr))
+    assert calibrate(options=dataclasses.replace(SMALL, esr=esr, flush_interval=1)).tuned_for == 1
 
 
 def test_the_backend_refuses_tuned_rows_that_it_would_not_apply(calibrate, lively, compiled, tokens, tmp_path):
@@ -124,6 +181,23 @@ def test_a_full_disk(calibrate, monkeypatch, tmp_path):
         calibrate()
     assert (tmp_path / "a.safetensors").read_bytes() == b"what was there"
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_no_room_for_activations(calibrate, monkeypatch):
+    """Told when the file is made: a mapped page that finds no room would end the process without a word."""
+
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CalibrationError, match=r"activations.*cannot be written \(No space left on device\)"):
+        calibrate(options=dataclasses.replace(SMALL, memory=0))
+
+
+def test_an_output_that_is_a_folder(calibrate, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CalibrationError, match="folder: a folder; give the name of the file"):
+        calibrate("folder")
 
 
 def test_a_model_that_is_not_finite(calibrate, lively):

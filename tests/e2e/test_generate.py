@@ -101,6 +101,7 @@ def test_every_graph_was_rewritten_completely(runs):
             "fuse_chunk_scan": of_prefill,
             "quantize_state": (1, 1),
             "fuse_ssm_update": of_decode,
+            "apply_tuned_conv": (0, 0),
             "fuse_conv_update": of_decode,
             # This model keeps its linears in floating point.
             "quantize_linear": (0, 0),

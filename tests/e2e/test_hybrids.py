@@ -174,6 +174,7 @@ def test_counts(ran):
                 "fuse_chunk_scan": scans,
                 "quantize_state": family.scans,
                 "fuse_ssm_update": steps,
+                "apply_tuned_conv": 0,
                 "fuse_conv_update": steps,
                 "quantize_linear": linears,
                 "fuse_norm_linear": NORMS[type(family.config).__name__] if linears else 0,
