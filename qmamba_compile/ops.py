@@ -19,6 +19,8 @@ from torch import Tensor
 
 from . import quant, recurrence, scan_ops  # noqa: F401  scan_ops defines an operator of its own
 from .cpu_templates import launch as cpu_kernels
+from .cpu_templates import launch_layers as cpu_layers
+from .cpu_templates import launch_scan as cpu_scans
 from .recurrence import Ring
 from .triton_templates import launch as gpu_kernels
 from .triton_templates import launch_layers as gpu_layers
@@ -284,7 +286,7 @@ def chunk_scan(
     dt = dt.clamp(dt_min, dt_max)
     dtA = dt * A.float()
     if x.is_cpu:
-        found = cpu_kernels.chunk_scan(x, dt, dtA, B, C, D, initial_state)
+        found = cpu_scans.chunk_scan(x, dt, dtA, B, C, D, initial_state)
         if found is not None:
             return found
     return chunk_scan_reference(x, dt, dtA, B, C, D, initial_state)
@@ -346,7 +348,7 @@ def w8a8_linear(
 ) -> Tensor:
     """`w8a8_linear_reference` by the fastest kernel that this device has."""
     if x.is_cpu or x.is_cuda:
-        kernels = cpu_kernels if x.is_cpu else gpu_layers
+        kernels = cpu_layers if x.is_cpu else gpu_layers
         y = kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
         if y is not None:
             return y
@@ -406,7 +408,7 @@ def norm_w8a8_linear(
 ) -> Tensor:
     """`w8a8_linear` of `rms_norm_reference`, by the fastest kernel that this device has: [..., k] -> [..., o]."""
     if x.is_cpu or x.is_cuda:
-        kernels = cpu_kernels if x.is_cpu else gpu_layers
+        kernels = cpu_layers if x.is_cpu else gpu_layers
         y = kernels.norm_w8a8_linear(
             x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale
         )
@@ -441,7 +443,7 @@ def _(x, gate, norm_weight, epsilon, group_size, qdata, *args) -> Tensor:  # typ
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """`conv_update_reference` by the fastest kernel that this device has."""
     if xBC.is_cpu or xBC.is_cuda:
-        kernels = cpu_kernels if xBC.is_cpu else gpu_layers
+        kernels = cpu_layers if xBC.is_cpu else gpu_layers
         y = kernels.conv_update(conv_state, xBC, weight, bias, silu)
         if y is not None:
             return y

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import quant, recurrence
-from .cpu_templates import launch as cpu_kernels
+from .cpu_templates import launch_scan as cpu_kernels
 from .triton_templates import launch_scan as gpu_kernels
 
 _library = torch.library.Library("qmamba", "FRAGMENT")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.mamba2 import modeling_mamba2
 
 from qmamba_compile import quant, recurrence
-from qmamba_compile.cpu_templates import launch
+from qmamba_compile.cpu_templates import launch, launch_layers, launch_scan
 
 qmamba = torch.ops.qmamba
 
@@ -29,9 +29,13 @@ STEP_TOLERANCE = 5e-6
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    kernels = ("ssm_update", "quantize_state_", "dequantize_state", "w8a8_linear", "norm_w8a8_linear", "conv_update")
-    for name in kernels:
-        monkeypatch.setattr(launch, name, lambda *args: None)
+    kernels = {
+        launch: ("ssm_update", "quantize_state_", "dequantize_state"),
+        launch_layers: ("w8a8_linear", "norm_w8a8_linear", "conv_update"),
+    }
+    for module, names in kernels.items():
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *args: None)
 
 
 def scheme_id(scheme):
@@ -164,7 +168,7 @@ def test_schema_of_the_scan(dtype, absent):
 def test_schemas_of_the_faithful_scan_and_its_gradient(bits, calibrated, kernel, monkeypatch):
     if not kernel:
         for name in ("ssm_scan", "ssm_scan_backward"):
-            monkeypatch.setattr(launch, name, lambda *args: None)
+            monkeypatch.setattr(launch_scan, name, lambda *args: None)
     inputs = scan_inputs(seqlen=3)
     names = [name for name in inputs if isinstance(inputs[name], torch.Tensor)]
     learned = [inputs[name].clone().requires_grad_() for name in names]

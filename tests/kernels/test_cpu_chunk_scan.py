@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qmamba_compile import ops
-from qmamba_compile.cpu_templates import build, launch
+from qmamba_compile.cpu_templates import build, launch, launch_scan
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 
@@ -68,7 +68,7 @@ def problem(**row: Any) -> list[Tensor | None]:
 
 
 def run(arguments: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-    found = launch.chunk_scan(*arguments)  # type: ignore[arg-type]
+    found = launch_scan.chunk_scan(*arguments)  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -177,6 +177,6 @@ def test_the_operator_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (x, dt, A, B, C, D, None, initial, True, 0.0, math.inf)
     fast = torch.ops.qmamba.chunk_scan(*arguments)
     calls = []
-    monkeypatch.setattr(launch, "chunk_scan", lambda *args: calls.append(1))
+    monkeypatch.setattr(launch_scan, "chunk_scan", lambda *args: calls.append(1))
     assert_near(fast, torch.ops.qmamba.chunk_scan(*arguments))
     assert calls == [1]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmamba_compile import ops
-from qmamba_compile.cpu_templates import build, launch
+from qmamba_compile.cpu_templates import build
+from qmamba_compile.cpu_templates import launch_layers as launch
 from qmamba_compile.cpu_templates.render import LayerSpec, render
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qmamba_compile import ops, quant, recurrence, scan_ops
-from qmamba_compile.cpu_templates import build, launch
+from qmamba_compile.cpu_templates import build, launch, launch_scan
 
 assert ops.scan_ops is not None  # importing it defines the operators
 qmamba = torch.ops.qmamba
@@ -358,7 +358,7 @@ def test_the_gradient_is_autograd_through_the_reference(
 ) -> None:
     arguments = problem(**change)
     if not kernel:
-        monkeypatch.setattr(launch, "ssm_scan_backward", lambda *args: None)
+        monkeypatch.setattr(launch_scan, "ssm_scan_backward", lambda *args: None)
     names, found = gradients(qmamba.ssm_scan_quantized, arguments)
     _, wanted = gradients(scan_ops.ssm_scan_quantized_reference, arguments)
     for name, grad, expected in zip(names, found, wanted, strict=True):

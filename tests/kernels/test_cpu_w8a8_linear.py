@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qmamba_compile import ops
-from qmamba_compile.cpu_templates import build, launch
+from qmamba_compile.cpu_templates import build
+from qmamba_compile.cpu_templates import launch_layers as launch
 from qmamba_compile.cpu_templates.render import LayerSpec, render
 from qmamba_compile.errors import ConfigError
 

@@ -1,0 +1,188 @@
+"""Call the generated kernels that run a whole sequence, as `launch` calls those of the state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import quant
+from . import build
+from .launch import ABSENT, DTYPES, addresses, contiguous_float, kernel, pack, readable, threads
+
+
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    dtA: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """`ops.chunk_scan` on the CPU: y and the final state. ``dt`` [b, l, h] is final, ``dtA`` its product with A."""
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function = kernel("chunk_scan", headdim, dstate, None, False, False)
+    if function is None:
+        return None
+    fields, kept = _sequences(x, B, C)
+    floats = [None if tensor is None else contiguous_float(tensor) for tensor in (D, dt, dtA, initial_state)]
+    kept += [tensor for tensor in floats if tensor is not None]
+    y, state = torch.empty((batch, seqlen, nheads, headdim)), torch.empty((batch, nheads, headdim, dstate))
+    D_address, *others = addresses(*floats, y, state)
+    fields += (D_address, 0, 0, 0, *others)
+    function(pack((*fields, batch, seqlen, nheads, B.shape[2], threads(seqlen * state.numel()))))
+    return y, state
+
+
+def ssm_scan(
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor] | None:
+    """The faithful scan on the CPU; ``dt`` and ``decay`` [b, l, h] as `scan_ops.step_sizes` gives them.
+
+    Args:
+        states: the state before the first token, as decode reads it, and with ``single_step`` its quantized copy.
+        scales: calibrated state_scale [h, n] and channel_scale [h, p].
+
+    Returns:
+        y and codes int8 [b, h, p, n], channel_scale [b, h, p], state_scale [b, h, n] (left as they were when dynamic is
+        off) after the last store; ``bits=None``: y and the state. No store happens before step ``flush_interval``.
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function, fields, kept = _scan_call(
+        "ssm_scan", x, dt, decay, B, C, D, states, scales, bits, stochastic, seed, flush_interval, single_step
+    )
+    if function is None:
+        return None
+    outputs = [torch.empty((batch, seqlen, nheads, headdim))]
+    if bits is None:
+        outputs.append(torch.empty((batch, nheads, headdim, dstate)))
+        results: tuple[int, ...] = (outputs[0].data_ptr(), outputs[1].data_ptr(), 0, 0, 0)
+    else:
+        outputs += [
+            torch.empty((batch, nheads, headdim, dstate), dtype=torch.int8),
+            torch.empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE),
+            torch.empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE),
+        ]
+        results = (outputs[0].data_ptr(), 0, *(output.data_ptr() for output in outputs[1:]))
+    function(pack((*fields, *results, *[0] * _GRADIENT_FIELDS)))
+    del kept
+    return outputs
+
+
+def ssm_scan_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> list[Tensor] | None:
+    """Gradient of `ssm_scan` without D: of x, dt, decay, B and C for each head [b, l, h, n], and the first state."""
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[-1]
+    function, fields, kept = _scan_call(
+        "ssm_scan_backward",
+        x,
+        dt,
+        decay,
+        B,
+        C,
+        None,
+        states,
+        scales,
+        bits,
+        stochastic,
+        seed,
+        flush_interval,
+        single_step,
+    )
+    if function is None:
+        return None
+    grad_y = contiguous_float(grad_y)
+    grad_state = None if grad_state is None else contiguous_float(grad_state)
+    tokens = (batch, seqlen, nheads)
+    shapes = [
+        (*tokens, headdim),
+        tokens,
+        tokens,
+        (*tokens, dstate),
+        (*tokens, dstate),
+        (batch, nheads, headdim, dstate),
+    ]
+    outputs = [torch.empty(shape) for shape in shapes]
+    function(pack((*fields, *[0] * 5, *addresses(grad_y, grad_state, *outputs))))
+    del kept
+    return outputs
+
+
+_GRADIENT_FIELDS = 8
+
+
+def _scan_call(
+    name: str,
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    bits: int | None,
+    stochastic: bool,
+    seed: int,
+    flush_interval: int,
+    single_step: bool,
+) -> tuple[build.Kernel | None, list[int], list[Tensor]]:
+    """The kernel, the fields that scan and gradient share, and the tensors that they point into."""
+    batch, seqlen, nheads, headdim = x.shape
+    function = kernel(name, headdim, B.shape[-1], bits, bits is not None and scales[0] is None, stochastic)
+    fields, kept = _sequences(x, B, C)
+    kept += (dt, decay)
+    given = [None if tensor is None else readable(tensor, contiguous=True) for tensor in (D, *scales)]
+    inputs = [ABSENT if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], 0, 0) for tensor in given]
+    floats = [None if tensor is None else contiguous_float(tensor) for tensor in states]
+    kept += [tensor for tensor in (*given, *floats) if tensor is not None]
+    fields += (*inputs[0], *addresses(dt, decay, *floats), *inputs[1], *inputs[2])
+    team = threads(batch * nheads * headdim * B.shape[-1] * seqlen)
+    fields += (batch, seqlen, nheads, B.shape[2], seed, flush_interval, int(single_step and bits is not None), team)
+    return function, fields, kept
+
+
+def _sequences(*tensors: Tensor) -> tuple[list[int], list[Tensor]]:
+    """``Sequence`` structs of tensors [b, l, heads or groups, columns], and what they point into."""
+    fields: list[int] = []
+    kept: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            tensor = tensor.float()
+        _, _, heads, columns = tensor.shape
+        if heads > 1 and tensor.stride(2) != columns * tensor.stride(3):
+            tensor = tensor.contiguous()
+        # A dimension of one element may have any stride.
+        column_stride = tensor.stride(3) if columns > 1 else tensor.stride(2) if heads > 1 else 1
+        kept.append(tensor)
+        fields += (tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1), column_stride)
+    return fields, kept
