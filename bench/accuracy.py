@@ -49,6 +49,7 @@ RECIPES = {
     "paper (single step, constant rate)": PAPER,
     "exact trajectory, block by block": EsrOptions(),
     "exact trajectory, all layers by the prediction": EsrOptions(loss="model", learning_rate=3e-4),
+    "the same, conv1d too": EsrOptions(learn=("in_proj", "conv1d"), loss="model", learning_rate=3e-4),
 }
 SETTINGS = {
     "H4 fully static": (4, True, "none"),
@@ -222,7 +223,7 @@ class Bench:
         marks = ", ".join(text for text in (f"W {weights}", "outliers" if outliers else "", esr) if text)
         console.print(f"{scheme:18} H{run.bits} {rounding:10} {marks:24} {increase:+9.3%} +- {error:.3%}")
 
-    def table(self, bits: tuple[int, ...]) -> None:
+    def table(self, bits: tuple[int, ...], keep: Callable[[], None]) -> None:
         """Every scheme at every number of bits; outliers at 4 bits, and what only plain torch knows at 4 and 3."""
         p, n = self.headdim, self.dstate
         for width in bits:
@@ -244,6 +245,7 @@ class Bench:
                     if not outliers:
                         self.measure("DSQ dynamic", dynamic, 16 / n + 16 / p, weights="int8")
                         self.measure("DSQ calibrated", calibrated, 16 / n, weights="int8")
+                    keep()
 
     # --- ESR -------------------------------------------------------------------------------------------------------
 
@@ -508,8 +510,8 @@ def accuracy(
         file.write_text(json.dumps(known, indent=1) + "\n")
 
     if "table" in wanted:
-        bench.table(tuple(int(width) for width in bits.split(",")))
-        keep("table", [dataclasses.asdict(row) for row in bench.rows])
+        widths = tuple(int(width) for width in bits.split(","))
+        bench.table(widths, lambda: keep("table", [dataclasses.asdict(row) for row in bench.rows]))
     if "esr" in wanted:
         bench.esr(seeds, only, lambda results: keep("esr", results))
     if "rates" in wanted:
