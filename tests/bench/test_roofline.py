@@ -89,7 +89,8 @@ INSTRUCTIONS = {"sm_80": 1.09, "sm_90": 1.08, "sm_100": 1.19}
 """Instructions of a checkpointed step, mean over a cycle of 8, over those of L=1: measured, plus 2 percent.
 
 Issue 6 asks for 0.5. The loop of reading alone takes 0.5 (held by test_triton_checkpointed.py), what stands before it half
-as much again; the store takes 3: 3.3 instructions an element and slot of the ring, of which one is the product; the others bring B to every thread anew.
+as much again; the store takes 3: 3.3 instructions an element and slot of the ring, of which one is the product; the
+others bring B to every thread anew.
 """
 
 
