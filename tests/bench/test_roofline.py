@@ -88,9 +88,9 @@ def test_bytes_of_a_cycle_of_8(name: str) -> None:
 INSTRUCTIONS = {"sm_80": 1.09, "sm_90": 1.08, "sm_100": 1.19}
 """Instructions of a checkpointed step, mean over a cycle of 8, over those of L=1: measured, plus 2 percent.
 
-Issue 6 asks for 0.5. The loop of reading alone takes 0.5 (held by test_triton_checkpointed.py), what stands before it half
-as much again; the store takes 3: 3.3 instructions an element and slot of the ring, of which one is the product; the
-others bring B to every thread anew.
+Issue 6 asks for 0.5. The loop of reading alone takes 0.5 (held by test_triton_checkpointed.py), what stands before it
+half as much again. The store takes 3: 3.3 instructions an element and slot of the ring, of which one is the product;
+the others bring B to every thread anew.
 """
 
 
