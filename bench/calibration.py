@@ -7,6 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
+from calibrate.esr import FRACTIONS
+
 from . import cli
 from .record import Row, console, print_rows
 from .shapes import shape_named
@@ -32,11 +34,11 @@ def main(
         with console.status("calibrating one block"):
             one = ask("calibration", {"shape": shape, "length": length, "threads": torch.get_num_threads()})
         # A decision runs the validation windows through the blocks that are left, and the head: half of all on average.
-        validate = validation * (sizes.n_layers / 2 * one["quantized_forward"] + one["head"])
+        validate = len(FRACTIONS) * validation * (sizes.n_layers / 2 * one["quantized_forward"] + one["head"])
         advance = samples * (one["float_forward"] + one["quantized_forward"]) + validation * one["quantized_forward"]
         block = epochs * samples * one["step"] + validate + advance
         values = {
-            "statistics, s a window and block": one["capture"],
+            "statistics, s a window, 2 blocks and head": one["capture"],
             "ESR step, s a window": one["step"],
             "float forward, s": one["float_forward"],
             "quantized forward, s": one["quantized_forward"],

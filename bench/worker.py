@@ -128,14 +128,14 @@ def memory(*, shape: str, variant: str, batch: int, length: int, threads: int, o
 
 
 def calibration(*, shape: str, length: int, threads: int) -> dict[str, Any]:
-    """Seconds of each part of calibration for one window and one block, and the peak of resident memory."""
+    """Seconds of each part for one window and one block (statistics: two blocks and the head); peak resident memory."""
     import dataclasses
     import tempfile
 
     import torch
 
     from calibrate.capture import capture
-    from calibrate.esr import EsrOptions, Reconstruction
+    from calibrate.esr import FRACTIONS, EsrOptions, Reconstruction
     from calibrate.quantized_model import quantized_copy
     from calibrate.recurrence import Recurrence, float_scan
     from calibrate.state_scales import power_scale
@@ -171,6 +171,7 @@ def calibration(*, shape: str, length: int, threads: int) -> dict[str, Any]:
             memory_limit=2**31,
         )
         hidden, floats, other = (esr._embedded(part) for part in (esr.sample_ids, esr.sample_ids, esr.validation_ids))
+        esr._validate(other, 0)  # compiles what the process needs
         nats, validate = timed(lambda: esr._validate(other, 0))
         layer = esr.blocks.mixer[0]
         _, tune = timed(lambda: esr._tune(0, layer, hidden, floats, other, nats, lambda text, steps: None))
@@ -180,9 +181,9 @@ def calibration(*, shape: str, length: int, threads: int) -> dict[str, Any]:
         _, seconds["quantized_forward"] = timed(
             lambda: esr._advance(esr.blocks, esr.recurrence, esr.sample_ids, hidden, 0)
         )
-    seconds["step"] = tune - validate
+    # A decision validates once for each fraction of the way.
+    seconds["step"] = max(0.0, tune - len(FRACTIONS) * validate)
     seconds["head"] = max(0.0, validate - 2 * seconds["quantized_forward"])
-    seconds["capture"] = max(0.0, seconds["capture"] - seconds["head"]) / 2
     held = sum(parameter.nbytes for parameter in model.parameters())
     return {**seconds, "peak": _resident("VmHWM"), "weights": held}
 
