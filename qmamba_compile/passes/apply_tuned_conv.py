@@ -8,7 +8,7 @@ from ..artifact import Artifact, with_last_rows
 from ..fx_utils import InputSource, add_input, fake_like, parameter_path, placeholders, replace_node
 from ..report import Report
 from .base import GraphPass
-from .beside import FindBeside
+from .parameter_forms import FindBeside
 
 
 class ApplyTunedConv(GraphPass):

@@ -12,7 +12,7 @@ from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTe
 
 from .. import quant
 from ..artifact import Artifact, with_last_rows
-from .beside import forms_of
+from .parameter_forms import forms_of
 
 
 def quantize_for_layer(weight: Tensor, layer: str, artifact: Artifact | None) -> Int8Tensor:

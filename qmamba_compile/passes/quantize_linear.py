@@ -29,8 +29,8 @@ from ..fx_utils import (
 )
 from ..report import Report
 from .base import GraphPass
-from .beside import FindBeside
 from .int8_weight import has_row_scales, quantize_for_layer
+from .parameter_forms import FindBeside
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
