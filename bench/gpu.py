@@ -28,7 +28,9 @@ from torch import Tensor
 
 from bench.roofline import VARIANTS, Variant, step_bytes
 from bench.shapes import STEP_SHAPES, Shape
+from bench.variants import state_bytes
 from qmamba_compile import ops, quant, recurrence, scan_ops
+from qmamba_compile.passes.int8_weight import held_nbytes
 from qmamba_compile.triton_templates import launch, launch_scan
 
 _out = rich.console.Console(width=140)
@@ -374,7 +376,7 @@ def baseline_call(step: Step, kernel: Callable[..., Tensor] | None) -> Callable[
 def measure_ssm(device: str, bandwidth: float, deadline: Deadline) -> Iterator[dict[str, Any]]:
     """One layer's step: each state, each model, each batch."""
     kernel = mamba_ssm_step()
-    for model_name in ("130m", "2.7b", "nemotron-h-8b"):
+    for model_name in ("2.7b", "130m", "nemotron-h-8b"):
         model = STEP_SHAPES[model_name]
         for batch in SSM_BATCHES:
             for name, variant in VARIANTS.items():
@@ -412,7 +414,7 @@ def measure_ssm(device: str, bandwidth: float, deadline: Deadline) -> Iterator[d
 
 def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
     """W8A8 against bf16: the linears of 130m and 2.7b."""
-    for model_name in ("130m", "2.7b"):
+    for model_name in ("2.7b", "130m"):
         for linear in STEP_SHAPES[model_name].linears[:2]:
             outputs, inputs = linear.out_features, linear.in_features
             weight = torch.randn(outputs, inputs, device=device)
@@ -434,27 +436,20 @@ def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
                     yield entry | {"seconds": dataclasses.asdict(time_graph(calls))}
 
 
-def _network(model_name: str, layers: int, device: str) -> Any:
+def _network(model_name: str, layers: int, device: str, prompt: int) -> Any:
     import transformers
 
-    model = STEP_SHAPES[model_name]
-    config = transformers.Mamba2Config(
-        vocab_size=model.vocab_size,
-        hidden_size=model.d_model,
-        num_hidden_layers=layers,
-        num_heads=model.nheads,
-        head_dim=model.headdim,
-        state_size=model.dstate,
-        n_groups=model.ngroups,
-    )
+    # A prompt is padded to whole chunks: a short one would become 256 tokens of each sequence.
+    shape = dataclasses.replace(STEP_SHAPES[model_name], n_layers=layers, chunk_size=min(prompt, 256))
     with torch.device(device):
-        network: Any = transformers.Mamba2ForCausalLM(config)
+        network: Any = transformers.Mamba2ForCausalLM(shape.config())
     return network.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def _time_calls(call: Callable[[], Any], repeats: int = 10) -> Timing:
+def _time_calls(call: Callable[[], Any], repeats: int = 20) -> Timing:
     """Seconds of a call with its launches: what a caller waits."""
-    call()
+    for _ in range(3):  # compiles, warms up, records
+        call()
     found = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -465,32 +460,36 @@ def _time_calls(call: Callable[[], Any], repeats: int = 10) -> Timing:
     return Timing.of(found)
 
 
-def _time_model(network: Any, section: str, ids: Tensor) -> Timing:
-    """A prompt, or one decode step after it."""
+def _time_model(network: Any, backend: str, ids: Tensor, decode: bool) -> tuple[Timing, Any]:
+    """A prompt, or one decode step after it; and the cache."""
     with torch.inference_mode():
-        if section == "prefill":
-            return _time_calls(lambda: network(ids, use_cache=True), 5)
+        if not decode:
+            timing = _time_calls(lambda: network(ids, use_cache=True), 5)
+            return timing, network(ids, use_cache=True).cache_params
+        # Only the eager model marks its cache as fit for CUDA graphs; ours packs it in the compiled prompt.
+        torch.compiler.set_stance("force_eager" if backend == "inductor" else "default")
         cache = network(ids, use_cache=True).cache_params
+        torch.compiler.set_stance("default")
         token = ids[:, :1].contiguous()
-        return _time_calls(lambda: network(token, cache_params=cache, use_cache=True))
+        return _time_calls(lambda: network(token, cache_params=cache, use_cache=True)), cache
 
 
 def measure_model(
     section: str, model_name: str, layers: int, device: str, deadline: Deadline
 ) -> Iterator[dict[str, Any]]:
     """Decode steps by batch, or prompts by length, of a model of some layers: plain Inductor in bf16, and qmamba."""
-    sizes = [(batch, 16) for batch in DECODE_BATCHES] if section == "decode" else [(1, n) for n in PREFILL_TOKENS]
+    decode = section == "decode"
+    sizes = [(batch, 16) for batch in DECODE_BATCHES] if decode else [(1, n) for n in PREFILL_TOKENS]
     for backend in ("inductor", "qmamba"):
         torch._dynamo.reset()
-        network = _network(model_name, layers, device)
-        # Whatever each compiles to is replayed as CUDA graphs where it can be.
-        options = {"mode": "reduce-overhead"} if backend == "inductor" and section == "decode" else {}
-        network.compile(backend=backend, **options)
+        network = _network(model_name, layers, device, sizes[0][1])
+        network.compile(backend=backend, mode="reduce-overhead" if decode else None)
         for batch, tokens in sizes:
             if deadline.passed():
                 return
+            ids = torch.randint(1, 1000, (batch, tokens), device=device)
             torch.cuda.reset_peak_memory_stats()
-            timing = _time_model(network, section, torch.randint(1, 1000, (batch, tokens), device=device))
+            timing, cache = _time_model(network, backend, ids, decode)
             yield {
                 "model": model_name,
                 "layers": layers,
@@ -498,8 +497,11 @@ def measure_model(
                 "batch": batch,
                 "tokens": tokens,
                 "seconds": dataclasses.asdict(timing),
+                "weight_bytes": held_nbytes(network),
+                "state_bytes": state_bytes(cache),
                 "peak_bytes": torch.cuda.max_memory_allocated(),
             }
+            del cache
         del network
         torch.cuda.empty_cache()
 

@@ -19,7 +19,7 @@ from . import report as report_module
 from .artifact import Artifact, read_artifact
 from .config import QMambaConfig
 from .errors import NonFiniteStateError
-from .fx_utils import InputSource, copy_graph, placeholders, value_of
+from .fx_utils import InputSource, copy_graph, mark_written_static, placeholders, value_of
 from .passes import PassContext, StateOutput, phase_of, run_pipeline
 from .report import Report
 from .state import DSQState
@@ -44,10 +44,10 @@ def qmamba(
         StateError: the state of a layer cannot be packed as asked.
     """
     config = QMambaConfig.from_options(options)
-    inner = _inner_compiler(config, mode)
-    _warn_before_recompile_limit()
     report = Report(strict=config.strict)
     report.phase = phase_of(gm.graph)
+    inner = _inner_compiler(config, mode or config.mode, report.phase)
+    _warn_before_recompile_limit()
     report_module.recent.append(report)
     if _needs_gradients(gm):
         logger.warning(
@@ -62,6 +62,7 @@ def qmamba(
     rewritten = copy_graph(gm)
     context = PassContext(config, artifact, list(example_inputs), _scope())
     run_pipeline(rewritten, context, report)
+    mark_written_static(rewritten.graph)
     sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
     inputs = [_example(source, context) for source in sources]
     return _Runner(inner(rewritten, inputs), sources, context)
@@ -142,14 +143,18 @@ def _example(source: InputSource, context: PassContext) -> Any:
     return value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True)
 
 
-def _inner_compiler(config: QMambaConfig, mode: str | None) -> Compiled:
+def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compiled:
     if config.inner_backend != "inductor":
         return torch._dynamo.lookup_backend(config.inner_backend)
     from torch._inductor.compile_fx import compile_fx
 
     if mode in (None, "default"):
         return compile_fx
-    return functools.partial(compile_fx, config_patches=torch._inductor.list_mode_options(mode))
+    patches = torch._inductor.list_mode_options(mode)
+    if phase == "prefill":
+        # The states that a prompt leaves must outlive the next prompt, and memory of a CUDA graph does not.
+        patches["triton.cudagraphs"] = False
+    return functools.partial(compile_fx, config_patches=patches)
 
 
 def _needs_gradients(gm: fx.GraphModule) -> bool:

@@ -19,6 +19,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "flush_interval": (1, 2, 4, 8, 16),
     "ring_bits": (16, 8),
     "inner_backend": ("inductor", "aot_eager", "eager"),
+    "mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
 
 
@@ -41,6 +42,8 @@ class QMambaConfig:
         check_finite: raise as soon as a state is not finite, naming its layer (one reduction a step).
         strict: raise instead of reporting when an anchor is left alone.
         inner_backend: what compiles the rewritten graph; ``"aot_eager"`` and ``"eager"`` find faults by subtraction.
+        mode: Inductor's mode, for torch.compile takes either its own ``mode`` or ``options``. ``"reduce-overhead"``
+            replays decode as CUDA graphs.
         quantize_linear, fuse_chunk_scan, quantize_state, fuse_ssm_update, apply_tuned_conv, fuse_conv_update,
             fuse_norm_linear: one switch a pass.
     """
@@ -57,6 +60,7 @@ class QMambaConfig:
     check_finite: bool = False
     strict: bool = False
     inner_backend: str = "inductor"
+    mode: str | None = None
     quantize_linear: bool = True
     fuse_chunk_scan: bool = True
     quantize_state: bool = True

@@ -173,8 +173,23 @@ def add_input(graph: fx.Graph, after: fx.Node | None, name: str, source: InputSo
     node.meta.update(example_value=fake, qmamba_input=source)
     if source.index is None:
         # Keeps AOTAutograd from guarding on, or cloning, a tensor that no one else sees.
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        mark_static(node)
     return node
+
+
+def mark_static(node: fx.Node) -> None:
+    """Say that a placeholder's tensor keeps its address: a CUDA graph then uses it in place instead of copying it."""
+    node.meta["tensor_dict"] = {**node.meta.get("tensor_dict", {}), "_dynamo_static_input_type": "unguarded"}
+
+
+def mark_written_static(graph: fx.Graph) -> None:
+    """Mark what the graph writes in place, the states of a cache: CUDA graphs refuse to write to a copy of an input.
+
+    A new cache has other addresses; a CUDA graph is recorded again for it.
+    """
+    for node in placeholders(graph):
+        if any(mutates(user) for user in node.users):
+            mark_static(node)
 
 
 def insert_call(before: fx.Node, target: Any, *args: Any) -> fx.Node:

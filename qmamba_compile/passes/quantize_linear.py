@@ -19,6 +19,7 @@ from ..fx_utils import (
     insert_call,
     iter_calls,
     layer_of,
+    mark_static,
     nbytes_of,
     op_name,
     parameter_path,
@@ -134,7 +135,7 @@ class QuantizeLinear(GraphPass):
                 continue
             source = InputSource(index, _getter(name, find))
             last = add_input(graph, last, f"{weight.name}_{name}", source, fake_like(graph, tensor))
-            last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            mark_static(last)
             inputs.append(last)
         return tuple(inputs)
 

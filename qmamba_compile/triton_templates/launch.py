@@ -22,7 +22,7 @@ from .. import quant
 from ..errors import ConfigError
 from ..recurrence import Ring
 from . import tuning
-from .render import COMBINE_BLOCK, LINEAR_ROWS, Spec, load, target_of
+from .render import COMBINE_BLOCK, Spec, load, target_of
 
 log = logging.getLogger(__name__)
 
@@ -240,10 +240,6 @@ def states_fit(
 
 # --- linears -------------------------------------------------------------------------------------------------------
 
-INT_MM_ROWS = 16
-"""Rows up to which CUDA's ``torch._int_mm`` refuses a product."""
-
-
 def w8a8_linear(
     x: Tensor,
     qdata: Tensor,
@@ -252,13 +248,13 @@ def w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
 ) -> Tensor | None:
-    """`ops.w8a8_linear` for few rows, or for extents that ``torch._int_mm`` does not take."""
+    """`ops.w8a8_linear` for few rows, quantized on the way."""
     architecture = target(x.device.type, x.device.index)
     outputs, k = qdata.shape
     rows = x.numel() // k
-    if architecture is None or rows == 0 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if architecture is None or not 0 < rows <= tuning.MOST_ROWS_QUANTIZED_ON_THE_WAY:
         return None
-    if rows > INT_MM_ROWS and k % 8 == 0 and outputs % 8 == 0:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     flat = x.reshape(rows, k)
     if flat.stride(1) != 1 or not qdata.is_contiguous():
@@ -271,7 +267,7 @@ def w8a8_linear(
         row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     module = load(spec)
     options = {"num_warps": spec.warps, "enable_fp_fusion": False}
-    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // LINEAR_ROWS))
+    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m))
     arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows, outputs)
     module.w8a8_linear[grid](*arguments, flat.stride(0), k, **options)
     if spec.splits > 1:

@@ -1,7 +1,7 @@
 """Call the kernels around the recurrence, as `launch` calls those of a step and under the same promises.
 
-A linear is two or three launches: `quantize_rows`, with the norm where there is one in front; the int8 product, by our
-kernel for few rows and by ``torch._int_mm`` for many; scales and bias, which our kernel adds itself unless it splits k.
+A linear is two or three launches: `quantize_rows`, with the norm where there is one in front; the int8 product with its
+scales and bias; their sum over the parts of k, where it is split.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import launch, tuning
-from .render import COMBINE_BLOCK, LINEAR_ROWS, LinearSpec, load
+from .render import COMBINE_BLOCK, load
 from .specs import ConvSpec, RowsSpec
 
 log = logging.getLogger(__name__)
@@ -122,14 +122,10 @@ def _product(
     qdata, scale = qdata.contiguous(), scale.contiguous()
     y = torch.empty((*shape[:-1], outputs), dtype=dtype, device=codes.device)
     spec = dataclasses.replace(tuning.w8a8_linear(architecture, rows, outputs, k), prequantized=True)
-    if rows > launch.INT_MM_ROWS and k % 8 == 0 and outputs % 8 == 0:
-        spec = dataclasses.replace(spec, splits=1)
-        _combine(spec, torch._int_mm(codes, qdata.t()), row_scale, scale, bias, y, rows)
-        return y
     partial = None
     if spec.splits > 1:
         partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=codes.device)
-    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // LINEAR_ROWS))
+    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m))
     load(spec).w8a8_linear[grid](
         codes,
         qdata,
@@ -145,17 +141,11 @@ def _product(
         enable_fp_fusion=False,
     )
     if partial is not None:
-        _combine(spec, partial, row_scale, scale, bias, y, rows)
+        combining = (rows, -(-outputs // COMBINE_BLOCK))
+        load(spec).combine[combining](
+            partial, row_scale, scale, bias, y, rows, outputs, num_warps=spec.warps, enable_fp_fusion=False
+        )
     return y
-
-
-def _combine(
-    spec: LinearSpec, partial: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor, rows: int
-) -> None:
-    outputs = scale.numel()
-    grid = (rows, -(-outputs // COMBINE_BLOCK))
-    options = {"num_warps": spec.warps, "enable_fp_fusion": False}
-    load(spec).combine[grid](partial, row_scale, scale, bias, y, rows, outputs, **options)
 
 
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:

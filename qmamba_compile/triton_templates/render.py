@@ -172,7 +172,7 @@ class LinearSpec:
     """One `w8a8_linear` kernel. k, the numbers of rows and outputs, dtypes and optional inputs come with the call.
 
     Attributes:
-        block_o, block_k: outputs of a program, and elements of k that it takes at a time.
+        block_o, block_k, block_m: outputs of a program, elements of k that it takes at a time, and its rows.
         splits: programs that share one block of outputs, each with a part of k.
         warps, stages: of a program, and loads of weights under way.
         target: one of `TARGETS`.
@@ -186,21 +186,23 @@ class LinearSpec:
     stages: int = 4
     target: str = "sm_90"
     prequantized: bool = False
+    block_m: int = 16
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
-        if not all(is_power_of_two(n) for n in (self.block_o, self.block_k, self.warps)):
-            raise ConfigError(f"{self}: block_o, block_k and warps must be powers of two")
-        if self.block_o < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
+        if not all(is_power_of_two(n) for n in (self.block_m, self.block_o, self.block_k, self.warps)):
+            raise ConfigError(f"{self}: block_m, block_o, block_k and warps must be powers of two")
+        if min(self.block_m, self.block_o) < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
             raise ConfigError(
-                f"{self}: int8 products need block_o >= 16, block_k >= 32, and at least 1 split and stage"
+                f"{self}: int8 products need block_m, block_o >= 16, block_k >= 32, and at least 1 split and stage"
             )
 
     def slug(self) -> str:
         """Name of the kernel, and the beginning of its file's name."""
         name = "w8a8_linear_prequantized" if self.prequantized else "w8a8_linear"
-        return f"{name}_o{self.block_o}_k{self.block_k}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
+        tile = f"m{self.block_m}_o{self.block_o}_k{self.block_k}"
+        return f"{name}_{tile}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +252,6 @@ class LayerSpec:
 
 AnySpec = Spec | LinearSpec | ScanSpec | LayerSpec
 
-LINEAR_ROWS = 16
-"""Rows of one program of `w8a8_linear`: the fewest that a product of int8 tiles takes."""
-
 COMBINE_BLOCK = 256
 """Outputs of one program that adds up the parts of a split `w8a8_linear`."""
 
@@ -263,7 +262,7 @@ def render(spec: AnySpec) -> str:
         name, constants = spec.kernel, _constants(spec)
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
-        constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
+        constants = {"combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
     elif isinstance(spec, LayerSpec):
         name, constants = spec.kernel, spec.constants()
     else:

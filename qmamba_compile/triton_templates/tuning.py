@@ -102,21 +102,41 @@ def ssm_update(
     return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 
 
+MOST_ROWS_QUANTIZED_ON_THE_WAY = 16
+"""Rows of a `w8a8_linear` that takes floats: every program quantizes all of them anew, so they must be few."""
+
+
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
     """The kernel for x [rows, k] and weights [outputs, k].
 
-    The weights are read once, so what counts is bytes under way: 32 outputs x 256 of k are 8 KiB a stage, 24 to 32 KiB
-    a program, and k is split until there are two programs a unit, as long as each part has four blocks of k.
+    Few rows: the weights are read once, so what counts is bytes under way: 32 outputs x 256 of k are 8 KiB a stage, 24
+    to 32 KiB a program, and k is split until there are two programs a unit, as long as each part has four blocks of k.
+    Many rows: tiles as large as registers allow, once they fill the GPU.
     """
-    block_o, block_k = 32, 256
     gpu = GPUS.get(architecture)
-    programs = -(-outputs // block_o) * -(-rows // 16)
-    splits = 1
-    while gpu and programs * splits < 2 * gpu.units and k // (2 * splits) >= 4 * block_k:
-        splits *= 2
     # AMD's shared memory is 64 KiB, and its compiler keeps two stages.
     stages = 2 if architecture.startswith("gfx") else 4
-    return LinearSpec(block_o, block_k, splits, 4, stages, architecture)
+
+    def programs(block_m: int, block_o: int) -> int:
+        return -(-outputs // block_o) * -(-rows // block_m)
+
+    if rows > 64:
+        tiles = LARGEST_TILES.get(architecture, LARGEST_TILES["other"]) + SMALLER_TILES
+        for block_m, block_o, block_k, warps in tiles:
+            if gpu is None or programs(block_m, block_o) >= gpu.units:
+                break
+        return LinearSpec(block_o, block_k, 1, warps, min(stages, 3), architecture, block_m=block_m)
+    block_m, block_o, block_k = max(16, 1 << (rows - 1).bit_length()), 32, 256
+    splits = 1
+    while gpu and programs(block_m, block_o) * splits < 2 * gpu.units and k // (2 * splits) >= 4 * block_k:
+        splits *= 2
+    return LinearSpec(block_o, block_k, splits, 4, stages, architecture, block_m=block_m)
+
+
+SMALLER_TILES = ((64, 128, 128, 4), (64, 64, 128, 4), (32, 64, 128, 4))
+LARGEST_TILES = {"sm_90": ((128, 256, 128, 8), (128, 128, 128, 4)), "other": ((128, 128, 128, 8),)}
+"""Rows, outputs, elements of k and warps of a program, the largest first. 128 x 128 spill with 8 warps on sm_90, with 4 on
+sm_80; 128 x 256 on sm_80 and sm_100."""
 
 
 def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:

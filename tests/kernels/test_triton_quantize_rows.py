@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
@@ -211,7 +212,7 @@ def test_product_of_quantized_rows(
 
 
 def check_large_linear() -> None:
-    """More rows than our product takes: codes of our own, torch._int_mm, and scales and bias of our own."""
+    """More rows than are quantized on the way."""
     arguments = problem(18, 64, o=16, bias=True, smooth=F32)
     y = poisoned(launch_layers.w8a8_linear, *arguments)
     assert torch.equal(y, ops.w8a8_linear_reference(*arguments))
@@ -296,17 +297,19 @@ def test_rows_compile_without_spills(target: str, k: int, group_size: int | None
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("outputs, k", [(768, 1536), (10576, 2560)])
-def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: int, k: int) -> None:
-    spec = tuning.w8a8_linear(target, 1, outputs, k)
-    spec = LinearSpec(spec.block_o, spec.block_k, spec.splits, spec.warps, spec.stages, target, prequantized=True)
+@pytest.mark.parametrize("rows", [1, 64, 512])
+def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: int, k: int, rows: int) -> None:
+    spec = dataclasses.replace(tuning.w8a8_linear(target, rows, outputs, k), prequantized=True)
     types = dict.fromkeys(("codes", "qdata"), "*i8") | {"scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
     types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32", "outputs": "i32"}
-    for name, constants in (("w8a8_linear", {"K": k}), ("combine", {})):
+    kernels = [("w8a8_linear", {"K": k})] + ([("combine", {})] if spec.splits > 1 else [])
+    for name, constants in kernels:
         kernel = compiled.compile_kernel(load(spec), name, types, constants, target, spec.warps)
         found = compiled.facts(kernel)
-        assert found.spills == 0 and found.local_accesses == 0 and found.shared_bytes <= 64 * 1024
+        assert found.spills == 0 and found.local_accesses == 0
+        assert found.shared_bytes <= (64 if target == "gfx942" or rows == 1 else 160) * 1024
         if name == "w8a8_linear":
             text = compiled.disassemble(kernel)
-            assert ("v_mfma_i32" if target == "gfx942" else "IMMA") in text
-            # Weights go to shared memory 16 bytes at a time, without passing through registers.
-            assert target == "gfx942" or "LDGSTS.E.BYPASS.LTC128B.128" in text or "LDGSTS.E.BYPASS.128" in text
+            # Many rows: the matrix units of a whole warp group, where there are such.
+            many = {"sm_90": "IGMMA", "sm_100": "UTCIMMA"} if spec.block_m >= 64 else {}
+            assert ("v_mfma_i32" if target == "gfx942" else many.get(target, "IMMA")) in text
