@@ -275,7 +275,7 @@ def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     """
     types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
     types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
-    module, trips, inner = load(spec), spec.turns, 1
+    module, trips, inner = load(spec), 1 if spec.prefetched else spec.turns, 1
     if stores is not None:
         module = load_source(f"{spec.slug()}_{'storing' if stores else 'reading'}", _one_branch(render(spec), stores))
         trips = trips if stores else max(1, trips // READ_TILES)

@@ -1,13 +1,13 @@
-"""Which kernel for which GPU and shape: a small table, each entry with the compiled-code fact behind it.
+"""Which kernel for which GPU and shape: a small table, each entry with the measurement or compiled-code fact behind it.
 
-No entry was measured on a GPU yet. What compilers make of the kernels is held by tests/kernels/test_triton_compiled.py.
+Microseconds are of an H100 SXM (`python -m bench gpu`); no other GPU was measured. What compilers make of the kernels is held by tests/kernels/test_triton_compiled.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from .render import LinearSpec, ScanSpec, Spec, padded
+from .render import PREFETCHED_TILES, LinearSpec, ScanSpec, Spec, padded
 from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
 
 
@@ -44,10 +44,10 @@ GPUS = {
 LANES = {"gfx942": 64, "gfx950": 64}
 """Threads of a warp, where not 32."""
 
-PLANNED_WARPS = {"calibrated 4": 15, "calibrated 8": 24, "other": 8}
-"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 136,
-which `Spec.most_registers` asks for; 8 bits: 80. At 2 bits a thread's 16-byte access is 64 columns, and B, C and
-the state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
+PLANNED_WARPS = {"calibrated 4": 10, "calibrated 8": 24, "other": 8}
+"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 168, and
+200 on sm_100 (`MOST_REGISTERS`); 8 bits: 80. At 2 bits a thread's 16-byte access is 64 columns, and B, C and the state of
+each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
 
 
 def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
@@ -72,9 +72,9 @@ def ssm_update(
 ) -> Spec:
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
-    Calibrated: one warp owns rows. 4 warps on 64 rows would each prepare B / state_scale and C * state_scale anew, 2 to
-    3.5 instructions an element (sm_90, 64 x 128, 4 bits). Of that preparation 64 rows leave an element 1.6 instructions
-    less than 32 rows do (10.4 and 12.0; 18.4 with 8 rows), so a head is split only where the GPU would stay empty.
+    Calibrated: one warp owns rows, four tiles of them, all loaded before it computes (`PREFETCHED_TILES`). With fewer
+    the preparation of B / state_scale and C * state_scale weighs more: 11.3 instructions an element with 32 rows, 13.8
+    with 16 (sm_90, 64 x 128, 4 bits); so a head is split further only where the GPU would stay empty.
 
     Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales
     of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4
@@ -96,7 +96,8 @@ def ssm_update(
         # Fewer rows than one 16-byte access of all lanes covers would narrow the accesses.
         row_bytes = dstate * (bits or (32 if state_dtype == "float32" else 16)) // 8
         fewest = max(1, lanes * 16 // row_bytes)
-        while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
+        most = PREFETCHED_TILES * fewest if bits == 4 and not stochastic and flush_interval == 1 else 64
+        while rows > fewest and (rows > most or heads * (padded // rows) < wanted):
             rows //= 2
     extents = (headdim, dstate, bits, dynamic, stochastic)
     return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
@@ -109,34 +110,38 @@ MOST_ROWS_QUANTIZED_ON_THE_WAY = 16
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
     """The kernel for x [rows, k] and weights [outputs, k].
 
-    Few rows: the weights are read once, so what counts is bytes under way: 32 outputs x 256 of k are 8 KiB a stage, 24
-    to 32 KiB a program, and k is split until there are two programs a unit, as long as each part has four blocks of k.
-    Many rows: tiles as large as registers allow, once they fill the GPU.
+    Up to 16 rows the weights are read once, so what counts is bytes under way: 32 to 64 KiB a program. Beyond, tiles are
+    as large as still give each unit one. k is split only where it is long and few programs would share it: the launch
+    that adds up the parts costs more than it saves elsewhere (2560 x 5120, one row: 7.6 us whole, 8.7 in four parts).
     """
     gpu = GPUS.get(architecture)
-    # AMD's shared memory is 64 KiB, and its compiler keeps two stages.
-    stages = 2 if architecture.startswith("gfx") else 4
+    units = gpu.units if gpu else 1
 
     def programs(block_m: int, block_o: int) -> int:
         return -(-outputs // block_o) * -(-rows // block_m)
 
-    if rows > 64:
-        tiles = LARGEST_TILES.get(architecture, LARGEST_TILES["other"]) + SMALLER_TILES
-        for block_m, block_o, block_k, warps in tiles:
-            if gpu is None or programs(block_m, block_o) >= gpu.units:
-                break
-        return LinearSpec(block_o, block_k, 1, warps, min(stages, 3), architecture, block_m=block_m)
-    block_m, block_o, block_k = max(16, 1 << (rows - 1).bit_length()), 32, 256
-    splits = 1
-    while gpu and programs(block_m, block_o) * splits < 2 * gpu.units and k // (2 * splits) >= 4 * block_k:
-        splits *= 2
-    return LinearSpec(block_o, block_k, splits, 4, stages, architecture, block_m=block_m)
-
-
-SMALLER_TILES = ((64, 128, 128, 4), (64, 64, 128, 4), (32, 64, 128, 4))
-LARGEST_TILES = {"sm_90": ((128, 256, 128, 8), (128, 128, 128, 4)), "other": ((128, 128, 128, 8),)}
-"""Rows, outputs, elements of k and warps of a program, the largest first. 128 x 128 spill with 8 warps on sm_90, with 4 on
-sm_80; 128 x 256 on sm_80 and sm_100."""
+    splits, warps = 1, 4
+    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
+    if rows <= 16:
+        block_o, block_k, stages = 32, 256, 4
+        if programs(16, 32) < 2 * units:
+            block_o, block_k, warps = 16, 512, 2
+        while gpu and programs(16, block_o) * splits < units // 4 and k // (2 * splits) >= 4 * block_k:
+            splits *= 2
+    elif rows <= 64:
+        block_o, block_k, stages = 64, 256, 3
+        if programs(64, 64) < units:
+            block_o, stages = (32 if programs(64, 32) >= units // 2 else 16), 4
+    elif programs(128, 128) >= 4 * units and k >= 2048:
+        # Four warps hold a tile of sm_90 without spills, and eight do not; elsewhere it is the other way around.
+        block_m, block_o, block_k, stages, warps = 128, 128, 128, 3, 4 if architecture == "sm_90" else 8
+    elif programs(128, 64) >= units:
+        block_m, block_o, block_k, stages = 128, 64, 128, 4 if programs(128, 64) <= 2 * units else 3
+    else:
+        block_o, block_k, stages = 64, 256, 3
+    if architecture.startswith("gfx"):
+        stages = 2  # its shared memory is 64 KiB
+    return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m=block_m)
 
 
 def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:

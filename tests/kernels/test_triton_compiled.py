@@ -59,9 +59,9 @@ def test_step_of_a_model_at_batch_64(target: str, model: str) -> None:
 
 # Instructions an element, as compiled by Triton 3.6 and 3.9 when the bound was set: the larger one plus 2 to 5 percent.
 # One is held by 3.9 alone: int8 on sm_100 takes 12.5 there and 13.26 with 3.6, since the form that made int4 faster.
-# sm_90, 4 bits, calibrated: 10.6 and 10.4.
+# 4 bits, calibrated, sm_90: 11.5 and 11.3. 64 rows in a loop take 10.4, but 54 to 64 us on an H100 where these take 49.
 BOUNDS = {
-    ("4 calibrated", 64): {"sm_80": 10.8, "sm_90": 10.9, "sm_100": 9.5, "gfx942": 18.2},
+    ("4 calibrated", 64): {"sm_80": 11.6, "sm_90": 11.8, "sm_100": 11.5, "gfx942": 18.2},
     ("8 calibrated", 64): {"sm_80": 14.3, "sm_90": 14.3, "sm_100": 13.0, "gfx942": 24.8},
     ("4 dynamic", 64): {"sm_80": 28.0, "sm_90": 28.0, "sm_100": 22.8, "gfx942": 56.0},
     ("4 stochastic", 64): {"sm_90": 35.0},
@@ -97,9 +97,8 @@ def test_instructions_per_element(kind: str, target: str, bound: float) -> None:
 def test_other_extents_compile(headdim: int, dstate: int, dynamic: bool, stochastic: bool) -> None:
     spec = tuning.ssm_update("sm_90", 1024, headdim, dstate, 4, dynamic, stochastic)
     assert facts(spec).instructions > 0
-    # Two tiles a turn of the loop, in fewer registers than the compiler would take.
     assert spec.dynamic or (facts(spec).spills == 0 and facts(spec).local_accesses == 0)
-    assert spec.unrolled == (not dynamic and dstate > 16)
+    assert spec.prefetched == (not dynamic)
 
 
 def test_2_bits_do_not_spill() -> None:
@@ -133,4 +132,4 @@ def test_extraction_and_rounding_use_no_conversions() -> None:
 
 def test_small_batches_get_more_programs() -> None:
     rows = [tuning.ssm_update("sm_90", batch * 24, 64, 128, 4, False, False).rows for batch in (1, 32, 64, 256)]
-    assert rows == sorted(rows) and rows[0] == 8 and rows[-1] == 64
+    assert rows == sorted(rows) and rows[0] == 8 and rows[-1] == 32

@@ -108,10 +108,11 @@ def test_compiles_to_wide_loads_and_int8_products(target: str, outputs: int, k: 
     if target != "gfx942":
         # Weights go to shared memory 16 bytes at a time, without passing through registers.
         assert "LDGSTS.E.BYPASS.LTC128B.128" in text or "LDGSTS.E.BYPASS.128" in text, text.count("LDGSTS")
-    assert found.shared_bytes <= 64 * 1024
+    # AMD has no more; elsewhere it leaves room for two programs a unit.
+    assert found.shared_bytes <= (64 if target == "gfx942" else 80) * 1024
 
 
-def test_k_is_split_where_the_grid_would_not_fill_the_gpu() -> None:
+def test_k_is_split_where_few_programs_would_share_a_long_one() -> None:
     splits = {shape: tuning.w8a8_linear("sm_90", 1, *shape).splits for shape in SHAPES}
-    assert splits[10576, 2560] == splits[50288, 768] == 1
-    assert splits[2560, 5120] > 1
+    assert set(splits.values()) == {1}
+    assert tuning.w8a8_linear("sm_90", 1, 256, 16384).splits > 1
