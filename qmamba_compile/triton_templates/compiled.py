@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
-from .render import READ_TILES, Spec, load, load_source, render
+from .render import Spec, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,6 @@ def ssm_update_signature(
         **dict.fromkeys(("x", "dt", "B", "C", "y"), f"*{dtype}"),
         **dict.fromkeys(("A", "D", "dt_bias"), "*fp32"),
         **dict.fromkeys(("dt_min", "dt_max"), "fp32"),
-        "heads_per_group": "i32",
     }
     strides = ("x_stride_b", "x_stride_h", "dt_stride_b", "B_stride_b", "B_stride_g", "C_stride_b", "C_stride_g")
     types |= dict.fromkeys(strides, "i32")
@@ -275,23 +274,13 @@ def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     """
     types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
     types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
-    module, trips, inner = load(spec), spec.turns, 1
-    if stores is not None:
-        module = load_source(f"{spec.slug()}_{'storing' if stores else 'reading'}", _one_branch(render(spec), stores))
-        trips = trips if stores else max(1, trips // READ_TILES)
-        inner = spec.flush_interval - 1
+    warps = spec.warps
+    if spec.flush_interval > 1:
+        constants["STORES"] = stores
+        warps = warps if stores else 1
     registers = spec.most_registers
-    kernel = compile_kernel(module, "ssm_update", types, constants, spec.target, spec.warps, most_registers=registers)
-    return facts(kernel, trips, inner)
-
-
-def _one_branch(source: str, stores: bool) -> str:
-    """A checkpointed kernel's text in which the compiler sees that every sequence's ring is full, or that none is."""
-    test = re.compile(r"^    position = tl\.load\(ring_position \+ slot\)$", re.MULTILINE)
-    assumed = "\\g<0>\n    tl.assume(position {})"
-    bound = re.search(r"^    if position < (\d+):$", source, re.MULTILINE)
-    assert bound is not None and len(test.findall(source)) == 1
-    return test.sub(assumed.format(f"{'==' if stores else '<'} {bound[1]}"), source)
+    kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, warps, most_registers=registers)
+    return facts(kernel, spec.turns if stores in (None, True) else 1)
 
 
 @functools.cache

@@ -187,7 +187,9 @@ def _launch(
     batch, nheads, _ = x.shape
     # Vectors of the model's parameters: contiguous, so that these are no copies.
     A, D, dt_bias = (None if vector is None else vector.contiguous() for vector in (A, D, dt_bias))  # type: ignore[assignment]
-    load(spec).ssm_update[spec.row_blocks, nheads, batch](
+    ngroups = B.shape[1]
+    grid = (spec.row_blocks * (nheads // ngroups), ngroups, batch)
+    arguments = (
         *state,
         slots,
         x,
@@ -199,7 +201,6 @@ def _launch(
         dt_bias,
         z,
         y,
-        nheads // B.shape[1],
         dt_min,
         dt_max,
         *x.stride(),
@@ -208,10 +209,15 @@ def _launch(
         *C.stride(),
         *(z.stride() if z is not None else (0, 0, 0)),
         dt_softplus,
-        num_warps=spec.warps,
-        enable_fp_fusion=False,
-        **({} if spec.most_registers is None else {"maxnreg": spec.most_registers}),
     )
+    kernel = load(spec).ssm_update[grid]
+    if spec.flush_interval > 1:
+        # Each sequence is served by one of these and left alone by the other.
+        kernel(*arguments, False, num_warps=1, enable_fp_fusion=False)
+        kernel(*arguments, True, num_warps=spec.warps, enable_fp_fusion=False)
+    else:
+        limit = {} if spec.most_registers is None else {"maxnreg": spec.most_registers}
+        kernel(*arguments, num_warps=spec.warps, enable_fp_fusion=False, **limit)
 
 
 def advance(rng: Tensor, slots: Tensor | None) -> None:

@@ -41,10 +41,6 @@ def target_of(architecture: str) -> str:
     raise ConfigError(f"architecture {architecture!r} has no kernels; they are written for {TARGETS}")
 
 
-READ_TILES = 4
-"""Tiles that a step which only reads a checkpointed state takes at a time. Instructions an element in that loop: 6.0
-with 1, 5.2 with 2, 4.6 with 4 (sm_90, 64 x 128, 4 bits); 4 also keep 64 bytes of each thread under way."""
-
 STATE_DTYPES = ("float32", "bfloat16")
 
 _HIGHEST_FIELD = 23
@@ -126,17 +122,25 @@ class Spec:
         return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
 
     @property
+    def template(self) -> str:
+        """Name of the template: of a checkpointed state another one."""
+        return self.kernel if self.flush_interval == 1 else f"{self.kernel}_ring"
+
+    @property
     def words(self) -> int:
         """32-bit words of a packed row."""
         return self.dstate * (self.bits or 0) // 32
 
     @property
     def tile(self) -> int:
-        """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state."""
+        """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state. Of a
+        checkpointed one 64 elements a thread, and no fewer than a product of matrices has."""
         if self.dynamic:
             return self.rows
-        row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4
         lanes = 64 if self.target.startswith("gfx") else 32
+        if self.flush_interval > 1:
+            return min(self.rows, max(16, lanes * self.warps * 64 // padded(self.dstate)))
+        row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4
         return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
 
     @property
@@ -260,7 +264,7 @@ COMBINE_BLOCK = 256
 def render(spec: AnySpec) -> str:
     """Python source of the Triton kernel that ``spec`` names."""
     if isinstance(spec, Spec):
-        name, constants = spec.kernel, _constants(spec)
+        name, constants = spec.template, _constants(spec)
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
         constants = {"block_m": LINEAR_ROWS, "combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
@@ -325,6 +329,8 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "row_blocks": spec.row_blocks,
         "row_mask": f", mask={row_test}, other=0.0" if ragged_rows else "",
         "row_mask_store": f", mask={row_test}" if ragged_rows else "",
+        "rows_mask": f", mask=rows < {spec.headdim}, other=0.0" if ragged_rows else "",
+        "rows_mask_store": f", mask=rows < {spec.headdim}" if ragged_rows else "",
         "column_mask": f", mask={column_test}, other=0.0" if ragged_columns else "",
         "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
         "tile_mask_store": tile_mask,
@@ -348,13 +354,21 @@ def _constants(spec: Spec) -> dict[str, Any]:
     # own constant makes up for it: the first whose part of them lies beyond the word.
     surplus = sum(0x4B400000 << shift for shift in range(0, 32, spec.bits)) % 2**32
     balance = -(-10 // spec.bits)
+    bytes_tests = " & ".join(
+        [f"(rows < {spec.headdim})[:, None]"] * ragged_rows + [f"(byte < {run_length})[None, :]"] * (max(32, padded(run_length)) != run_length)
+    )
     byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {
-        # Reading keeps no updated state in registers: more rows share what each tile costs.
-        "read_tile": min(spec.rows, READ_TILES * spec.tile),
         "padded_ring": padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
-        "n_mask": f", mask=n < {spec.dstate}, other=0.0" if padded(spec.dstate) != spec.dstate else "",
-        "n_mask_store": f", mask=n < {spec.dstate}" if padded(spec.dstate) != spec.dstate else "",
+        # Of a product of matrices: at least 16 of bfloat16, and 32 of int8.
+        "padded_terms": max(16, padded(spec.flush_interval - 1)) if spec.flush_interval > 1 else 0,
+        "padded_run": (padded_run := max(32, padded(run_length))),
+        # Triton's interpreter cannot multiply matrices of bfloat16.
+        "operand": "tl.float32" if spec.target == "interpreter" else "tl.bfloat16",
+        "top_mask": f"0x{(2**spec.bits - 1 << 8 - spec.bits) * 0x01010101:08X}",
+        "run_mask": f", mask=byte < {run_length}, other=0.0" if padded_run != run_length else "",
+        "run_mask_store": f", mask=byte < {run_length}" if padded_run != run_length else "",
+        "bytes_mask": f", mask={bytes_tests}, other=0" if bytes_tests else "",
         "words": spec.words,
         "padded_words": padded(spec.words),
         "padded_rows": spec.rows,

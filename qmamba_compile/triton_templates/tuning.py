@@ -98,6 +98,9 @@ def ssm_update(
         fewest = max(1, lanes * 16 // row_bytes)
         while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
             rows //= 2
+    if flush_interval > 1:
+        # Of a product of matrices.
+        rows = max(16, rows)
     extents = (headdim, dstate, bits, dynamic, stochastic)
     return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 

@@ -15,7 +15,7 @@ from test_triton_ssm_update import SMALL, Y_TOLERANCE, poisoned_launch
 from qmamba_compile import ops, recurrence
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch, tuning
-from qmamba_compile.triton_templates.render import READ_TILES, Spec, load, render
+from qmamba_compile.triton_templates.render import Spec, load, render
 
 
 def check(change: dict[str, Any], flush_interval: int, steps: int, dtype: torch.dtype = torch.bfloat16) -> None:
