@@ -265,6 +265,10 @@ def ssm_update_signature(
     return types, constants
 
 
+HEADS = 2
+"""Heads of a program for a checkpointed state, as `tuning.heads_of_a_program` has them for an even number."""
+
+
 @functools.cache
 def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     """`Facts` of an `ssm_update` kernel as a model calls it.
@@ -276,11 +280,13 @@ def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
     warps = spec.warps
     if spec.flush_interval > 1:
-        constants["STORES"] = stores
+        constants |= {"HEADS": HEADS, "STORES": stores}
         warps = warps if stores else 1
     registers = spec.most_registers
     kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, warps, most_registers=registers)
-    return facts(kernel, spec.turns if stores in (None, True) else 1)
+    if spec.flush_interval == 1:
+        return facts(kernel, spec.turns)
+    return facts(kernel, HEADS, spec.turns)
 
 
 @functools.cache

@@ -188,7 +188,8 @@ def _launch(
     # Vectors of the model's parameters: contiguous, so that these are no copies.
     A, D, dt_bias = (None if vector is None else vector.contiguous() for vector in (A, D, dt_bias))  # type: ignore[assignment]
     ngroups = B.shape[1]
-    grid = (spec.row_blocks * (nheads // ngroups), ngroups, batch)
+    heads = 1 if spec.flush_interval == 1 else tuning.heads_of_a_program(nheads // ngroups)
+    grid = (spec.row_blocks * (nheads // ngroups) // heads, ngroups, batch)
     arguments = (
         *state,
         slots,
@@ -213,8 +214,8 @@ def _launch(
     kernel = load(spec).ssm_update[grid]
     if spec.flush_interval > 1:
         # Each sequence is served by one of these and left alone by the other.
-        kernel(*arguments, False, num_warps=1, enable_fp_fusion=False)
-        kernel(*arguments, True, num_warps=spec.warps, enable_fp_fusion=False)
+        kernel(*arguments, heads, False, num_warps=1, enable_fp_fusion=False)
+        kernel(*arguments, heads, True, num_warps=spec.warps, enable_fp_fusion=False)
     else:
         limit = {} if spec.most_registers is None else {"maxnreg": spec.most_registers}
         kernel(*arguments, num_warps=spec.warps, enable_fp_fusion=False, **limit)

@@ -329,8 +329,6 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "row_blocks": spec.row_blocks,
         "row_mask": f", mask={row_test}, other=0.0" if ragged_rows else "",
         "row_mask_store": f", mask={row_test}" if ragged_rows else "",
-        "rows_mask": f", mask=rows < {spec.headdim}, other=0.0" if ragged_rows else "",
-        "rows_mask_store": f", mask=rows < {spec.headdim}" if ragged_rows else "",
         "column_mask": f", mask={column_test}, other=0.0" if ragged_columns else "",
         "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
         "tile_mask_store": tile_mask,
@@ -355,7 +353,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
     surplus = sum(0x4B400000 << shift for shift in range(0, 32, spec.bits)) % 2**32
     balance = -(-10 // spec.bits)
     bytes_tests = " & ".join(
-        [f"(rows < {spec.headdim})[:, None]"] * ragged_rows + [f"(byte < {run_length})[None, :]"] * (max(32, padded(run_length)) != run_length)
+        [f"({row_test})[:, None]"] * ragged_rows + [f"(byte < {run_length})[None, :]"] * (max(32, padded(run_length)) != run_length)
     )
     byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {

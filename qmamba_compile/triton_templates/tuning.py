@@ -105,6 +105,11 @@ def ssm_update(
     return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 
 
+def heads_of_a_program(heads_per_group: int) -> int:
+    """Heads, one after another, of a program for a checkpointed state: they share the products of C with the ring's B."""
+    return next(heads for heads in (2, 1) if heads_per_group % heads == 0)
+
+
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
     """The kernel for x [rows, k] and weights [outputs, k].
 
