@@ -265,28 +265,23 @@ def ssm_update_signature(
     return types, constants
 
 
-HEADS = 2
-"""Heads of a program for a checkpointed state, as `tuning.heads_of_a_program` has them for an even number."""
-
-
 @functools.cache
 def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     """`Facts` of an `ssm_update` kernel as a model calls it.
 
     Args:
-        stores: for a checkpointed state, the step that stores or one that only reads; ``None``: both in one listing.
+        stores: for a checkpointed state, the step that stores or one that only reads.
     """
     types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
-    types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
-    warps = spec.warps
+    kept = "*bf16" if spec.ring_bits == 16 else "*i8"
+    types |= {"ring_x": kept, "ring_B": kept, "ring_decay": "*fp32", "ring_position": "*i32", "ring_scale": "*fp32"}
     if spec.flush_interval > 1:
-        constants |= {"HEADS": HEADS, "STORES": stores}
-        warps = warps if stores else 1
-    registers = spec.most_registers
+        constants["STORES"] = stores
+    warps, registers = spec.warps_of(stores), spec.most_registers
     kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, warps, most_registers=registers)
     if spec.flush_interval == 1:
         return facts(kernel, spec.turns)
-    return facts(kernel, HEADS, spec.turns)
+    return facts(kernel, spec.heads, spec.turns)
 
 
 @functools.cache

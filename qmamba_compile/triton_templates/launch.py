@@ -8,10 +8,12 @@ A call reads nothing back from the device, and allocates only its result: it can
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable
 
@@ -188,8 +190,8 @@ def _launch(
     # Vectors of the model's parameters: contiguous, so that these are no copies.
     A, D, dt_bias = (None if vector is None else vector.contiguous() for vector in (A, D, dt_bias))  # type: ignore[assignment]
     ngroups = B.shape[1]
-    heads = 1 if spec.flush_interval == 1 else tuning.heads_of_a_program(nheads // ngroups)
-    grid = (spec.row_blocks * (nheads // ngroups) // heads, ngroups, batch)
+    spec = dataclasses.replace(spec, heads=math.gcd(spec.heads, nheads // ngroups))
+    grid = (spec.row_blocks * (nheads // ngroups // spec.heads), ngroups, batch)
     arguments = (
         *state,
         slots,
@@ -214,8 +216,8 @@ def _launch(
     kernel = load(spec).ssm_update[grid]
     if spec.flush_interval > 1:
         # Each sequence is served by one of these and left alone by the other.
-        kernel(*arguments, heads, False, num_warps=1, enable_fp_fusion=False)
-        kernel(*arguments, heads, True, num_warps=spec.warps, enable_fp_fusion=False)
+        for stores in (False, True):
+            kernel(*arguments, stores, num_warps=spec.warps_of(stores), enable_fp_fusion=False)
     else:
         limit = {} if spec.most_registers is None else {"maxnreg": spec.most_registers}
         kernel(*arguments, num_warps=spec.warps, enable_fp_fusion=False, **limit)

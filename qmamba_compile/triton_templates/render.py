@@ -62,6 +62,7 @@ class Spec:
         state_dtype: one of `STATE_DTYPES`, for ``bits=None``.
         flush_interval: L of a checkpointed state, which is stored once in L steps; 1 is a state without a ring.
         ring_bits: of the inputs in its ring; 16 stands for either floating type.
+        heads: of a group, one after another in a program, for a checkpointed state.
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -80,6 +81,7 @@ class Spec:
     state_dtype: str = "float32"
     flush_interval: int = 1
     ring_bits: int = 16
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -104,6 +106,10 @@ class Spec:
             raise ConfigError(f"flush_interval={self.flush_interval}: 1 to 65 are allowed, and 1 for a float state")
         if self.ring_bits not in RING_DTYPES or (self.ring_bits != 16 and self.flush_interval == 1):
             raise ConfigError(f"ring_bits={self.ring_bits}: {tuple(RING_DTYPES)} are allowed, and 16 without a ring")
+        if self.heads < 1 or (self.heads > 1 and self.flush_interval == 1):
+            raise ConfigError(f"heads={self.heads}: 1 or more are allowed, and 1 without a ring")
+        if self.flush_interval > 1 and self.rows < 16:
+            raise ConfigError(f"rows={self.rows}: a product of matrices, for a checkpointed state, has at least 16")
         if self.dynamic and self.rows < self.headdim:
             raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
 
@@ -119,6 +125,8 @@ class Spec:
             words.append(f"every{self.flush_interval}")
         if self.ring_bits != 16:
             words.append(f"ring{self.ring_bits}")
+        if self.heads > 1:
+            words.append(f"h{self.heads}")
         return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
 
     @property
@@ -169,6 +177,10 @@ class Spec:
     def row_blocks(self) -> int:
         """Programs of one head."""
         return -(-self.headdim // self.rows)
+
+    def warps_of(self, stores: bool | None) -> int:
+        """Warps of a program that stores a checkpointed state or (False) only reads it."""
+        return 1 if stores is False else self.warps
 
 
 @dataclasses.dataclass(frozen=True)

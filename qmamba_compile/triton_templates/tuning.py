@@ -50,6 +50,10 @@ which `Spec.most_registers` asks for; 8 bits: 80. At 2 bits a thread's 16-byte a
 the state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
 
 
+READING_WARPS = 15
+"""Warps of a unit that read a checkpointed state: 133 registers."""
+
+
 def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
     """Entry of `PLANNED_WARPS` for a kernel."""
     if dynamic or stochastic or bits == 2:
@@ -85,7 +89,7 @@ def ssm_update(
     """
     padded = 1 << (headdim - 1).bit_length()
     lanes = LANES.get(architecture, 32)
-    rows, warps = padded, 1
+    rows, warps, shared = padded, 1, 1
     if dynamic:
         held = 64 if stochastic or bits == 2 or lanes == 64 else 128
         while warps < 16 and padded * dstate > held * lanes * warps:
@@ -99,15 +103,15 @@ def ssm_update(
         while rows > fewest and (rows > 64 or heads * (padded // rows) < wanted):
             rows //= 2
     if flush_interval > 1:
-        # Of a product of matrices.
-        rows = max(16, rows)
+        rows, tile = max(16, rows), max(16, padded if dynamic else 16)
+        held = 32 if stochastic or dynamic and bits == 2 else 64
+        while warps < 16 and tile * dstate > held * lanes * warps:
+            warps *= 2
+        gpu = GPUS.get(architecture)
+        while gpu and shared < 4 and heads * -(-headdim // rows) >= 2 * shared * gpu.units * READING_WARPS:
+            shared *= 2
     extents = (headdim, dstate, bits, dynamic, stochastic)
-    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
-
-
-def heads_of_a_program(heads_per_group: int) -> int:
-    """Heads, one after another, of a program for a checkpointed state: they share the products of C with the ring's B."""
-    return next(heads for heads in (2, 1) if heads_per_group % heads == 0)
+    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits, shared)
 
 
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
