@@ -365,7 +365,8 @@ def _constants(spec: Spec) -> dict[str, Any]:
     surplus = sum(0x4B400000 << shift for shift in range(0, 32, spec.bits)) % 2**32
     balance = -(-10 // spec.bits)
     bytes_tests = " & ".join(
-        [f"({row_test})[:, None]"] * ragged_rows + [f"(byte < {run_length})[None, :]"] * (max(32, padded(run_length)) != run_length)
+        [f"({row_test})[:, None]"] * ragged_rows
+        + [f"(byte < {run_length})[None, :]"] * (max(32, padded(run_length)) != run_length)
     )
     byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {

@@ -50,8 +50,8 @@ which `Spec.most_registers` asks for; 8 bits: 80. At 2 bits a thread's 16-byte a
 the state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
 
 
-READING_WARPS = 15
-"""Warps of a unit that read a checkpointed state: 133 registers."""
+READING_WARPS = 16
+"""Warps of a unit that read a checkpointed state: 128 registers."""
 
 
 def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
