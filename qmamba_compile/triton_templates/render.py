@@ -364,22 +364,20 @@ def _constants(spec: Spec) -> dict[str, Any]:
     # own constant makes up for it: the first whose part of them lies beyond the word.
     surplus = sum(0x4B400000 << shift for shift in range(0, 32, spec.bits)) % 2**32
     balance = -(-10 // spec.bits)
-    bytes_tests = " & ".join(
-        [f"({row_test})[:, None]"] * ragged_rows
-        + [f"(byte < {run_length})[None, :]"] * (max(32, padded(run_length)) != run_length)
-    )
+    padded_run = max(32, padded(run_length))
+    bytes_tests = [f"({row_test})[:, None]"] * ragged_rows
+    bytes_tests += [f"(byte < {run_length})[None, :]"] * (padded_run != run_length)
     byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {
-        "padded_ring": padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
         # Of a product of matrices: at least 16 of bfloat16, and 32 of int8.
         "padded_terms": max(16, padded(spec.flush_interval - 1)) if spec.flush_interval > 1 else 0,
-        "padded_run": (padded_run := max(32, padded(run_length))),
+        "padded_run": padded_run,
         # Triton's interpreter cannot multiply matrices of bfloat16.
         "operand": "tl.float32" if spec.target == "interpreter" else "tl.bfloat16",
         "top_mask": f"0x{(2**spec.bits - 1 << 8 - spec.bits) * 0x01010101:08X}",
         "run_mask": f", mask=byte < {run_length}, other=0.0" if padded_run != run_length else "",
         "run_mask_store": f", mask=byte < {run_length}" if padded_run != run_length else "",
-        "bytes_mask": f", mask={bytes_tests}, other=0" if bytes_tests else "",
+        "bytes_mask": f", mask={' & '.join(bytes_tests)}, other=0" if bytes_tests else "",
         "words": spec.words,
         "padded_words": padded(spec.words),
         "padded_rows": spec.rows,

@@ -84,6 +84,10 @@ def ssm_update(
     of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4
     bits). 64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, where 128 halve the waves of a unit.
 
+    Checkpointed: a program takes as many of a group's heads, which share the products of C with ring_B, as leave a
+    program for each warp that can read at once: 3.0 instructions an element with 2 heads, 3.5 with 1, 2.7 with 4. What
+    stores has 64 elements a thread; 32 of stochastic rounding.
+
     Raises:
         ConfigError: no kernel serves these extents.
     """
@@ -104,7 +108,7 @@ def ssm_update(
             rows //= 2
     if flush_interval > 1:
         rows, tile = max(16, rows), max(16, padded if dynamic else 16)
-        held = 32 if stochastic or dynamic and bits == 2 else 64
+        held = 32 if stochastic or (dynamic and bits == 2) else 64
         while warps < 16 and tile * dstate > held * lanes * warps:
             warps *= 2
         gpu = GPUS.get(architecture)

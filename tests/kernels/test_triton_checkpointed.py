@@ -149,9 +149,9 @@ def test_an_int8_ring_without_scale_is_refused(interpreted: Callable[..., Any]) 
     interpreted(check_ring_without_scale)
 
 
-# Instructions an element of a step that reads, of one that stores, and the mean of a cycle of 8 over those of storing at
-# each step: the larger one of Triton 3.6 and 3.9 when the bound was set, plus 3 percent. sm_90: 3.04, 16.6 and 0.463; 3.6:
-# 3.07 and 18.0. What is asked for is 0.5.
+# Instructions an element of a step that reads, of one that stores, and the mean of a cycle of 8 over those of storing
+# at each step: the larger one of Triton 3.6 and 3.9 when the bound was set, plus 3 percent. sm_90: 3.04, 16.6, 0.463;
+# with 3.6 3.07 and 18.0. What is asked for is 0.5.
 INSTRUCTIONS = {
     ("sm_80", 16): (3.15, 18.6, 0.49),
     ("sm_90", 16): (3.15, 18.6, 0.49),
