@@ -125,18 +125,22 @@ def step_roofs(target: str, model: Shape, variant: Variant, batch: int) -> dict[
     spec = spec_of(target, model, variant, batch)
     interval = variant.flush_interval
     lanes = tuning.LANES.get(target, 32)
-    elements = spec.rows * spec.dstate / (lanes * spec.warps)
+    elements = spec.heads * spec.rows * spec.dstate / lanes
     seconds: dict[str, float] = {}
     bound = instructions = floats = 0.0
     for position in range(interval):
-        facts = compiled.ssm_update_facts(spec, None if interval == 1 else position == interval - 1)
-        roofs = _roofs(target, spec, facts, batch * model.nheads, step_bytes(model, variant, batch, position))
+        stores = None if interval == 1 else position == interval - 1
+        facts = compiled.ssm_update_facts(spec, stores)
+        # Of one program.
+        warps = spec.warps_of(stores)
+        programs = batch * model.nheads * spec.row_blocks / spec.heads
+        roofs = _roofs(target, facts, programs * warps, step_bytes(model, variant, batch, position))
         for name, roof in roofs.items():
             seconds[name] = seconds.get(name, 0.0) + roof / interval
         # Each layer's step is a launch of its own, at its own position of the ring.
         bound += max(roofs.values()) / interval
-        instructions += facts.instructions / interval
-        floats += sum(count for name, count in facts.mix.items() if name.startswith(FLOAT_KINDS)) / interval
+        instructions += warps * facts.instructions / interval
+        floats += warps * sum(count for name, count in facts.mix.items() if name.startswith(FLOAT_KINDS)) / interval
     return {
         "kernel": spec.slug(),
         "bytes": step_bytes(model, variant, batch),
@@ -149,9 +153,8 @@ def step_roofs(target: str, model: Shape, variant: Variant, batch: int) -> dict[
     }
 
 
-def _roofs(target: str, spec: Spec, facts: compiled.Facts, heads: int, moved: float) -> dict[str, float]:
+def _roofs(target: str, facts: compiled.Facts, warps: float, moved: float) -> dict[str, float]:
     gpu = tuning.GPUS[target]
-    warps = heads * spec.row_blocks * spec.warps
     cycle = 1 / (gpu.units * gpu.issue * gpu.clock)
     roofs = {"memory": moved / gpu.memory, "issue": warps * facts.instructions * cycle}
     if target.startswith("sm_"):

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
-from .render import READ_TILES, Spec, load, load_source, render
+from .render import Spec, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,6 @@ def compile_kernel(
     target: str,
     warps: int,
     stages: int = 2,
-    most_registers: int | None = None,
 ) -> Any:
     """Compile a rendered kernel for ``target``, as Triton's launcher would for 16-byte aligned arguments.
 
@@ -80,9 +79,7 @@ def compile_kernel(
         if types[argument] == "i32" and "stride" in argument
     }
     source = ASTSource(kernel, types, dict(constants), divisible)
-    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    if most_registers is not None:
-        options["maxnreg"] = most_registers
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     return triton.compile(source, target=gpu, options=options)
 
 
@@ -247,7 +244,6 @@ def ssm_update_signature(
         **dict.fromkeys(("x", "dt", "B", "C", "y"), f"*{dtype}"),
         **dict.fromkeys(("A", "D", "dt_bias"), "*fp32"),
         **dict.fromkeys(("dt_min", "dt_max"), "fp32"),
-        "heads_per_group": "i32",
     }
     strides = ("x_stride_b", "x_stride_h", "dt_stride_b", "B_stride_b", "B_stride_g", "C_stride_b", "C_stride_g")
     types |= dict.fromkeys(strides, "i32")
@@ -271,27 +267,17 @@ def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     """`Facts` of an `ssm_update` kernel as a model calls it.
 
     Args:
-        stores: for a checkpointed state, the step that stores or one that only reads; ``None``: both in one listing.
+        stores: for a checkpointed state, the step that stores or one that only reads.
     """
     types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
-    types |= {"ring_x": "*bf16", "ring_B": "*bf16", "ring_decay": "*fp32", "ring_position": "*i32"}
-    module, trips, inner = load(spec), 1 if spec.prefetched else spec.turns, 1
-    if stores is not None:
-        module = load_source(f"{spec.slug()}_{'storing' if stores else 'reading'}", _one_branch(render(spec), stores))
-        trips = trips if stores else max(1, trips // READ_TILES)
-        inner = spec.flush_interval - 1
-    registers = spec.most_registers
-    kernel = compile_kernel(module, "ssm_update", types, constants, spec.target, spec.warps, most_registers=registers)
-    return facts(kernel, trips, inner)
-
-
-def _one_branch(source: str, stores: bool) -> str:
-    """A checkpointed kernel's text in which the compiler sees that every sequence's ring is full, or that none is."""
-    test = re.compile(r"^    position = tl\.load\(ring_position \+ slot\)$", re.MULTILINE)
-    assumed = "\\g<0>\n    tl.assume(position {})"
-    bound = re.search(r"^    if position < (\d+):$", source, re.MULTILINE)
-    assert bound is not None and len(test.findall(source)) == 1
-    return test.sub(assumed.format(f"{'==' if stores else '<'} {bound[1]}"), source)
+    kept = "*bf16" if spec.ring_bits == 16 else "*i8"
+    types |= {"ring_x": kept, "ring_B": kept, "ring_decay": "*fp32", "ring_position": "*i32", "ring_scale": "*fp32"}
+    if spec.flush_interval > 1:
+        constants["STORES"] = stores
+    kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, spec.warps_of(stores))
+    if spec.flush_interval == 1:
+        return facts(kernel, 1 if spec.prefetched else spec.turns)
+    return facts(kernel, spec.heads, spec.turns)
 
 
 @functools.cache

@@ -8,10 +8,12 @@ A call reads nothing back from the device, and allocates only its result: it can
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable
 
@@ -187,7 +189,10 @@ def _launch(
     batch, nheads, _ = x.shape
     # Vectors of the model's parameters: contiguous, so that these are no copies.
     A, D, dt_bias = (None if vector is None else vector.contiguous() for vector in (A, D, dt_bias))  # type: ignore[assignment]
-    load(spec).ssm_update[spec.row_blocks, nheads, batch](
+    ngroups = B.shape[1]
+    spec = dataclasses.replace(spec, heads=math.gcd(spec.heads, nheads // ngroups))
+    grid = (spec.row_blocks * (nheads // ngroups // spec.heads), ngroups, batch)
+    arguments = (
         *state,
         slots,
         x,
@@ -199,7 +204,6 @@ def _launch(
         dt_bias,
         z,
         y,
-        nheads // B.shape[1],
         dt_min,
         dt_max,
         *x.stride(),
@@ -208,10 +212,14 @@ def _launch(
         *C.stride(),
         *(z.stride() if z is not None else (0, 0, 0)),
         dt_softplus,
-        num_warps=spec.warps,
-        enable_fp_fusion=False,
-        **({} if spec.most_registers is None else {"maxnreg": spec.most_registers}),
     )
+    kernel = load(spec).ssm_update[grid]
+    if spec.flush_interval > 1:
+        # Each sequence is served by one of these and left alone by the other.
+        for stores in (False, True):
+            kernel(*arguments, stores, num_warps=spec.warps_of(stores), enable_fp_fusion=False)
+    else:
+        kernel(*arguments, num_warps=spec.warps, enable_fp_fusion=False)
 
 
 def advance(rng: Tensor, slots: Tensor | None) -> None:

@@ -41,17 +41,13 @@ def target_of(architecture: str) -> str:
     raise ConfigError(f"architecture {architecture!r} has no kernels; they are written for {TARGETS}")
 
 
-READ_TILES = 4
-"""Tiles that a step which only reads a checkpointed state takes at a time. Instructions an element in that loop: 6.0
-with 1, 5.2 with 2, 4.6 with 4 (sm_90, 64 x 128, 4 bits); 4 also keep 64 bytes of each thread under way."""
-
 PREFETCHED_TILES = 4
 """Most tiles of a program that are loaded before it computes: 64 bytes of each thread under way. Microseconds on an H100,
 2.7B shape, batch 128, 4 bits: 49.0 with 4 tiles; 54 with 2, and 50 with 8, which take more registers; 58.6 with the
 loads in the loop."""
 
-MOST_REGISTERS = {"sm_100": 200}
-"""Of a thread that holds those tiles, where the compiler would take more: 236 there, and 168 on sm_80 and sm_90."""
+NOT_PREFETCHED = ("sm_100", "gfx942")
+"""Targets whose compilers spill four tiles, or where nothing was measured."""
 
 STATE_DTYPES = ("float32", "bfloat16")
 
@@ -74,6 +70,7 @@ class Spec:
         state_dtype: one of `STATE_DTYPES`, for ``bits=None``.
         flush_interval: L of a checkpointed state, which is stored once in L steps; 1 is a state without a ring.
         ring_bits: of the inputs in its ring; 16 stands for either floating type.
+        heads: of a group, one after another in a program, for a checkpointed state.
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -92,6 +89,7 @@ class Spec:
     state_dtype: str = "float32"
     flush_interval: int = 1
     ring_bits: int = 16
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -116,6 +114,10 @@ class Spec:
             raise ConfigError(f"flush_interval={self.flush_interval}: 1 to 65 are allowed, and 1 for a float state")
         if self.ring_bits not in RING_DTYPES or (self.ring_bits != 16 and self.flush_interval == 1):
             raise ConfigError(f"ring_bits={self.ring_bits}: {tuple(RING_DTYPES)} are allowed, and 16 without a ring")
+        if self.heads < 1 or (self.heads > 1 and self.flush_interval == 1):
+            raise ConfigError(f"heads={self.heads}: 1 or more are allowed, and 1 without a ring")
+        if self.flush_interval > 1 and self.rows < 16:
+            raise ConfigError(f"rows={self.rows}: a product of matrices, for a checkpointed state, has at least 16")
         if self.dynamic and self.rows < self.headdim:
             raise ConfigError(f"rows={self.rows}: dynamic scales need all headdim={self.headdim} rows in one program")
 
@@ -131,7 +133,14 @@ class Spec:
             words.append(f"every{self.flush_interval}")
         if self.ring_bits != 16:
             words.append(f"ring{self.ring_bits}")
+        if self.heads > 1:
+            words.append(f"h{self.heads}")
         return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
+
+    @property
+    def template(self) -> str:
+        """Name of the template: of a checkpointed state another one."""
+        return self.kernel if self.flush_interval == 1 else f"{self.kernel}_ring"
 
     @property
     def words(self) -> int:
@@ -140,11 +149,14 @@ class Spec:
 
     @property
     def tile(self) -> int:
-        """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state."""
+        """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state. Of a
+        checkpointed one 64 elements a thread, and no fewer than a product of matrices has."""
         if self.dynamic:
             return self.rows
-        row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4
         lanes = 64 if self.target.startswith("gfx") else 32
+        if self.flush_interval > 1:
+            return min(self.rows, max(16, lanes * self.warps * 64 // padded(self.dstate)))
+        row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4
         return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
 
     @property
@@ -155,12 +167,8 @@ class Spec:
     @property
     def prefetched(self) -> bool:
         """A program asks for all of its tiles before it computes, and its loop over them is unrolled."""
-        return self.lifted and not self.stochastic and self.bits == 4 and self.turns <= PREFETCHED_TILES
-
-    @property
-    def most_registers(self) -> int | None:
-        """Limit of a thread's registers."""
-        return MOST_REGISTERS.get(self.target) if self.prefetched else None
+        nearest = self.lifted and not self.stochastic and self.bits == 4
+        return nearest and self.turns <= PREFETCHED_TILES and self.target not in NOT_PREFETCHED
 
     @property
     def turns(self) -> int:
@@ -171,6 +179,10 @@ class Spec:
     def row_blocks(self) -> int:
         """Programs of one head."""
         return -(-self.headdim // self.rows)
+
+    def warps_of(self, stores: bool | None) -> int:
+        """Warps of a program that stores a checkpointed state or (False) only reads it."""
+        return 1 if stores is False else self.warps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +277,7 @@ COMBINE_BLOCK = 256
 def render(spec: AnySpec) -> str:
     """Python source of the Triton kernel that ``spec`` names."""
     if isinstance(spec, Spec):
-        name, constants = spec.kernel, _constants(spec)
+        name, constants = spec.template, _constants(spec)
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
         constants = {"combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
@@ -353,13 +365,20 @@ def _constants(spec: Spec) -> dict[str, Any]:
     # own constant makes up for it: the first whose part of them lies beyond the word.
     surplus = sum(0x4B400000 << shift for shift in range(0, 32, spec.bits)) % 2**32
     balance = -(-10 // spec.bits)
+    padded_run = max(32, padded(run_length))
+    bytes_tests = [f"({row_test})[:, None]"] * ragged_rows
+    bytes_tests += [f"(byte < {run_length})[None, :]"] * (padded_run != run_length)
     byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {
-        # Reading keeps no updated state in registers: more rows share what each tile costs.
-        "read_tile": min(spec.rows, READ_TILES * spec.tile),
-        "padded_ring": padded(spec.flush_interval - 1) if spec.flush_interval > 1 else 0,
-        "n_mask": f", mask=n < {spec.dstate}, other=0.0" if padded(spec.dstate) != spec.dstate else "",
-        "n_mask_store": f", mask=n < {spec.dstate}" if padded(spec.dstate) != spec.dstate else "",
+        # Of a product of matrices: at least 16 of bfloat16, and 32 of int8.
+        "padded_terms": max(16, padded(spec.flush_interval - 1)) if spec.flush_interval > 1 else 0,
+        "padded_run": padded_run,
+        # Triton's interpreter cannot multiply matrices of bfloat16.
+        "operand": "tl.float32" if spec.target == "interpreter" else "tl.bfloat16",
+        "top_mask": f"0x{(2**spec.bits - 1 << 8 - spec.bits) * 0x01010101:08X}",
+        "run_mask": f", mask=byte < {run_length}, other=0.0" if padded_run != run_length else "",
+        "run_mask_store": f", mask=byte < {run_length}" if padded_run != run_length else "",
+        "bytes_mask": f", mask={' & '.join(bytes_tests)}, other=0" if bytes_tests else "",
         "words": spec.words,
         "padded_words": padded(spec.words),
         "padded_rows": spec.rows,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .render import PREFETCHED_TILES, LinearSpec, ScanSpec, Spec, padded
+from .render import NOT_PREFETCHED, PREFETCHED_TILES, LinearSpec, ScanSpec, Spec, padded
 from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
 
 
@@ -44,17 +44,19 @@ GPUS = {
 LANES = {"gfx942": 64, "gfx950": 64}
 """Threads of a warp, where not 32."""
 
-PLANNED_WARPS = {"calibrated 4": 10, "calibrated 8": 24, "other": 8}
-"""Warps that a unit must at least hold at once, which a kernel's registers decide. 4 bits, calibrated, nearest: 168, and
-200 on sm_100 (`MOST_REGISTERS`); 8 bits: 80. At 2 bits a thread's 16-byte access is 64 columns, and B, C and the state of
-each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255 registers."""
+PLANNED_WARPS = {"float or 8": 24, "other": 8}
+"""Warps that a unit must at least hold at once, which a kernel's registers decide. 8 bits, calibrated, nearest: 80. 4 bits
+with four tiles in registers: 168. At 2 bits a thread's 16-byte access is 64 columns, and B, C and the
+state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255."""
+
+
+READING_WARPS = 16
+"""Warps of a unit that read a checkpointed state: 128 registers."""
 
 
 def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
     """Entry of `PLANNED_WARPS` for a kernel."""
-    if dynamic or stochastic or bits == 2:
-        return PLANNED_WARPS["other"]
-    return PLANNED_WARPS["calibrated 4" if bits == 4 else "calibrated 8"]
+    return PLANNED_WARPS["other" if dynamic or stochastic or bits in (2, 4) else "float or 8"]
 
 
 def ssm_update(
@@ -80,12 +82,16 @@ def ssm_update(
     of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4
     bits). 64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, where 128 halve the waves of a unit.
 
+    Checkpointed: a program takes as many of a group's heads, which share the products of C with ring_B, as leave a
+    program for each warp that can read at once: 3.0 instructions an element with 2 heads, 3.5 with 1, 2.7 with 4. What
+    stores has 64 elements a thread; 32 of stochastic rounding.
+
     Raises:
         ConfigError: no kernel serves these extents.
     """
     padded = 1 << (headdim - 1).bit_length()
     lanes = LANES.get(architecture, 32)
-    rows, warps = padded, 1
+    rows, warps, shared = padded, 1, 1
     if dynamic:
         held = 64 if stochastic or bits == 2 or lanes == 64 else 128
         while warps < 16 and padded * dstate > held * lanes * warps:
@@ -96,11 +102,20 @@ def ssm_update(
         # Fewer rows than one 16-byte access of all lanes covers would narrow the accesses.
         row_bytes = dstate * (bits or (32 if state_dtype == "float32" else 16)) // 8
         fewest = max(1, lanes * 16 // row_bytes)
-        most = PREFETCHED_TILES * fewest if bits == 4 and not stochastic and flush_interval == 1 else 64
+        prefetched = bits == 4 and not stochastic and flush_interval == 1 and architecture not in NOT_PREFETCHED
+        most = PREFETCHED_TILES * fewest if prefetched else 64
         while rows > fewest and (rows > most or heads * (padded // rows) < wanted):
             rows //= 2
+    if flush_interval > 1:
+        rows, tile = max(16, rows), max(16, padded if dynamic else 16)
+        held = 32 if stochastic or (dynamic and bits == 2) else 64
+        while warps < 16 and tile * dstate > held * lanes * warps:
+            warps *= 2
+        gpu = GPUS.get(architecture)
+        while gpu and shared < 4 and heads * -(-headdim // rows) >= 2 * shared * gpu.units * READING_WARPS:
+            shared *= 2
     extents = (headdim, dstate, bits, dynamic, stochastic)
-    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
+    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits, shared)
 
 
 MOST_ROWS_QUANTIZED_ON_THE_WAY = 16

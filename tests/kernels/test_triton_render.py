@@ -44,7 +44,7 @@ def test_rendered_text_is_readable(bits: int | None, dynamic: bool, stochastic: 
 
 @pytest.mark.parametrize("ring_bits", [16, 8])
 def test_rendered_ring_is_readable(ring_bits: int) -> None:
-    check_readable(Spec(60, 96, 4, rows=8, flush_interval=8, ring_bits=ring_bits))
+    check_readable(Spec(60, 96, 4, rows=16, flush_interval=8, ring_bits=ring_bits))
 
 
 def check_readable(spec: Spec) -> None:
