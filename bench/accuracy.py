@@ -47,7 +47,7 @@ CLIPS = (0.25, 0.35, 0.5, 0.7, 1.0)
 """Static channel scales that are tried, relative to the one that serves the largest value seen."""
 RATES = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 RECIPES = {
-    "paper (single step, constant rate)": PAPER,
+    "paper (single step, block by block)": PAPER,
     "exact trajectory, block by block": EsrOptions(),
     "exact trajectory, all layers by the prediction": EsrOptions(loss="model", learning_rate=3e-4),
     "the same, conv1d too": EsrOptions(learn=("in_proj", "conv1d"), loss="model", learning_rate=3e-4),
