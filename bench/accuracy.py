@@ -3,7 +3,8 @@
 Every figure is the perplexity of the recurrence on held-out windows, requantized at every token, as an increase over
 the float model on the same windows; the standard error is that of paired differences. Scales and ESR see other text.
 
-Parts may run one by one: ``--out`` keeps what the others found.
+Parts may run one by one, and by bits, seeds and rates: ``--out`` keeps what the others found, and ``--merge`` takes in
+what other processes have written.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ CLIPS = (0.25, 0.35, 0.5, 0.7, 1.0)
 """Static channel scales that are tried, relative to the one that serves the largest value seen."""
 RATES = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 RECIPES = {
-    "paper (single step, constant rate)": PAPER,
+    "paper (single step, block by block)": PAPER,
     "exact trajectory, block by block": EsrOptions(),
     "exact trajectory, all layers by the prediction": EsrOptions(loss="model", learning_rate=3e-4),
     "the same, conv1d too": EsrOptions(learn=("in_proj", "conv1d"), loss="model", learning_rate=3e-4),
@@ -252,12 +253,19 @@ class Bench:
     def reconstruct(
         self, run: Recurrence, options: EsrOptions, seed: int, weights: str = "none", mark: str = ""
     ) -> dict[str, Any]:
-        """Share of the log-perplexity gap that ESR recovers on the held-out windows, which it never sees."""
+        """Share of the log-perplexity gap that ESR recovers on the held-out windows, which it never sees.
+
+        ``recovered_validation`` is that of its validation windows, for choices such as that of a learning rate.
+        """
         sizes = self.sizes
         counts = (sizes.esr_samples, sizes.esr_validation)
         samples, validation = split_windows(self.text, sizes.esr_length, counts, seed + 1)
         quantized = quantized_copy(self.model, weights=None if weights == "none" else weights)
         before = score(quantized, self.held_out, run, batch=self.batch)
+        nats = [
+            score(*of, batch=self.batch).nats
+            for of in ((self.model, validation, float_scan), (quantized, validation, run))
+        ]
         began, used = time.perf_counter(), time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             reconstruction = Reconstruction(
@@ -275,11 +283,15 @@ class Bench:
             reconstruction.run()
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - used
         after = score(quantized, self.held_out, reconstruction.recurrence, batch=self.batch)
+        nats.append(score(quantized, validation, reconstruction.recurrence, batch=self.batch).nats)
+        validation_float, validation_before, validation_after = (part.mean().item() for part in nats)
         gap, gain = before.nats - self.reference.nats, before.nats - after.nats
         self.add("with ESR", run, after, 16 / self.dstate, weights=weights, esr=f"{mark} seed {seed}".strip())
         floats = score(quantized, self.held_out, float_scan, batch=self.batch).nats - self.reference.nats
         return {
+            "seed": seed,
             "recovered": (gain.mean() / gap.mean()).item(),
+            "recovered_validation": (validation_before - validation_after) / (validation_before - validation_float),
             "nats_gained": gain.mean().item(),
             "nats_gained_error": standard_error(gain),
             "gap": gap.mean().item(),
@@ -294,7 +306,7 @@ class Bench:
             "layers": [dataclasses.asdict(result) for result in reconstruction.results],
         }
 
-    def esr(self, seeds: int, only: str, keep: Callable[[dict[str, Any]], None]) -> None:
+    def esr(self, seeds: tuple[int, ...], only: str, keep: Callable[[dict[str, Any]], None]) -> None:
         """Every recipe where there is a gap: H4 fully static, H3 calibrated, and W8A8H4 calibrated.
 
         Args:
@@ -306,17 +318,17 @@ class Bench:
                 if not re.search(only, f"{setting}, {recipe}"):
                     continue
                 run = (self.static if static else self.calibrated)(bits, False)
-                runs = [self.reconstruct(run, options, seed, weights, recipe) for seed in range(seeds)]
+                runs = [self.reconstruct(run, options, seed, weights, recipe) for seed in seeds]
                 shares = torch.tensor([run["recovered"] for run in runs])
-                spread = shares.std().item() if seeds > 1 else math.nan
+                spread = shares.std().item() if len(seeds) > 1 else math.nan
                 console.print(f"{setting}, {recipe}: {shares.mean():.1%} of the gap recovered, spread {spread:.1%}")
                 keep({setting: {recipe: runs}})
 
-    def rates(self) -> dict[str, float]:
+    def rates(self, rates: tuple[float, ...]) -> dict[str, float]:
         """The paper's ablation: held-out perplexity by learning rate, H4 fully static, the paper's recipe."""
         run = self.static(4, False)
         found = {"without ESR": score(self.model, self.held_out, run, batch=self.batch).perplexity}
-        for rate in RATES:
+        for rate in rates:
             options = dataclasses.replace(PAPER, learning_rate=rate)
             found[f"{rate:g}"] = self.reconstruct(run, options, 0, mark=f"rate {rate:g}")["perplexity"]
         return found
@@ -477,9 +489,13 @@ def accuracy(
     esr_samples: Annotated[int, typer.Option(min=1)] = 96,
     esr_validation: Annotated[int, typer.Option(min=2)] = 48,
     bits: Annotated[str, typer.Option(help="Which of 8, 4, 3, 2.")] = "8,4,3,2",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of every ESR recipe.")] = 3,
+    seeds: Annotated[str, typer.Option(help="Of the runs of every ESR recipe.")] = "0,1,2",
     only: Annotated[str, typer.Option(help="ESR settings and recipes that match this regular expression.")] = "",
+    rates: Annotated[str, typer.Option(help="Learning rates of the ablation.")] = ",".join(map(str, RATES)),
     parts: Annotated[str, typer.Option(help=f"Which of {', '.join(PARTS)}.")] = ",".join(PARTS),
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Take in what lies in these folders, of the same model.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1)] = 16,
     out: Annotated[Path, typer.Option(help="Folder for JSON and plots; parts that are not run stay.")] = Path(
         "build/bench/accuracy"
@@ -491,6 +507,16 @@ def accuracy(
         raise typer.BadParameter(f"allowed: {', '.join(PARTS)}", param_hint="--parts")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "accuracy.json"
+
+    def keep(part: str, results: Any, about: dict[str, Any]) -> None:
+        """At once, since a long run that is ended early has something to show; beside what others have written."""
+        known = json.loads(file.read_text()) if file.exists() else {}
+        known[part] = {"results": merged(part, known.get(part, {}).get("results"), results), **about}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+
+    for folder in merge or ():
+        for part, found in json.loads((folder / file.name).read_text()).items():
+            keep(part, found.pop("results"), found)
     network = load_model(model)
     held_out = read_tokens(text, model, network)
     with _calibration_file(calibration_text) as source:
@@ -498,28 +524,44 @@ def accuracy(
     sizes = Sizes(windows, length, samples, validation, batch, few, esr_length, esr_samples, esr_validation)
     bench = Bench(network, held_out, other, sizes)
     console.print(f"float: perplexity {bench.reference.perplexity:.5f}, {bench.reference.tokens:,} tokens")
-    about = {"float_perplexity": bench.reference.perplexity, "sizes": dataclasses.asdict(sizes)}
+    reference = {"float_perplexity": bench.reference.perplexity, "sizes": dataclasses.asdict(sizes)}
 
-    def keep(part: str, results: Any) -> None:
-        """At once, since a long run that is ended early has something to show; beside what others have written."""
-        known = json.loads(file.read_text()) if file.exists() else {}
-        if part == "esr":
-            settings = known.get(part, {}).get("results", {})
-            results = settings | {name: settings.get(name, {}) | recipes for name, recipes in results.items()}
-        known[part] = {"results": results, **about, "machine": machine_record()}
-        file.write_text(json.dumps(known, indent=1) + "\n")
+    def measured(part: str, results: Any) -> None:
+        keep(part, results, {**reference, "machine": machine_record()})
 
     if "table" in wanted:
         widths = tuple(int(width) for width in bits.split(","))
-        bench.table(widths, lambda: keep("table", [dataclasses.asdict(row) for row in bench.rows]))
+        bench.table(widths, lambda: measured("table", [dataclasses.asdict(row) for row in bench.rows]))
     if "esr" in wanted:
-        bench.esr(seeds, only, lambda results: keep("esr", results))
+        bench.esr(tuple(int(seed) for seed in seeds.split(",")), only, lambda results: measured("esr", results))
     if "rates" in wanted:
-        keep("rates", bench.rates())
+        measured("rates", bench.rates(tuple(float(rate) for rate in rates.split(","))))
     if "plots" in wanted:
         bench.plots(out, json.loads(file.read_text()) if file.exists() else {})
     _print(bench.rows)
     console.print(f"written to {file}", style="dim")
+
+
+def merged(part: str, known: Any, found: Any) -> Any:
+    """Results of a part, those ``found`` in place of those ``known`` of the same row, rate, or recipe and seed."""
+    if known is None:
+        return found
+    if part == "table":
+        rows = {tuple(row[name] for name in _OF_ROW): row for row in (*known, *found)}
+        return sorted(rows.values(), key=lambda row: -int(row["state_bits"]))
+    if part != "esr":
+        return {**known, **found}
+    together = {setting: dict(recipes) for setting, recipes in known.items()}
+    for setting, recipes in found.items():
+        for recipe, runs in recipes.items():
+            of_recipe = together.setdefault(setting, {})
+            by_seed = {run["seed"]: run for run in (*of_recipe.get(recipe, ()), *runs)}
+            of_recipe[recipe] = [by_seed[seed] for seed in sorted(by_seed)]
+    return together
+
+
+_OF_ROW = ("scheme", "rounding", "state_bits", "weights", "outliers", "esr")
+"""What tells rows of the table apart."""
 
 
 class _calibration_file:  # noqa: N801

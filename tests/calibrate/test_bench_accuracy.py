@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.accuracy import merged
 from bench.outliers import Outliers
 from bench.schemes import SCHEMES, SchemeRecurrence
 from calibrate.capture import capture
@@ -77,3 +78,20 @@ def test_one_group_a_row_is_the_packed_state_s_per_channel(lively, windows):
     found = logits(model, ids, SchemeRecurrence("groups of 32", 4).plain)
     floats = logits(model, ids, float_scan)
     assert (found - expected).abs().mean() < 0.05 * (floats - expected).abs().mean()
+
+
+def test_parts_of_several_processes_are_merged():
+    """Later results take the place of earlier ones of the same row, rate, or recipe and seed; others stay."""
+    names = ("scheme", "rounding", "state_bits", "weights", "outliers", "esr")
+    rows = [dict(zip(names, ("per head", "nearest", bits, "none", False, ""), strict=True)) for bits in (8, 4, 2)]
+    found = merged("table", [rows[2] | {"increase": 0.1}, rows[0]], [rows[1], rows[2] | {"increase": 0.2}])
+    assert found == [rows[0], rows[1], rows[2] | {"increase": 0.2}]
+
+    assert merged("rates", {"0.1": 2.0, "0.2": 3.0}, {"0.2": 4.0}) == {"0.1": 2.0, "0.2": 4.0}
+    assert merged("rates", None, {"0.2": 4.0}) == {"0.2": 4.0}
+
+    known = {"H4": {"one": [{"seed": 0, "recovered": 0.1}, {"seed": 2, "recovered": 0.3}], "two": [{"seed": 0}]}}
+    found = merged("esr", known, {"H4": {"one": [{"seed": 1}, {"seed": 0, "recovered": 0.2}]}, "H3": {"one": []}})
+    one = [{"seed": 0, "recovered": 0.2}, {"seed": 1}, {"seed": 2, "recovered": 0.3}]
+    assert found == {"H4": {"one": one, "two": [{"seed": 0}]}, "H3": {"one": []}}
+    assert known["H4"]["one"][0]["recovered"] == 0.1

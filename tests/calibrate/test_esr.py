@@ -232,7 +232,7 @@ def test_learning_the_scale_too(reconstruct):
 
 
 def test_the_paper_s_recipe():
-    assert (PAPER.trajectory, PAPER.learning_rate, PAPER.schedule) == ("single-step", 1e-3, "constant")
+    assert (PAPER.trajectory, PAPER.learning_rate, PAPER.loss) == ("single-step", 1e-3, "block")
     assert PAPER.learn == ("in_proj",)
 
 
