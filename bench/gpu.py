@@ -35,8 +35,11 @@ from qmamba_compile.triton_templates import launch, launch_scan
 
 _out = rich.console.Console(width=140)
 
-SECTIONS = ("ssm", "linear", "decode", "prefill")
-SSM_BATCHES = (1, 4, 16, 64, 128, 256)
+SHARES = {"ssm": 0.4, "linear": 0.1, "decode": 0.3, "prefill": 0.2}
+"""Sections, and the part of the time that each may take."""
+
+SECTIONS = tuple(SHARES)
+SSM_BATCHES = (1, 8, 64, 128, 256)
 LINEAR_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 DECODE_BATCHES = (1, 8, 32, 64, 128)
 PREFILL_TOKENS = (1024, 4096, 16384)
@@ -52,8 +55,8 @@ SCALES_OFF = 1e-3
 last place of what it serves."""
 
 TRAJECTORY_OFF = 5e-3
-"""Share of a trajectory that may differ after some steps, each of which rounds `SCALES_OFF` of the scales differently: a
-wrong kernel differs everywhere."""
+"""Share of a trajectory that may differ after some steps, each of which rounds `SCALES_OFF` of the scales differently.
+What a wrong kernel makes differs everywhere."""
 
 _CHECK_STEPS = 64
 _L2_BYTES = 128 * 2**20
@@ -83,6 +86,10 @@ class Deadline:
 
     def passed(self) -> bool:
         return time.monotonic() > self.end
+
+    def share(self, part: float) -> Deadline:
+        """A deadline of its own for some part of the time left."""
+        return Deadline(part * max(0.0, self.end - time.monotonic()))
 
 
 # --- problems ------------------------------------------------------------------------------------------------------
@@ -320,7 +327,7 @@ def replays(calls: list[Callable[[], Any]], seconds: float = 0.15, least: int = 
     return found
 
 
-def time_graph(calls: list[Callable[[], Any]], seconds: float = 0.15) -> Timing:
+def time_graph(calls: list[Callable[[], Any]], seconds: float = 0.1) -> Timing:
     """Seconds of one of ``calls`` by `replays`, but for the first."""
     return Timing.of(replays(calls, seconds)[1:])
 
@@ -422,7 +429,7 @@ def measure_ssm(device: str, bandwidth: float, deadline: Deadline) -> Iterator[d
 
 
 def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
-    """W8A8 against bf16: the linears of 130m and 2.7b."""
+    """W8A8, quantization included, against bf16: the linears of 130m and 2.7b."""
     for model_name in ("2.7b", "130m"):
         for linear in STEP_SHAPES[model_name].linears[:2]:
             outputs, inputs = linear.out_features, linear.in_features
@@ -430,19 +437,32 @@ def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
             qdata, scale = quant.quantize_rows(weight)
             half = weight.to(torch.bfloat16)
             count = copies_beyond_l2(outputs * inputs)
-            packed = [qdata.clone() for _ in range(count)]
-            halves = [half.clone() for _ in range(count)]
+            packed = [(qdata.clone(), scale) for _ in range(count)]
+            halves = [(half.clone(),) for _ in range(count)]
             for rows in LINEAR_ROWS:
                 if deadline.passed():
                     return
                 x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-                operator = torch.ops.qmamba.w8a8_linear
-                w8a8 = [functools.partial(operator, x, q, scale, None, None, None) for q in packed]
-                bf16 = [functools.partial(torch.nn.functional.linear, x, w) for w in halves]
-                timed: list[tuple[str, list[Any]]] = [("w8a8", w8a8), ("bf16", bf16)]
-                for kind, calls in timed:
+                norm = torch.ones(inputs, device=device, dtype=torch.bfloat16)
+                for kind, call in linear_calls(x, norm).items():
+                    calls: list[Callable[[], Any]] = [functools.partial(call, *w) for w in (packed if "w8a8" in kind else halves)]
                     entry = {"model": model_name, "outputs": outputs, "inputs": inputs, "rows": rows, "kind": kind}
-                    yield entry | {"seconds": dataclasses.asdict(time_graph(calls))}
+                    yield entry | {"seconds": dataclasses.asdict(time_graph(calls, 0.05))}
+
+
+def linear_calls(x: Tensor, norm: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """A linear of x, alone and behind its RMSNorm as a model has it: functions of the weight (and its scale)."""
+    functional, ours = torch.nn.functional, torch.ops.qmamba
+
+    def after_norm(qdata: Tensor, scale: Tensor) -> Tensor:
+        return ours.norm_w8a8_linear(x, None, norm, 1e-5, x.shape[1], qdata, scale, None, None, None)
+
+    return {
+        "w8a8": lambda qdata, scale: ours.w8a8_linear(x, qdata, scale, None, None, None),
+        "bf16": lambda weight: functional.linear(x, weight),
+        "norm, w8a8": after_norm,
+        "norm, bf16": lambda weight: functional.linear(functional.rms_norm(x, norm.shape, norm, 1e-5), weight),
+    }
 
 
 def _network(model_name: str, layers: int, device: str, prompt: int) -> Any:
@@ -576,8 +596,9 @@ def print_record(record: dict[str, Any]) -> None:
         _out.print(view)
     for section in ("linear", "decode", "prefill"):
         for entry in record["sections"].get(section, []):
-            words = [f"{key} {value}" for key, value in entry.items() if key not in ("seconds", "peak_bytes")]
-            memory = f", peak {entry['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in entry else ""
+            hidden = ("seconds", "peak_bytes", "weight_bytes", "state_bytes")
+            words = [f"{key} {value}" for key, value in entry.items() if key not in hidden]
+            memory = "".join(f", {key[:-6]} {entry[key] / 2**20:.1f} MiB" for key in hidden[1:] if key in entry)
             _out.print(f"{section}: {', '.join(words)}: {entry['seconds']['median'] * 1e6:.1f} us{memory}")
     for section, reason in record["skipped"].items():
         _out.print(f"{section}: {reason}", style="yellow")
@@ -662,19 +683,26 @@ def main(
         return
     record["copy_bandwidth"] = copy_bandwidth(device)
     _out.print(f"copy bandwidth {record['copy_bandwidth'] / 1e12:.2f} TB/s")
-    sections: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "ssm": lambda: measure_ssm(device, record["copy_bandwidth"], deadline),
-        "linear": lambda: measure_linear(device, deadline),
-        "decode": lambda: measure_model("decode", model, layers, device, deadline),
-        "prefill": lambda: measure_model("prefill", model, layers, device, deadline),
+    bandwidth = record["copy_bandwidth"]
+    sections: dict[str, Callable[[Deadline], Iterator[dict[str, Any]]]] = {
+        "ssm": lambda deadline: measure_ssm(device, bandwidth, deadline),
+        "linear": lambda deadline: measure_linear(device, deadline),
+        "decode": lambda deadline: measure_model("decode", model, layers, device, deadline),
+        "prefill": lambda deadline: measure_model("prefill", model, layers, device, deadline),
     }
-    for section in chosen:
+    for number, section in enumerate(chosen):
         if section in ("decode", "prefill") and importlib.util.find_spec("transformers") is None:
             record["skipped"][section] = "transformers is not installed"
             continue
-        record["sections"][section] = list(sections[section]())
-        if deadline.passed():
-            record["skipped"][section] = f"cut short: the budget of {budget:.0f} s was spent"
+        own = deadline.share(SHARES[section] / sum(SHARES[later] for later in chosen[number:]))
+        entries = record["sections"][section] = []
+        try:
+            for entry in sections[section](own):
+                entries.append(entry)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            record["skipped"][section] = f"failed after {len(entries)} figures: {error}"
+        if own.passed():
+            record["skipped"].setdefault(section, f"cut short: its share of {budget:.0f} s was spent")
         # Whatever happens later, this much is on disk.
         write(record, out)
     print_record(record)

@@ -125,7 +125,7 @@ def step_roofs(target: str, model: Shape, variant: Variant, batch: int) -> dict[
     spec = spec_of(target, model, variant, batch)
     interval = variant.flush_interval
     lanes = tuning.LANES.get(target, 32)
-    elements = spec.heads * spec.rows * spec.dstate / lanes
+    elements = spec.rows * spec.dstate / lanes
     seconds: dict[str, float] = {}
     bound = instructions = floats = 0.0
     for position in range(interval):
@@ -133,7 +133,7 @@ def step_roofs(target: str, model: Shape, variant: Variant, batch: int) -> dict[
         facts = compiled.ssm_update_facts(spec, stores)
         # Of one program.
         warps = spec.warps_of(stores)
-        programs = batch * model.nheads * spec.row_blocks / spec.heads
+        programs = batch * model.nheads * spec.row_blocks
         roofs = _roofs(target, facts, programs * warps, step_bytes(model, variant, batch, position))
         for name, roof in roofs.items():
             seconds[name] = seconds.get(name, 0.0) + roof / interval

@@ -275,9 +275,7 @@ def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     if spec.flush_interval > 1:
         constants["STORES"] = stores
     kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, spec.warps_of(stores))
-    if spec.flush_interval == 1:
-        return facts(kernel, 1 if spec.prefetched else spec.turns)
-    return facts(kernel, spec.heads, spec.turns)
+    return facts(kernel, 1 if spec.prefetched else spec.turns)
 
 
 @functools.cache

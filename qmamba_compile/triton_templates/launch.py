@@ -8,12 +8,10 @@ A call reads nothing back from the device, and allocates only its result: it can
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import importlib.util
 import logging
-import math
 import os
 from collections.abc import Callable
 
@@ -190,8 +188,7 @@ def _launch(
     # Vectors of the model's parameters: contiguous, so that these are no copies.
     A, D, dt_bias = (None if vector is None else vector.contiguous() for vector in (A, D, dt_bias))  # type: ignore[assignment]
     ngroups = B.shape[1]
-    spec = dataclasses.replace(spec, heads=math.gcd(spec.heads, nheads // ngroups))
-    grid = (spec.row_blocks * (nheads // ngroups // spec.heads), ngroups, batch)
+    grid = (spec.row_blocks * (nheads // ngroups), ngroups, batch)
     arguments = (
         *state,
         slots,

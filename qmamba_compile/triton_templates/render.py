@@ -70,7 +70,6 @@ class Spec:
         state_dtype: one of `STATE_DTYPES`, for ``bits=None``.
         flush_interval: L of a checkpointed state, which is stored once in L steps; 1 is a state without a ring.
         ring_bits: of the inputs in its ring; 16 stands for either floating type.
-        heads: of a group, one after another in a program, for a checkpointed state.
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -89,7 +88,6 @@ class Spec:
     state_dtype: str = "float32"
     flush_interval: int = 1
     ring_bits: int = 16
-    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -114,8 +112,6 @@ class Spec:
             raise ConfigError(f"flush_interval={self.flush_interval}: 1 to 65 are allowed, and 1 for a float state")
         if self.ring_bits not in RING_DTYPES or (self.ring_bits != 16 and self.flush_interval == 1):
             raise ConfigError(f"ring_bits={self.ring_bits}: {tuple(RING_DTYPES)} are allowed, and 16 without a ring")
-        if self.heads < 1 or (self.heads > 1 and self.flush_interval == 1):
-            raise ConfigError(f"heads={self.heads}: 1 or more are allowed, and 1 without a ring")
         if self.flush_interval > 1 and self.rows < 16:
             raise ConfigError(f"rows={self.rows}: a product of matrices, for a checkpointed state, has at least 16")
         if self.dynamic and self.rows < self.headdim:
@@ -133,8 +129,6 @@ class Spec:
             words.append(f"every{self.flush_interval}")
         if self.ring_bits != 16:
             words.append(f"ring{self.ring_bits}")
-        if self.heads > 1:
-            words.append(f"h{self.heads}")
         return "_".join([*words, f"r{self.rows}", f"w{self.warps}", self.target])
 
     @property
@@ -381,6 +375,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "bytes_mask": f", mask={' & '.join(bytes_tests)}, other=0" if bytes_tests else "",
         "words": spec.words,
         "padded_words": padded(spec.words),
+        "lines": padded(-(-4 * spec.rows * spec.words // 128)),
         "padded_rows": spec.rows,
         "largest": quant.max_code(spec.bits),
         "tiny_scale": quant.TINY_SCALE,

@@ -50,10 +50,6 @@ with four tiles in registers: 168. At 2 bits a thread's 16-byte access is 64 col
 state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255."""
 
 
-READING_WARPS = 16
-"""Warps of a unit that read a checkpointed state: 128 registers."""
-
-
 def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
     """Entry of `PLANNED_WARPS` for a kernel."""
     return PLANNED_WARPS["other" if dynamic or stochastic or bits in (2, 4) else "float or 8"]
@@ -82,16 +78,16 @@ def ssm_update(
     of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4
     bits). 64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, where 128 halve the waves of a unit.
 
-    Checkpointed: a program takes as many of a group's heads, which share the products of C with ring_B, as leave a
-    program for each warp that can read at once: 3.0 instructions an element with 2 heads, 3.5 with 1, 2.7 with 4. What
-    stores has 64 elements a thread; 32 of stochastic rounding.
+    Checkpointed: what only reads has one warp a head. Programs of several heads, which shared the products of C with
+    ring_B, took 3.0 instructions an element for one head's 3.5, and the same time. What stores has 64 elements a
+    thread; 32 of stochastic rounding.
 
     Raises:
         ConfigError: no kernel serves these extents.
     """
     padded = 1 << (headdim - 1).bit_length()
     lanes = LANES.get(architecture, 32)
-    rows, warps, shared = padded, 1, 1
+    rows, warps = padded, 1
     if dynamic:
         held = 64 if stochastic or bits == 2 or lanes == 64 else 128
         while warps < 16 and padded * dstate > held * lanes * warps:
@@ -111,11 +107,8 @@ def ssm_update(
         held = 32 if stochastic or (dynamic and bits == 2) else 64
         while warps < 16 and tile * dstate > held * lanes * warps:
             warps *= 2
-        gpu = GPUS.get(architecture)
-        while gpu and shared < 4 and heads * -(-headdim // rows) >= 2 * shared * gpu.units * READING_WARPS:
-            shared *= 2
     extents = (headdim, dstate, bits, dynamic, stochastic)
-    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits, shared)
+    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 
 
 MOST_ROWS_QUANTIZED_ON_THE_WAY = 16

@@ -89,7 +89,7 @@ def test_record_is_printed(record: dict[str, Any], capsys: pytest.CaptureFixture
     gpu.print_record(record)
     text = capsys.readouterr().out
     gpu._out.file = None
-    assert "2.00" in text and "3.00" in text and "peak 1.00 GiB" in text and "no reason" in text
+    assert "2.00" in text and "3.00" in text and "peak 1024.0 MiB" in text and "no reason" in text
 
 
 def test_quartiles() -> None:

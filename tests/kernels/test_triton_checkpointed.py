@@ -171,10 +171,10 @@ def test_a_cycle_takes_half_the_instructions(target: str, ring_bits: int) -> Non
         facts = compiled.ssm_update_facts(spec, stores)
         assert facts.spills == 0 and facts.local_accesses == 0
         # All bytes of the state pass in 16-byte accesses. The step that stores reads them a second time, from cache.
-        wide = spec.heads * spec.rows * spec.words * 4 // (16 * 32)
+        wide = spec.rows * spec.words * 4 // (16 * 32)
         assert facts.accesses["load", 16] >= (1 + stores) * wide
         assert facts.accesses.get(("store", 16), 0) == stores * wide
-        found[stores] = facts.instructions * 32 / (spec.heads * spec.rows * spec.dstate)
+        found[stores] = facts.instructions * 32 / (spec.rows * spec.dstate)
         assert 0.85 * bound < found[stores] <= bound, found
     mean = (7 * found[False] + found[True]) / 8
     once = compiled.ssm_update_facts(plain).instructions * 32 / (plain.rows * plain.dstate)
