@@ -324,14 +324,14 @@ class Bench:
                 console.print(f"{setting}, {recipe}: {shares.mean():.1%} of the gap recovered, spread {spread:.1%}")
                 keep({setting: {recipe: runs}})
 
-    def rates(self, rates: tuple[float, ...]) -> dict[str, float]:
+    def rates(self, rates: tuple[float, ...], keep: Callable[[dict[str, float]], None]) -> None:
         """The paper's ablation: held-out perplexity by learning rate, H4 fully static, the paper's recipe."""
         run = self.static(4, False)
         found = {"without ESR": score(self.model, self.held_out, run, batch=self.batch).perplexity}
         for rate in rates:
             options = dataclasses.replace(PAPER, learning_rate=rate)
             found[f"{rate:g}"] = self.reconstruct(run, options, 0, mark=f"rate {rate:g}")["perplexity"]
-        return found
+            keep(found)
 
     # --- plots -----------------------------------------------------------------------------------------------------
 
@@ -457,7 +457,8 @@ def _draw_rates(pyplot: Any, part: dict[str, Any]) -> Any:
     figure, axis = pyplot.subplots(figsize=(6, 4))
     found = dict(part["results"])
     without = found.pop("without ESR")
-    axis.plot([float(rate) for rate in found], list(found.values()), marker="o", label="the paper's recipe")
+    rates = sorted(found, key=float)
+    axis.plot([float(rate) for rate in rates], [found[rate] for rate in rates], marker="o", label="the paper's recipe")
     axis.axhline(without, color="black", linestyle=":", label="without ESR")
     axis.axhline(part["float_perplexity"], color="gray", linestyle="--", label="float state")
     axis.set(xscale="log", xlabel="learning rate", ylabel="perplexity", title="H4 fully static")
@@ -535,7 +536,7 @@ def accuracy(
     if "esr" in wanted:
         bench.esr(tuple(int(seed) for seed in seeds.split(",")), only, lambda results: measured("esr", results))
     if "rates" in wanted:
-        measured("rates", bench.rates(tuple(float(rate) for rate in rates.split(","))))
+        bench.rates(tuple(float(rate) for rate in rates.split(",")), lambda results: measured("rates", results))
     if "plots" in wanted:
         bench.plots(out, json.loads(file.read_text()) if file.exists() else {})
     _print(bench.rows)
