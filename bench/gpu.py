@@ -446,7 +446,8 @@ def measure_linear(device: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
                 x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
                 norm = torch.ones(inputs, device=device, dtype=torch.bfloat16)
                 for kind, call in linear_calls(x, norm).items():
-                    calls: list[Callable[[], Any]] = [functools.partial(call, *w) for w in (packed if "w8a8" in kind else halves)]
+                    weights: list[tuple[Tensor, ...]] = packed if "w8a8" in kind else halves  # type: ignore[assignment]
+                    calls: list[Callable[[], Any]] = [functools.partial(call, *w) for w in weights]
                     entry = {"model": model_name, "outputs": outputs, "inputs": inputs, "rows": rows, "kind": kind}
                     yield entry | {"seconds": dataclasses.asdict(time_graph(calls, 0.05))}
 
