@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -59,11 +60,14 @@ def qmamba(
         logger.warning("qmamba: no Mamba2 layer in this graph, so it is left to plain Inductor")
         return inner(gm, example_inputs)
     artifact = _load_artifact(config)
+    probe = _probe_vectors(gm) if config.inner_backend == "inductor" else None
     rewritten = copy_graph(gm)
     context = PassContext(config, artifact, list(example_inputs), _scope())
     run_pipeline(rewritten, context, report)
     sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
-    inputs = [_example(source, context) for source in sources]
+    inputs = _examples(sources, context)
+    if probe is not None:
+        probe.join()
     return _Runner(inner(rewritten, inputs), sources, context)
 
 
@@ -123,23 +127,28 @@ def _require_finite(state: DSQState, layer: str) -> None:
         )
 
 
-def _example(source: InputSource, context: PassContext) -> Any:
-    """What AOTAutograd traces an input with: Dynamo's own example, or a fake of the tensor taken out of it."""
-    if source.index is not None and source.getter is None:
-        return context.example_inputs[source.index]
+def _examples(sources: Sequence[InputSource], context: PassContext) -> list[Any]:
+    """What AOTAutograd traces inputs with: Dynamo's own examples, or fakes of the tensors taken out of them."""
     tracing = torch._guards.TracingContext.get()
-    mode, value = tracing.fake_mode, source.constant
+    mode = tracing.fake_mode
     assert mode is not None
-    if source.index is not None:
-        whole = context.example_inputs[source.index]
-        if is_traceable_wrapper_subclass(whole) and whole in tracing.tensor_to_context:
-            # Inner sizes of a state must get the symbols that Dynamo has given them.
-            symbolic = tracing.tensor_to_context[whole]
-            whole = mode.from_tensor(cast(Tensor, whole), symbolic_context=symbolic, source=symbolic.tensor_source)
-        assert source.getter is not None
-        value = source.getter(whole)
-    assert value is not None
-    return value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True)
+
+    @functools.cache
+    def whole(index: int) -> Any:
+        """The argument whose parts are inputs. Inner sizes of a state must get the symbols that Dynamo gave them."""
+        value = context.example_inputs[index]
+        if not is_traceable_wrapper_subclass(value) or value not in tracing.tensor_to_context:
+            return value
+        symbolic = tracing.tensor_to_context[value]
+        return mode.from_tensor(cast(Tensor, value), symbolic_context=symbolic, source=symbolic.tensor_source)
+
+    def example(source: InputSource) -> Any:
+        if source.index is not None and source.getter is None:
+            return context.example_inputs[source.index]
+        value = source.fetch(()) if source.index is None else source.getter(whole(source.index))
+        return value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True)
+
+    return [example(source) for source in sources]
 
 
 def _inner_compiler(config: QMambaConfig, mode: str | None) -> Compiled:
@@ -150,6 +159,21 @@ def _inner_compiler(config: QMambaConfig, mode: str | None) -> Compiled:
     if mode in (None, "default"):
         return compile_fx
     return functools.partial(compile_fx, config_patches=torch._inductor.list_mode_options(mode))
+
+
+def _probe_vectors(gm: fx.GraphModule) -> threading.Thread | None:
+    """Find out Inductor's instruction set for the CPU while the passes run, None when the graph has no tensor there.
+
+    Inductor loads a library for each candidate in a process of its own, 1 s of waiting in every process that compiles.
+    """
+    values = (value_of(node) for node in placeholders(gm.graph))
+    if not any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
+        return None
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    thread = threading.Thread(target=pick_vec_isa, name="qmamba-vector-probe", daemon=True)
+    thread.start()
+    return thread
 
 
 def _needs_gradients(gm: fx.GraphModule) -> bool:

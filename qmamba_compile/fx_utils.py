@@ -223,7 +223,9 @@ def _fake_mode(values: Any) -> FakeTensorMode:
 
 def fake_like(graph: fx.Graph, tensor: Tensor) -> Tensor:
     """A fake of ``tensor`` in the mode of the graph's values, with static shape."""
-    return _fake_mode([value_of(node) for node in placeholders(graph)]).from_tensor(tensor, static_shapes=True)
+    values = (value_of(node) for node in graph.nodes if node.op == "placeholder")
+    first = next(value for value in values if isinstance(value, FakeTensor))
+    return first.fake_mode.from_tensor(tensor, static_shapes=True)
 
 
 _OPERATORS = set(dir(operator))
