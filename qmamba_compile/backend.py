@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -60,14 +62,14 @@ def qmamba(
         logger.warning("qmamba: no Mamba2 layer in this graph, so it is left to plain Inductor")
         return inner(gm, example_inputs)
     artifact = _load_artifact(config)
-    probe = _probe_vectors(gm) if config.inner_backend == "inductor" else None
+    warming = _warm_up(gm) if config.inner_backend == "inductor" else None
     rewritten = copy_graph(gm)
     context = PassContext(config, artifact, list(example_inputs), _scope())
     run_pipeline(rewritten, context, report)
     sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
     inputs = _examples(sources, context)
-    if probe is not None:
-        probe.join()
+    if warming is not None:
+        warming.join()
     return _Runner(inner(rewritten, inputs), sources, context)
 
 
@@ -161,17 +163,26 @@ def _inner_compiler(config: QMambaConfig, mode: str | None) -> Compiled:
     return functools.partial(compile_fx, config_patches=torch._inductor.list_mode_options(mode))
 
 
-def _probe_vectors(gm: fx.GraphModule) -> threading.Thread | None:
-    """Find out Inductor's instruction set for the CPU while the passes run, None when the graph has no tensor there.
+def _warm_up(gm: fx.GraphModule) -> threading.Thread | None:
+    """Ask once, while the passes run, what Inductor asks in every process; None when the graph has no CPU tensor.
 
-    Inductor loads a library for each candidate in a process of its own, 1 s of waiting in every process that compiles.
+    0.6 s go into hashing its own and Triton's sources for the cache key, and 1 s into six processes that each load a
+    library built for one instruction set. Both keep their answers, and fail again, loudly, where Inductor asks.
     """
     values = (value_of(node) for node in placeholders(gm.graph))
     if not any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
         return None
+    from torch._inductor.codecache import CacheBase, torch_key
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    thread = threading.Thread(target=pick_vec_isa, name="qmamba-vector-probe", daemon=True)
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            pick_vec_isa()
+            torch_key()
+            CacheBase.get_system()
+
+    # Inductor's options live in context variables, which a new thread does not inherit.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(ask,), name="qmamba-warm-up", daemon=True)
     thread.start()
     return thread
 
