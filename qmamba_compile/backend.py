@@ -145,9 +145,12 @@ def _examples(sources: Sequence[InputSource], context: PassContext) -> list[Any]
         return mode.from_tensor(cast(Tensor, value), symbolic_context=symbolic, source=symbolic.tensor_source)
 
     def example(source: InputSource) -> Any:
-        if source.index is not None and source.getter is None:
+        if source.index is None:
+            value = source.fetch(())
+        elif source.getter is None:
             return context.example_inputs[source.index]
-        value = source.fetch(()) if source.index is None else source.getter(whole(source.index))
+        else:
+            value = source.getter(whole(source.index))
         return value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True)
 
     return [example(source) for source in sources]
