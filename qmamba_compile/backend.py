@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -59,12 +62,15 @@ def qmamba(
         logger.warning("qmamba: no Mamba2 layer in this graph, so it is left to plain Inductor")
         return inner(gm, example_inputs)
     artifact = _load_artifact(config)
+    warming = _warm_up(gm) if config.inner_backend == "inductor" else None
     rewritten = copy_graph(gm)
     context = PassContext(config, artifact, list(example_inputs), _scope())
     run_pipeline(rewritten, context, report)
     mark_written_static(rewritten.graph)
     sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
-    inputs = [_example(source, context) for source in sources]
+    inputs = _examples(sources, context)
+    if warming is not None:
+        warming.join()
     return _Runner(inner(rewritten, inputs), sources, context)
 
 
@@ -124,23 +130,31 @@ def _require_finite(state: DSQState, layer: str) -> None:
         )
 
 
-def _example(source: InputSource, context: PassContext) -> Any:
-    """What AOTAutograd traces an input with: Dynamo's own example, or a fake of the tensor taken out of it."""
-    if source.index is not None and source.getter is None:
-        return context.example_inputs[source.index]
+def _examples(sources: Sequence[InputSource], context: PassContext) -> list[Any]:
+    """What AOTAutograd traces inputs with: Dynamo's own examples, or fakes of the tensors taken out of them."""
     tracing = torch._guards.TracingContext.get()
-    mode, value = tracing.fake_mode, source.constant
+    mode = tracing.fake_mode
     assert mode is not None
-    if source.index is not None:
-        whole = context.example_inputs[source.index]
-        if is_traceable_wrapper_subclass(whole) and whole in tracing.tensor_to_context:
-            # Inner sizes of a state must get the symbols that Dynamo has given them.
-            symbolic = tracing.tensor_to_context[whole]
-            whole = mode.from_tensor(cast(Tensor, whole), symbolic_context=symbolic, source=symbolic.tensor_source)
-        assert source.getter is not None
-        value = source.getter(whole)
-    assert value is not None
-    return value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True)
+
+    @functools.cache
+    def whole(index: int) -> Any:
+        """The argument whose parts are inputs. Inner sizes of a state must get the symbols that Dynamo gave them."""
+        value = context.example_inputs[index]
+        if not is_traceable_wrapper_subclass(value) or value not in tracing.tensor_to_context:
+            return value
+        symbolic = tracing.tensor_to_context[value]
+        return mode.from_tensor(cast(Tensor, value), symbolic_context=symbolic, source=symbolic.tensor_source)
+
+    def example(source: InputSource) -> Any:
+        if source.index is None:
+            value = source.fetch(())
+        elif source.getter is None:
+            return context.example_inputs[source.index]
+        else:
+            value = source.getter(whole(source.index))
+        return value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True)
+
+    return [example(source) for source in sources]
 
 
 def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compiled:
@@ -155,6 +169,30 @@ def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compi
         # The states that a prompt leaves must outlive the next prompt, and memory of a CUDA graph does not.
         patches["triton.cudagraphs"] = False
     return functools.partial(compile_fx, config_patches=patches)
+
+
+def _warm_up(gm: fx.GraphModule) -> threading.Thread | None:
+    """Ask once, while the passes run, what Inductor asks in every process; None when the graph has no CPU tensor.
+
+    0.6 s go into hashing its own and Triton's sources for the cache key, and 1 s into six processes that each load a
+    library built for one instruction set. Both keep their answers, and fail again, loudly, where Inductor asks.
+    """
+    values = (value_of(node) for node in placeholders(gm.graph))
+    if not any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
+        return None
+    from torch._inductor.codecache import CacheBase, torch_key
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            pick_vec_isa()
+            torch_key()
+            CacheBase.get_system()
+
+    # Inductor's options live in context variables, which a new thread does not inherit.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(ask,), name="qmamba-warm-up", daemon=True)
+    thread.start()
+    return thread
 
 
 def _needs_gradients(gm: fx.GraphModule) -> bool:

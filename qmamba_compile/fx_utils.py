@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils.weak import TensorWeakRef
 
 Getter = Callable[[Any], Tensor]
@@ -153,7 +154,8 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(returned)
     output = output_node(graph)
     output.meta = dict(output_node(gm.graph).meta)
-    copied = fx.GraphModule(gm, graph)
+    # Lazy, as Dynamo's own: its code is printed once, after the passes.
+    copied = _LazyGraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
         copied._param_name_to_source = gm._param_name_to_source
@@ -212,17 +214,25 @@ def replace_node(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
-def retarget_guards(old: Tensor, new: Tensor) -> None:
-    """Let the guards of the graph being compiled expect ``new`` where they expect ``old``.
+def guarded_tensors() -> dict[int, list[dict[str, Any]]]:
+    """By ``id`` of a tensor, the keywords that guards of the graph being compiled expect it in."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for guard in torch._guards.TracingContext.get().guards_context.dynamo_guards:
+        keywords = getattr(guard.create_fn, "keywords", {})
+        expected = keywords.get("value")
+        if isinstance(expected, TensorWeakRef):
+            found.setdefault(id(expected()), []).append(keywords)
+    return found
+
+
+def retarget_guards(guards: dict[int, list[dict[str, Any]]], old: Tensor, new: Tensor) -> None:
+    """Let ``guards``, found by `guarded_tensors` while ``old`` lived, expect ``new`` where they expect ``old``.
 
     Dynamo builds them after the backend returns, and takes their values from weak references: with ``old`` replaced
     in its module but alive elsewhere (in an optimizer, in the caller's list), they would fail on the spot.
     """
-    for guard in torch._guards.TracingContext.get().guards_context.dynamo_guards:
-        keywords = getattr(guard.create_fn, "keywords", {})
-        expected = keywords.get("value")
-        if isinstance(expected, TensorWeakRef) and expected() is old:
-            keywords["value"] = TensorWeakRef(new)
+    for keywords in guards.pop(id(old), ()):
+        keywords["value"] = TensorWeakRef(new)
 
 
 def _fake_mode(values: Any) -> FakeTensorMode:
@@ -238,7 +248,9 @@ def _fake_mode(values: Any) -> FakeTensorMode:
 
 def fake_like(graph: fx.Graph, tensor: Tensor) -> Tensor:
     """A fake of ``tensor`` in the mode of the graph's values, with static shape."""
-    return _fake_mode([value_of(node) for node in placeholders(graph)]).from_tensor(tensor, static_shapes=True)
+    values = (value_of(node) for node in graph.nodes if node.op == "placeholder")
+    first = next(value for value in values if isinstance(value, FakeTensor))
+    return first.fake_mode.from_tensor(tensor, static_shapes=True)
 
 
 _OPERATORS = set(dir(operator))

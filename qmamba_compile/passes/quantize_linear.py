@@ -16,6 +16,7 @@ from ..fx_utils import (
     add_input,
     argument,
     fake_like,
+    guarded_tensors,
     insert_call,
     iter_calls,
     layer_of,
@@ -60,6 +61,7 @@ class QuantizeLinear(GraphPass):
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
         if self.config.weights is None:
             return
+        self._guards = guarded_tensors()
         unpacked: dict[fx.Node, tuple[fx.Node | None, ...]] = {}
         for node in iter_calls(graph, "linear"):
             layer, weight = layer_of(node), argument(node, 1, "weight")
@@ -118,7 +120,7 @@ class QuantizeLinear(GraphPass):
                     )
                 for module, name in slots:
                     module._parameters[name] = quantized
-                retarget_guards(value, quantized)
+                retarget_guards(self._guards, value, quantized)
                 value = quantized
                 self.context.example_inputs[index] = value
             else:

@@ -13,6 +13,7 @@ from qmamba_compile import quant
 from qmamba_compile.errors import SkipReason, StrictError
 from qmamba_compile.fx_utils import iter_calls, layer_of, value_of
 from qmamba_compile.passes import QuantizeLinear
+from qmamba_compile.passes.int8_weight import BLOCK_WEIGHTS, quantize_weight
 
 LINEAR = "qmamba.w8a8_linear"
 
@@ -324,3 +325,18 @@ def test_static_activation_scale(capture):
     torch.testing.assert_close(backend.compile(layers)(x), expected, rtol=1e-4, atol=1e-4)
     static = [node.args[5] is not None for node in iter_calls(backend.only.gm.graph, LINEAR)]
     assert static == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_weights_of_several_blocks_have_the_codes_of_the_whole(dtype, smoothed):
+    torch.manual_seed(0)
+    k = 96
+    rows = 2 * (BLOCK_WEIGHTS // k) + 5
+    weight = torch.randn(rows, k).to(dtype)
+    weight[rows - 1, 3] = torch.nan
+    smooth = torch.rand(k) + 0.5 if smoothed else None
+    made = quantize_weight(weight, smooth=smooth)
+    codes, scale = quant.quantize_rows(weight if smooth is None else weight / smooth.to(dtype))
+    assert torch.equal(made.qdata, codes)
+    assert torch.equal(made.scale.nan_to_num(-1.0), scale.nan_to_num(-1.0))
