@@ -18,6 +18,7 @@ from . import quant
 from . import report as report_module
 from .artifact import Artifact, read_artifact
 from .config import QMambaConfig
+from .cpu_templates.call_site import call_from_inductor
 from .errors import NonFiniteStateError
 from .fx_utils import InputSource, copy_graph, placeholders, value_of
 from .passes import PassContext, StateOutput, phase_of, run_pipeline
@@ -147,6 +148,7 @@ def _inner_compiler(config: QMambaConfig, mode: str | None) -> Compiled:
         return torch._dynamo.lookup_backend(config.inner_backend)
     from torch._inductor.compile_fx import compile_fx
 
+    call_from_inductor()
     if mode in (None, "default"):
         return compile_fx
     return functools.partial(compile_fx, config_patches=torch._inductor.list_mode_options(mode))
