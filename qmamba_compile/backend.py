@@ -149,9 +149,12 @@ def _inner_compiler(config: QMambaConfig, mode: str | None) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
     call_from_inductor()
-    if mode in (None, "default"):
-        return compile_fx
-    return functools.partial(compile_fx, config_patches=torch._inductor.list_mode_options(mode))
+    # Dynamo's guards have compared all sizes and strides when the code runs. Without a second look a step of the 130M
+    # shape takes 13.3 ms instead of 13.8.
+    patches = {"size_asserts": False}
+    if mode not in (None, "default"):
+        patches |= torch._inductor.list_mode_options(mode)
+    return functools.partial(compile_fx, config_patches=patches)
 
 
 def _needs_gradients(gm: fx.GraphModule) -> bool:
