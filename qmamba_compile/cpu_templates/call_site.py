@@ -149,7 +149,7 @@ def _generate_call(name: str, node: Any, writeline: Callable[[Any], None]) -> No
     wrapper = V.graph.wrapper_code
     # Inductor measures its kernels under the profiler, which sees ours by their operators.
     if not config.cpp.enable_kernel_profile and all(map(_is_fixed_on_cpu, node.inputs)):
-        node.python_kernel_name = f"qmamba_call_{node.get_name()}"
+        node.python_kernel_name = f"qmamba_{name}_{node.get_name()}"
         wrapper.add_import_once("from qmamba_compile.cpu_templates.call_site import CallSite")
         wrapper.header.writeline(f"{node.python_kernel_name} = CallSite({name!r})")
     writeline(ExternKernelAllocLine(wrapper, node))
