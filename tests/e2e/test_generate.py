@@ -190,7 +190,8 @@ def test_w8a8h4_through_inductor(make_model, compiled, tokens, decode):
     prompt, more = tokens(2, 37), tokens(2, 6, seed=2)
     model, expected_by = compiled(make_model(), inner_backend="inductor"), make_model()
     reference = compiled(make_model())
-    with torch.no_grad():
+    # The code that this version generates, not what another left in Inductor's cache.
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         cache = model(prompt, use_cache=True).cache_params
         packed = [layer.recurrent_states[0].packed for layer in cache.layers]
         _, code = run_and_get_code(model, more[:, :1].contiguous(), cache_params=cache, use_cache=True)
