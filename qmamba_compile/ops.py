@@ -21,7 +21,6 @@ from . import quant, recurrence, scan_ops  # noqa: F401  scan_ops defines an ope
 from .cpu_templates import launch as cpu_kernels
 from .cpu_templates import launch_layers as cpu_layers
 from .cpu_templates import launch_scan as cpu_scans
-from .recurrence import Ring
 from .triton_templates import launch as gpu_kernels
 from .triton_templates import launch_layers as gpu_layers
 from .triton_templates import launch_state as gpu_states
@@ -178,7 +177,7 @@ def dequantize_state(
         state = kernels.dequantize_state(packed, channel_scale, state_scale, bits)
     if state is None:
         state = quant.dequantize_state(packed, channel_scale, state_scale, bits)
-    ring = _ring(ring_tensors)
+    ring = recurrence.ring_of(ring_tensors)
     return state if ring is None else recurrence.materialize(state, ring)
 
 
@@ -186,11 +185,6 @@ def dequantize_state(
 def _(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int, *ring: Tensor | None) -> Tensor:
     dstate = quant.unpacked_width(packed.shape[-1], bits)
     return packed.new_empty((*packed.shape[:-1], dstate), dtype=torch.float32)
-
-
-def _ring(tensors: tuple[Tensor | None, ...]) -> Ring | None:
-    """The ring whose tensors an operator was given, in the order of `Ring`; None when it was given none."""
-    return Ring(*tensors) if tensors and tensors[0] is not None else None  # type: ignore[arg-type]
 
 
 # --- one decode step -----------------------------------------------------------------------------------------------
@@ -219,7 +213,7 @@ def ssm_update_reference(
     ``h = exp(dt*A) * h + (dt*B) x``, ``y = C.h + D x``; y is taken from h before h is requantized (Q-Mamba, Eq. 5-7).
     With a ring, only sequences whose ring is full requantize h; the others keep their codes and append their inputs.
     """
-    ring = _ring(ring_tensors)
+    ring = recurrence.ring_of(ring_tensors)
     scale = state_scale if state_scale_out is None else state_scale_out
     assert scale is not None
     checkpoint = quant.dequantize_state(packed, channel_scale, scale, bits)
@@ -239,11 +233,14 @@ def ssm_update_reference(
 @_implement("ssm_update")
 def ssm_update(packed: Tensor, *arguments: Any) -> Tensor:
     """`ssm_update_reference` by the fastest kernel that this device has."""
-    if packed.is_cpu or packed.is_cuda:
-        kernels = cpu_kernels if packed.is_cpu else gpu_kernels
-        y = kernels.ssm_update(packed, *arguments[:14], _ring(arguments[14:]))
-        if y is not None:
-            return y
+    y = None
+    if packed.is_cpu:
+        y = cpu_kernels.ssm_update(packed, *arguments)
+    elif packed.is_cuda:
+        ring = recurrence.ring_of(arguments[14:])
+        y = gpu_kernels.ssm_update(packed, *arguments[:14], ring=ring)  # type: ignore[misc]
+    if y is not None:
+        return y
     return ssm_update_reference(packed, *arguments)
 
 

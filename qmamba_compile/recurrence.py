@@ -140,6 +140,11 @@ class Ring(NamedTuple):
     scale: Tensor | None = None
 
 
+def ring_of(tensors: tuple[Tensor | None, ...]) -> Ring | None:
+    """The ring whose tensors an operator was given, in the order of `Ring`; None when it was given none."""
+    return Ring(*tensors) if tensors and tensors[0] is not None else None  # type: ignore[arg-type]
+
+
 def new_ring(
     batch: int,
     nheads: int,

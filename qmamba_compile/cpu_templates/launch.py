@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
-import struct
 
 import torch
 from torch import Tensor
 
 from .. import quant
 from ..errors import ConfigError
-from ..recurrence import Ring
+from ..recurrence import Ring, ring_of
 from . import build
+from .call_site import Field, Launch, launched, pack
 from .render import Spec
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ PARALLEL_ELEMENTS = 2**16
 and all of them there is nothing: libgomp ends the surplus threads of a smaller team and has to start them again."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-ABSENT: tuple[int, ...] = (0, 0, 0, 0)
+ABSENT: tuple[Field, ...] = (0, 0, 0, 0)
 _RINGS = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.float32: "float32"}
 
 
@@ -52,6 +52,7 @@ def kernel(
     return build.load(spec)
 
 
+@launched
 def ssm_update(
     packed: Tensor,
     channel_scale: Tensor,
@@ -68,9 +69,10 @@ def ssm_update(
     dt_softplus: bool,
     bits: int,
     stochastic: bool,
-    ring: Ring | None = None,
-) -> Tensor | None:
+    *ring_tensors: Tensor | None,
+) -> Launch | None:
     """`ops.ssm_update` on the CPU: y [b, h, p]."""
+    ring = ring_of(ring_tensors)
     batch, nheads, headdim, width = packed.shape
     dynamic = state_scale_out is not None
     dstate = width * 8 // bits
@@ -78,22 +80,12 @@ def ssm_update(
     function = kernel("ssm_update", headdim, dstate, bits, dynamic, stochastic, interval, kept_as)
     if function is None or not _writable(packed, channel_scale, state_scale_out, rng, ring):
         return None
-    if state_scale_out is not None:
-        scale = state_scale_out
-        scale_fields: tuple[int, ...] = (scale.data_ptr(),)
-    else:
-        assert state_scale is not None
-        scale = readable(state_scale, contiguous=True)
-        scale_fields = (scale.data_ptr(), DTYPES[scale.dtype], 0, 0)
-    ring_fields = () if ring is None else tuple(0 if part is None else part.data_ptr() for part in ring)
-    inputs, copies = _inputs(x, B, C, D)
-    steps = _steps(dt, A, dt_bias, dt_softplus, copies)
     y = torch.empty(x.shape, dtype=x.dtype if x.dtype in DTYPES else torch.float32)
     # A step that only reads its codes has a quarter of the work.
     team = threads(batch * nheads * headdim * dstate // (1 if ring is None else 4))
-    pointers = (packed.data_ptr(), channel_scale.data_ptr(), *scale_fields, rng.data_ptr(), *ring_fields)
-    function(pack((*pointers, *inputs, *steps, y.data_ptr(), batch, nheads, B.shape[1], team)))
-    return y if y.dtype is x.dtype else y.to(x.dtype)
+    fields: list[Field] = [packed, channel_scale, *_scale(state_scale_out, state_scale), rng, *(ring or ())]
+    fields += [*_inputs(x, B, C, D), *_steps(dt, A, dt_bias, dt_softplus), y, batch, nheads, B.shape[1], team]
+    return Launch(function, fields, y, x.dtype)
 
 
 def ssm_update_float(
@@ -112,12 +104,10 @@ def ssm_update_float(
     function = kernel("ssm_update", headdim, dstate, None, False, False)
     if function is None or state.dtype != torch.float32 or not state.is_contiguous():
         return None
-    inputs, copies = _inputs(x, B, C, D)
-    steps = _steps(dt, A, dt_bias, dt_softplus, copies)
     y = torch.empty(x.shape, dtype=x.dtype if x.dtype in DTYPES else torch.float32)
-    extents = (batch, nheads, B.shape[1], threads(state.numel()))
-    function(pack((state.data_ptr(), *inputs, *steps, y.data_ptr(), *extents)))
-    return y if y.dtype is x.dtype else y.to(x.dtype)
+    fields: list[Field] = [state, *_inputs(x, B, C, D), *_steps(dt, A, dt_bias, dt_softplus)]
+    fields += [y, batch, nheads, B.shape[1], threads(state.numel())]
+    return Launch(function, fields, y, x.dtype).run()
 
 
 def quantize_state_(
@@ -135,15 +125,9 @@ def quantize_state_(
     function = kernel("quantize_state", headdim, dstate, bits, state_scale_out is not None, stochastic)
     if function is None or not _writable(packed, channel_scale, state_scale_out, rng):
         return False
-    state = contiguous_float(state)
-    if state_scale_out is not None:
-        scale_fields: tuple[int, ...] = (state_scale_out.data_ptr(),)
-    else:
-        assert state_scale is not None
-        state_scale = readable(state_scale, contiguous=True)
-        scale_fields = (state_scale.data_ptr(), DTYPES[state_scale.dtype], 0, 0)
-    fields = (state.data_ptr(), packed.data_ptr(), channel_scale.data_ptr(), *scale_fields, rng.data_ptr())
-    function(pack((*fields, batch, nheads, threads(state.numel()))))
+    fields: list[Field] = [contiguous_float(state), packed, channel_scale, *_scale(state_scale_out, state_scale), rng]
+    fields += [batch, nheads, threads(state.numel())]
+    function(pack(fields))
     return True
 
 
@@ -156,24 +140,14 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
     function = kernel("dequantize_state", headdim, dstate, bits, True, False)
     if function is None:
         return None
-    packed, channel_scale = packed.contiguous(), channel_scale.contiguous()
     state_scale = readable(state_scale, contiguous=True)
     state = torch.empty((batch, nheads, headdim, dstate))
     batch_stride = nheads * dstate if state_scale.dim() == 3 else 0
-    scale_fields = (state_scale.data_ptr(), DTYPES[state_scale.dtype], batch_stride, 0)
-    fields = (packed.data_ptr(), channel_scale.data_ptr(), *scale_fields, state.data_ptr())
-    function(pack((*fields, batch, nheads, threads(state.numel()))))
+    fields: list[Field] = [packed.contiguous(), channel_scale.contiguous()]
+    fields += [state_scale, DTYPES[state_scale.dtype], batch_stride, 0]
+    fields += [state, batch, nheads, threads(state.numel())]
+    function(pack(fields))
     return state
-
-
-def pack(fields: tuple[int, ...]) -> bytes:
-    return _layout(len(fields)).pack(*fields)
-
-
-@functools.cache
-def _layout(count: int) -> struct.Struct:
-    """A C struct of 8-byte fields: pointers and int64 alike."""
-    return struct.Struct(f"{count}q")
 
 
 def threads(elements: int) -> int:
@@ -213,41 +187,33 @@ def contiguous_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, copies: list[Tensor]) -> tuple[int, ...]:
-    """The ``Steps`` struct of ssm_update; what it points into, if it is not the caller's, goes to ``copies``."""
+def _scale(state_scale_out: Tensor | None, state_scale: Tensor | None) -> list[Field]:
+    """A dynamic state scale's address, or the ``Input`` struct of a calibrated one."""
+    if state_scale_out is not None:
+        return [state_scale_out]
+    assert state_scale is not None
+    return vector(state_scale)
+
+
+def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> list[Field]:
+    """The ``Steps`` struct of ssm_update."""
     if dt.dtype not in DTYPES:
         dt = dt.float()
-    A = contiguous_float(A)
-    copies += (dt, A)
-    bias = 0
-    if dt_bias is not None:
-        dt_bias = contiguous_float(dt_bias)
-        copies.append(dt_bias)
-        bias = dt_bias.data_ptr()
-    return (dt.data_ptr(), DTYPES[dt.dtype], *dt.stride(), bias, A.data_ptr(), dt_softplus)
+    bias = None if dt_bias is None else contiguous_float(dt_bias)
+    return [dt, DTYPES[dt.dtype], *dt.stride(), bias, contiguous_float(A), dt_softplus]
 
 
-def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[list[int], list[Tensor]]:
-    """The ``Input`` structs of ssm_update, and the tensors that they point into (to be kept until the call)."""
-    fields: list[int] = []
-    copies: list[Tensor] = []
-    for tensor in (x, B, C):
-        tensor = readable(tensor)
-        copies.append(tensor)
-        fields += (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride()[:2])
-    if D is None:
-        fields += ABSENT
-    else:
-        D = readable(D)
-        copies.append(D)
-        fields += vector(D)
-    return fields, copies
+def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> list[Field]:
+    """The ``Input`` structs of ssm_update."""
+    fields: list[Field] = []
+    for tensor in map(readable, (x, B, C)):
+        fields += [tensor, DTYPES[tensor.dtype], *tensor.stride()[:2]]
+    return fields + vector(D)
 
 
-def addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def vector(tensor: Tensor) -> tuple[int, ...]:
-    """The ``Input`` struct of a contiguous vector."""
-    return (tensor.data_ptr(), DTYPES[tensor.dtype], 0, 0)
+def vector(tensor: Tensor | None) -> list[Field]:
+    """The ``Input`` struct of a vector, made contiguous."""
+    if tensor is None:
+        return [*ABSENT]
+    tensor = readable(tensor, contiguous=True)
+    return [tensor, DTYPES[tensor.dtype], 0, 0]

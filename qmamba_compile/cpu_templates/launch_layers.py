@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import build
-from .launch import ABSENT, DTYPES, contiguous_float, pack, readable, vector
+from .call_site import Field, Launch, launched
+from .launch import ABSENT, DTYPES, contiguous_float, vector
 from .render import LayerSpec
 
 PARALLEL_WEIGHTS = 2**18
@@ -24,6 +25,7 @@ def layer_kernel(name: str) -> build.Kernel | None:
     return build.load(LayerSpec(name, isa, vnni))
 
 
+@launched
 def w8a8_linear(
     x: Tensor,
     qdata: Tensor,
@@ -31,15 +33,16 @@ def w8a8_linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
-) -> Tensor | None:
+) -> Launch | None:
     """`ops.w8a8_linear` on the CPU: [..., o]."""
     dtype = x.dtype
     if act_pre_scale is not None and (act_pre_scale.dtype is not dtype or dtype not in DTYPES):
         x, act_pre_scale = x * act_pre_scale, None
-    y = norm_w8a8_linear(x, None, None, 0.0, 1, qdata, scale, bias, act_pre_scale, act_scale)
-    return y if y is None or y.dtype is dtype else y.to(dtype)
+    launch = _linear(x, None, None, 0.0, 1, qdata, scale, bias, act_pre_scale, act_scale)
+    return launch if launch is None else launch._replace(dtype=dtype)
 
 
+@launched
 def norm_w8a8_linear(
     x: Tensor,
     gate: Tensor | None,
@@ -51,62 +54,55 @@ def norm_w8a8_linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
-) -> Tensor | None:
-    """`ops.norm_w8a8_linear` on the CPU: [..., o]; without ``norm_weight`` there is no norm."""
+) -> Launch | None:
+    """`ops.norm_w8a8_linear` on the CPU: [..., o]."""
+    return _linear(x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale)
+
+
+def _linear(
+    x: Tensor,
+    gate: Tensor | None,
+    norm_weight: Tensor | None,
+    epsilon: float,
+    group_size: int,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Launch | None:
+    """Both linears: without ``norm_weight`` there is no norm."""
     function = layer_kernel("w8a8_linear")
     o, k = qdata.shape
     if function is None or not qdata.is_contiguous() or scale.dtype is not torch.float32 or not scale.is_contiguous():
         return None
-    rows, x_fields = _rows(x, k)
-    dtype = rows.dtype
-    gate_fields, norm_fields = ABSENT, ABSENT
-    if norm_weight is not None:
-        if x.dtype not in DTYPES or norm_weight.dtype not in DTYPES:
-            return None
+    rows = _rows(x, k)
+    dtype = x.dtype if x.dtype in DTYPES else torch.float32
+    if norm_weight is None:
+        gate = None
+    elif x.dtype not in DTYPES or norm_weight.dtype not in DTYPES:
+        return None
+    else:
         dtype = torch.promote_types(dtype, norm_weight.dtype)
-        norm_weight = norm_weight.contiguous()
-        norm_fields = vector(norm_weight)
-        if gate is not None:
-            gate, gate_fields = _rows(gate, k)
-    smooth_fields = bias_fields = ABSENT
-    if act_pre_scale is not None:
-        if act_pre_scale.dtype is not dtype:
-            return None
-        act_pre_scale = act_pre_scale.contiguous()
-        smooth_fields = vector(act_pre_scale)
-    if bias is not None:
-        bias = readable(bias, contiguous=True)
-        bias_fields = vector(bias)
-    if act_scale is not None:
-        act_scale = contiguous_float(act_scale)
+    if act_pre_scale is not None and act_pre_scale.dtype is not dtype:
+        return None
     y = torch.empty((*x.shape[:-1], o), dtype=dtype)
     tokens = x.numel() // k
-    fields = (
-        *x_fields,
-        *gate_fields,
-        *norm_fields,
-        *smooth_fields,
-        *bias_fields,
-        0 if act_scale is None else act_scale.data_ptr(),
-        qdata.data_ptr(),
-        scale.data_ptr(),
-        y.data_ptr(),
-        DTYPES[dtype],
-        tokens,
-        k,
-        o,
-        group_size,
-        epsilon,
-        torch.get_num_threads() if k * o * (1 + tokens // 16) >= PARALLEL_WEIGHTS else 1,
-    )
-    function(_LINEAR_ARGUMENTS.pack(*fields))
-    return y
+    fields: list[Field] = [*rows, *(ABSENT if gate is None else _rows(gate, k))]
+    fields += [*vector(norm_weight), *vector(act_pre_scale), *vector(bias)]
+    fields += [None if act_scale is None else contiguous_float(act_scale), qdata, scale, y, DTYPES[dtype]]
+    fields += [tokens, k, o, group_size, _bits_of(epsilon)]
+    fields.append(torch.get_num_threads() if k * o * (1 + tokens // 16) >= PARALLEL_WEIGHTS else 1)
+    return Launch(function, fields, y, dtype)
 
 
-_LINEAR_ARGUMENTS = struct.Struct("29qdq")
+def _bits_of(number: float) -> int:
+    """The integer whose 8 bytes are those of a C double."""
+    return int(struct.unpack("q", struct.pack("d", number))[0])
 
 
-def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
+@launched
+def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Launch | None:
     """`ops.conv_update` on the CPU: y [b, d, 1]."""
     function = layer_kernel("conv_update")
     dtype = weight.dtype
@@ -121,26 +117,20 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
         or not 1 <= taps <= length + 1
     ):
         return None
-    weight = weight.contiguous()
-    fields: list[int] = [conv_state.data_ptr(), xBC.data_ptr(), DTYPES[dtype], xBC.stride(0), xBC.stride(1)]
-    fields += vector(weight)
-    if bias is None:
-        fields += ABSENT
-    else:
-        bias = readable(bias, contiguous=True)
-        fields += vector(bias)
     y = torch.empty((batch, channels, 1), dtype=dtype)
-    function(pack((*fields, y.data_ptr(), batch, channels, length, taps, silu)))
-    return y
+    fields: list[Field] = [conv_state, xBC, DTYPES[dtype], xBC.stride(0), xBC.stride(1)]
+    fields += [*vector(weight), *vector(bias), y, batch, channels, length, taps, silu]
+    return Launch(function, fields, y, dtype)
 
 
-def _rows(x: Tensor, k: int) -> tuple[Tensor, tuple[int, ...]]:
-    """x [..., k] as rows of one stride, and its ``Input`` struct."""
+def _rows(x: Tensor, k: int) -> list[Field]:
+    """The ``Input`` struct of x [..., k] as rows of one stride."""
     if x.dtype not in DTYPES:
         x = contiguous_float(x)
     if x.is_contiguous():
-        return x, (x.data_ptr(), DTYPES[x.dtype], k, 0)
+        return [x, DTYPES[x.dtype], k, 0]
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    return rows, (rows.data_ptr(), DTYPES[x.dtype], rows.stride(0), 0)
+    # A view begins where x does, and the address of x itself can be replayed.
+    return [x if rows.data_ptr() == x.data_ptr() else rows, DTYPES[x.dtype], rows.stride(0), 0]

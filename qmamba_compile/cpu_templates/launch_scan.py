@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import quant
 from . import build
-from .launch import ABSENT, DTYPES, addresses, contiguous_float, kernel, pack, readable, threads
+from .call_site import Field, pack
+from .launch import DTYPES, contiguous_float, kernel, threads, vector
 
 
 def chunk_scan(
@@ -25,13 +26,10 @@ def chunk_scan(
     function = kernel("chunk_scan", headdim, dstate, None, False, False)
     if function is None:
         return None
-    fields, kept = _sequences(x, B, C)
-    floats = [None if tensor is None else contiguous_float(tensor) for tensor in (D, dt, dtA, initial_state)]
-    kept += [tensor for tensor in floats if tensor is not None]
     y, state = torch.empty((batch, seqlen, nheads, headdim)), torch.empty((batch, nheads, headdim, dstate))
-    D_address, *others = addresses(*floats, y, state)
-    fields += (D_address, 0, 0, 0, *others)
-    function(pack((*fields, batch, seqlen, nheads, B.shape[2], threads(seqlen * state.numel()))))
+    D_float, *floats = [None if tensor is None else contiguous_float(tensor) for tensor in (D, dt, dtA, initial_state)]
+    fields: list[Field] = [*_sequences(x, B, C), D_float, 0, 0, 0, *floats, y, state]
+    function(pack([*fields, batch, seqlen, nheads, B.shape[2], threads(seqlen * state.numel())]))
     return y, state
 
 
@@ -62,7 +60,7 @@ def ssm_scan(
     """
     batch, seqlen, nheads, headdim = x.shape
     dstate = B.shape[-1]
-    function, fields, kept = _scan_call(
+    function, fields = _scan_call(
         "ssm_scan", x, dt, decay, B, C, D, states, scales, bits, stochastic, seed, flush_interval, single_step
     )
     if function is None:
@@ -70,16 +68,15 @@ def ssm_scan(
     outputs = [torch.empty((batch, seqlen, nheads, headdim))]
     if bits is None:
         outputs.append(torch.empty((batch, nheads, headdim, dstate)))
-        results: tuple[int, ...] = (outputs[0].data_ptr(), outputs[1].data_ptr(), 0, 0, 0)
+        results: list[Field] = [*outputs, 0, 0, 0]
     else:
         outputs += [
             torch.empty((batch, nheads, headdim, dstate), dtype=torch.int8),
             torch.empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE),
             torch.empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE),
         ]
-        results = (outputs[0].data_ptr(), 0, *(output.data_ptr() for output in outputs[1:]))
-    function(pack((*fields, *results, *[0] * _GRADIENT_FIELDS)))
-    del kept
+        results = [outputs[0], 0, *outputs[1:]]
+    function(pack([*fields, *results, *[0] * _GRADIENT_FIELDS]))
     return outputs
 
 
@@ -102,7 +99,7 @@ def ssm_scan_backward(
     """Gradient of `ssm_scan` without D: of x, dt, decay, B and C for each head [b, l, h, n], and the first state."""
     batch, seqlen, nheads, headdim = x.shape
     dstate = B.shape[-1]
-    function, fields, kept = _scan_call(
+    function, fields = _scan_call(
         "ssm_scan_backward",
         x,
         dt,
@@ -132,8 +129,7 @@ def ssm_scan_backward(
         (batch, nheads, headdim, dstate),
     ]
     outputs = [torch.empty(shape) for shape in shapes]
-    function(pack((*fields, *[0] * 5, *addresses(grad_y, grad_state, *outputs))))
-    del kept
+    function(pack([*fields, *[0] * 5, grad_y, grad_state, *outputs]))
     return outputs
 
 
@@ -155,26 +151,20 @@ def _scan_call(
     seed: int,
     flush_interval: int,
     single_step: bool,
-) -> tuple[build.Kernel | None, list[int], list[Tensor]]:
-    """The kernel, the fields that scan and gradient share, and the tensors that they point into."""
+) -> tuple[build.Kernel | None, list[Field]]:
+    """The kernel, and the fields that scan and gradient share."""
     batch, seqlen, nheads, headdim = x.shape
     function = kernel(name, headdim, B.shape[-1], bits, bits is not None and scales[0] is None, stochastic)
-    fields, kept = _sequences(x, B, C)
-    kept += (dt, decay)
-    given = [None if tensor is None else readable(tensor, contiguous=True) for tensor in (D, *scales)]
-    inputs = [ABSENT if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], 0, 0) for tensor in given]
     floats = [None if tensor is None else contiguous_float(tensor) for tensor in states]
-    kept += [tensor for tensor in (*given, *floats) if tensor is not None]
-    fields += (*inputs[0], *addresses(dt, decay, *floats), *inputs[1], *inputs[2])
+    fields: list[Field] = [*_sequences(x, B, C), *vector(D), dt, decay, *floats, *vector(scales[0]), *vector(scales[1])]
     team = threads(batch * nheads * headdim * B.shape[-1] * seqlen)
-    fields += (batch, seqlen, nheads, B.shape[2], seed, flush_interval, int(single_step and bits is not None), team)
-    return function, fields, kept
+    fields += [batch, seqlen, nheads, B.shape[2], seed, flush_interval, int(single_step and bits is not None), team]
+    return function, fields
 
 
-def _sequences(*tensors: Tensor) -> tuple[list[int], list[Tensor]]:
-    """``Sequence`` structs of tensors [b, l, heads or groups, columns], and what they point into."""
-    fields: list[int] = []
-    kept: list[Tensor] = []
+def _sequences(*tensors: Tensor) -> list[Field]:
+    """``Sequence`` structs of tensors [b, l, heads or groups, columns]."""
+    fields: list[Field] = []
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             tensor = tensor.float()
@@ -183,6 +173,5 @@ def _sequences(*tensors: Tensor) -> tuple[list[int], list[Tensor]]:
             tensor = tensor.contiguous()
         # A dimension of one element may have any stride.
         column_stride = tensor.stride(3) if columns > 1 else tensor.stride(2) if heads > 1 else 1
-        kept.append(tensor)
-        fields += (tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1), column_stride)
-    return fields, kept
+        fields += [tensor, DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1), column_stride]
+    return fields

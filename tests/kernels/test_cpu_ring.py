@@ -82,8 +82,6 @@ class Problem:
     def step(self, function: Any, state: list[Any], ring: Ring, inputs: tuple[Any, ...]) -> Tensor:
         row = self.row
         constants = (self.calibrated, not row["plain"], row["bits"], row["stochastic"])
-        if function is launch.ssm_update:
-            return function(*state, *inputs, *constants, ring)
         return function(*state, *inputs, *constants, *ring)
 
     def check(self, steps: int) -> None:

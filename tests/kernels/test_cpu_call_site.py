@@ -1,0 +1,117 @@
+"""Replayed launches: what compiled code calls must do what the operator does, with whatever tensors it is given."""
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from qmamba_compile import DSQState, ops, recurrence  # noqa: F401  (ops registers qmamba::*)
+from qmamba_compile.cpu_templates import build, call_site
+from qmamba_compile.cpu_templates.call_site import LAUNCHERS, CallSite
+
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
+
+b, h, p, n, k, o = 2, 3, 8, 32, 64, 24
+
+
+def step_arguments(ring_dtype=None):
+    state = DSQState.from_float(torch.randn(b, h, p, n), 4)
+    ring = () if ring_dtype is None else recurrence.new_ring(b, h, p, 1, n, 3, dtype=ring_dtype)
+    zxBCdt = torch.randn(b, h * p + 2 * n + h)
+    x, B, C, dt = zxBCdt.split([h * p, n, n, h], dim=1)
+    vectors = -torch.rand(h), B.view(b, 1, n), C.view(b, 1, n), torch.randn(h), torch.randn(h)
+    scales = state.channel_scale, state.state_scale, state.rng
+    return [state.packed, *scales, x.view(b, h, p), dt, *vectors, None, True, 4, False, *ring]
+
+
+def linear_arguments(dtype=torch.float32):
+    x = torch.randn(b, 1, k + 8, dtype=dtype)[..., :k]
+    return [x, torch.randint(-127, 128, (o, k), dtype=torch.int8), torch.rand(o, 1), torch.randn(o), None, None]
+
+
+def norm_arguments():
+    x, *rest = linear_arguments()
+    return [x, torch.randn(b, 1, k), torch.rand(k), 1e-5, k, *rest]
+
+
+def conv_arguments():
+    return [torch.randn(b, k, 3), torch.randn(b, 1, k).mT, torch.randn(k, 1, 4), torch.randn(k), True]
+
+
+CASES = {
+    "ssm_update": step_arguments,
+    "ssm_update, ring": lambda: step_arguments(torch.bfloat16),
+    "ssm_update, int8 ring": lambda: step_arguments(torch.int8),
+    "w8a8_linear": linear_arguments,
+    "norm_w8a8_linear": norm_arguments,
+    "conv_update": conv_arguments,
+}
+
+
+def copied(arguments):
+    """The same values elsewhere in memory, in the same layout."""
+    return [
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a) if isinstance(a, torch.Tensor) else a
+        for a in arguments
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_call_is_what_the_operator_does(case):
+    name = case.partition(",")[0]
+    site, operator = CallSite(name), getattr(torch.ops.qmamba, name).default
+    for _ in range(5):
+        arguments = CASES[case]()
+        expected_arguments = copied(arguments)
+        y, expected = site(*arguments), operator(*expected_arguments)
+        assert site._replay is not None
+        assert y.dtype is expected.dtype and y.stride() == expected.stride() and torch.equal(y, expected)
+        for found, wanted in zip(arguments, expected_arguments, strict=True):
+            assert not isinstance(found, torch.Tensor) or torch.equal(found, wanted)
+
+
+def test_every_launcher_has_a_case():
+    assert {case.partition(",")[0] for case in CASES} == set(LAUNCHERS)
+
+
+def test_converted_arguments_are_left_to_the_operator():
+    """A copy made at the first call would be read at every later one."""
+    site = CallSite("w8a8_linear")
+    for _ in range(2):
+        arguments = linear_arguments(torch.float16)
+        assert torch.equal(site(*arguments), torch.ops.qmamba.w8a8_linear(*arguments))
+        assert site._replay is None
+
+
+def test_no_kernel_leaves_the_call_to_the_operator(monkeypatch):
+    monkeypatch.setitem(LAUNCHERS, "conv_update", lambda *arguments: None)
+    site, arguments = CallSite("conv_update"), conv_arguments()
+    copies = copied(arguments)
+    assert torch.equal(site(*arguments), torch.ops.qmamba.conv_update(*copies))
+
+
+def test_the_number_of_threads_is_that_of_the_call():
+    site, arguments = CallSite("w8a8_linear"), linear_arguments()
+    arguments[1:4] = torch.ones(2**18 // k, k, dtype=torch.int8), torch.rand(2**18 // k, 1), None
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            site(*arguments)
+            assert site._replay.constants[-1] == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_calls_what_has_fixed_sizes(dynamic):
+    call_site.call_from_inductor()
+
+    def layer(x, *rest):
+        return torch.ops.qmamba.w8a8_linear(x.relu(), *rest) + 1
+
+    torch._dynamo.reset()
+    arguments = linear_arguments()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        y, (code,) = run_and_get_code(torch.compile(layer, dynamic=dynamic), *arguments)
+    assert torch.equal(y, layer(*arguments))
+    assert ("CallSite('w8a8_linear')" in code) is not dynamic
