@@ -42,9 +42,9 @@ def target_of(architecture: str) -> str:
 
 
 PREFETCHED_TILES = 4
-"""Most tiles of a program that are loaded before it computes: 64 bytes of each thread under way. Microseconds on an H100,
-2.7B shape, batch 128, 4 bits: 49.0 with 4 tiles; 54 with 2, and 50 with 8, which take more registers; 58.6 with the
-loads in the loop."""
+"""Most tiles of a program that are loaded before it computes: 64 bytes of each thread under way. Microseconds on an
+H100, 2.7B shape, batch 128, 4 bits: 49.0 with 4 tiles; 54 with 2, and 50 with 8, which take more registers; 58.6 with
+the loads in the loop."""
 
 NOT_PREFETCHED = ("sm_100", "gfx942")
 """Targets whose compilers spill four tiles, or where nothing was measured."""

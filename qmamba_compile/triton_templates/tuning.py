@@ -1,6 +1,7 @@
 """Which kernel for which GPU and shape: a small table, each entry with the measurement or compiled-code fact behind it.
 
-Microseconds are of an H100 SXM (`python -m bench gpu`); no other GPU was measured. What compilers make of the kernels is held by tests/kernels/test_triton_compiled.py.
+Microseconds are of an H100 SXM (bench/results/gpu-h100.json); no other GPU was measured. What compilers make of the
+kernels is held by tests/kernels/test_triton_compiled.py.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ LANES = {"gfx942": 64, "gfx950": 64}
 """Threads of a warp, where not 32."""
 
 PLANNED_WARPS = {"float or 8": 24, "other": 8}
-"""Warps that a unit must at least hold at once, which a kernel's registers decide. 8 bits, calibrated, nearest: 80. 4 bits
-with four tiles in registers: 168. At 2 bits a thread's 16-byte access is 64 columns, and B, C and the
-state of each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255."""
+"""Warps that a unit must at least hold at once, which a kernel's registers decide. 8 bits, calibrated, nearest: 80.
+4 bits with four tiles in registers: 168. At 2 bits a thread's 16-byte access is 64 columns, and B, C and the state of
+each lie in a register; stochastic rounding and dynamic scales need more as well: 212 to 255."""
 
 
 def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
@@ -118,9 +119,10 @@ MOST_ROWS_QUANTIZED_ON_THE_WAY = 16
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
     """The kernel for x [rows, k] and weights [outputs, k].
 
-    Up to 16 rows the weights are read once, so what counts is bytes under way: 32 to 64 KiB a program. Beyond, tiles are
-    as large as still give each unit one. k is split only where it is long and few programs would share it: the launch
-    that adds up the parts costs more than it saves elsewhere (2560 x 5120, one row: 7.6 us whole, 8.7 in four parts).
+    Up to 16 rows the weights are read once, so what counts is bytes under way: 32 to 64 KiB a program. Beyond, tiles
+    are as large as still give each unit one. k is split only where it is long and few programs would share it: the
+    launch that adds up the parts costs more than it saves elsewhere (2560 x 5120, one row: 7.6 us whole, 8.7 in four
+    parts).
     """
     gpu = GPUS.get(architecture)
     units = gpu.units if gpu else 1

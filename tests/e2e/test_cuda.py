@@ -1,4 +1,4 @@
-"""The whole backend on a GPU, against the same backend on the CPU and against the model's own step: skipped without one.
+"""The whole backend on a GPU, against the same backend on the CPU: skipped without one.
 
 The bundled model: its 4-bit states have been seen to work, and a fault of a kernel shows in its perplexity.
 """
