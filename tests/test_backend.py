@@ -146,7 +146,7 @@ def test_all_switches_off_gives_inductor_dynamos_own_graph(make_model, tokens, m
         graphs.append([(node.op, op_name(node)) for node in gm.graph.nodes])
         return gm.forward
 
-    monkeypatch.setattr(backend, "_inner_compiler", lambda config, mode: capture)
+    monkeypatch.setattr(backend, "_inner_compiler", lambda config, mode, phase: capture)
     off = {rewrite.name(): False for rewrite in PIPELINE}
     model = make_model()
     for chosen in ({"backend": capture}, {"backend": "qmamba", "options": off}):
