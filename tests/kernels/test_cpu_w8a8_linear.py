@@ -119,13 +119,6 @@ def test_options(spec: LayerSpec, change: dict[str, Any]) -> None:
     check(problem(**change))
 
 
-@pytest.mark.parametrize("o", [16384, 16392])
-def test_outputs_beyond_the_cache(o: int) -> None:
-    """The first is written past the cache, in whole lines; of the second, rows begin in the middle of one."""
-    with only(RUNNABLE[-1]):
-        check(problem(tokens=530, k=68, o=o, bias=True))
-
-
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_comes_out_as_nan_alone(spec: LayerSpec, bad: float, static: bool) -> None:

@@ -365,13 +365,6 @@ inline void pack_tile(const int8_t* from, int64_t stride, int64_t rows, int64_t 
     }
 }
 
-// Logits of a prompt outgrow the cache: written past it, their lines are not read before. 512 tokens, 768x50288, one
-// thread: MEASURE.
-inline bool streams(const Arguments& a) {
-    const bool whole_lines = a.o % 16 == 0 && (uintptr_t)a.y % 64 == 0;
-    return a.y_dtype == 0 && whole_lines && a.tokens * a.o * 4 >= (int64_t)32 << 20;
-}
-
 // Rows from `row`: two vectors for each unit of four codes.
 inline void pack_panel(const Arguments& a, int64_t row, Line* panel) {
     for (int half = 0; half < 2; ++half) {
@@ -399,18 +392,14 @@ inline void write_sums(const Arguments& a, const Tokens& t, int64_t row, int64_t
     const Ints product = (Ints)sums - t.excess[token];
     Floats y = __builtin_convertvector(product, Floats) * t.scale[token] * load_first<Floats>(a.scale + row, left);
     if (a.bias.data) y += read(a.bias, row, left);
-    if (streams(a)) {
-        _mm512_stream_ps((float*)a.y + token * a.o + row, (__m512)y);
-    } else {
-        write(a.y, a.y_dtype, token * a.o + row, y, left);
-    }
+    write(a.y, a.y_dtype, token * a.o + row, y, left);
 }
 
 // y of a panel's rows and 12 tokens of one block.
 inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const Line* panel, int64_t token) {
     const int8_t* codes = block_of(t, token);
     const int64_t element = a.y_dtype == 0 ? 4 : 2;
-    for (int64_t next = token; next < token + 12 && next < a.tokens && !streams(a); ++next) {
+    for (int64_t next = token; next < token + 12 && next < a.tokens; ++next) {
         const char* y = (const char*)a.y + (next * a.o + row) * element;
         __builtin_prefetch(y, 1);
         __builtin_prefetch(y + 64, 1);
@@ -493,7 +482,7 @@ inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const 
 inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const Line* panel, int64_t token) {
     const int8_t* codes = block_of(t, token);
     const int64_t element = a.y_dtype == 0 ? 4 : 2;
-    for (int64_t next = token; next < token + 4 && next < a.tokens && !streams(a); ++next) {
+    for (int64_t next = token; next < token + 4 && next < a.tokens; ++next) {
         const char* y = (const char*)a.y + (next * a.o + row) * element;
         __builtin_prefetch(y, 1);
         __builtin_prefetch(y + 64, 1);
@@ -537,7 +526,6 @@ inline void multiply_packed_panel(
     const Arguments& a, const Tokens& t, int64_t row, const Line* panel, int64_t token, int64_t last) {
     for (; token + BLOCK <= last; token += BLOCK) multiply_12(a, t, row, panel, token);
     for (; token < last; token += 4) multiply_4(a, t, row, panel, token);
-    if (streams(a)) _mm_sfence();
 }
 
 // Norm and quantize one token. `row`: scratch of `width` floats, zero from k on.
