@@ -62,6 +62,7 @@ class FuseNormLinear(GraphPass):
                 continue
             try:
                 norm = match_norm(node.args[0])
+                _require_same_type(norm, node.args[4])
             except NoMatchError as refusal:
                 report.skipped(layer_of(node), refusal.reason, refusal.detail)
                 continue
@@ -71,6 +72,8 @@ class FuseNormLinear(GraphPass):
                 gate = None if gate is None else insert_call(node, operator.getitem, gate, index)
             operands = (x, gate, norm.weight, norm.epsilon, norm.group_size, *node.args[1:])
             y = insert_call(node, torch.ops.qmamba.norm_w8a8_linear.default, *operands)
+            if value_of(y).dtype != value_of(node).dtype:
+                y = insert_call(node, torch.ops.prims.convert_element_type.default, y, value_of(node).dtype)
             replace_node(node, y)
             report.rewrote(layer_of(y), "norm" if gate is None else "gated norm")
 
@@ -82,7 +85,8 @@ def match_norm(node: fx.Node) -> NormMatch:
         NoMatchError: an operation is missing, one more is there, or the normed value is read elsewhere.
     """
     indices: list[Any] = []
-    weighted = _strip_exact(node)
+    # What is cast to fewer bits for the linear is quantized as it was before, as Inductor's own fusions have it.
+    weighted = _strip_exact(node.args[0] if op_name(node) == "to" else node)
     while op_name(weighted) == "getitem" and _selects_tokens(weighted):
         indices.insert(0, weighted.args[1])
         weighted = _strip_exact(weighted.args[0])
@@ -113,7 +117,7 @@ def match_norm(node: fx.Node) -> NormMatch:
         value_of(scaled).dtype == value_of(grouped).dtype == torch.float32
         and value_of(normed).dtype == dtype
         and passed <= {torch.float32, dtype}
-        and value_of(weighted).dtype == value_of(node).dtype,
+        and torch.promote_types(value_of(weighted).dtype, value_of(node).dtype) == value_of(weighted).dtype,
         SkipReason.DTYPE,
         f"{weighted} is not normed in float32 and weighted in {dtype}",
     )
@@ -133,6 +137,13 @@ def match_norm(node: fx.Node) -> NormMatch:
         written = source is not None and any(mutates(user) for user in source.users)
         _require(not written, SkipReason.SECOND_READER, f"{source} is written in place")
     return NormMatch(x, gate, weight, float(value_of(epsilon)), int(group_size), tuple(indices))
+
+
+def _require_same_type(norm: NormMatch, act_pre_scale: fx.Node | None) -> None:
+    """SmoothQuant factors multiply the normed x in the type that both have."""
+    normed = torch.promote_types(value_of(norm.x).dtype, value_of(norm.weight).dtype)
+    same = act_pre_scale is None or value_of(act_pre_scale).dtype == normed
+    _require(same, SkipReason.DTYPE, f"what is normed is {normed}, and {act_pre_scale} is not")
 
 
 def _follows_norm(node: fx.Node) -> bool:

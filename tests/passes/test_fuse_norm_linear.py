@@ -18,12 +18,12 @@ TOLERANCE = 0.02
 class Normed(nn.Module):
     """RMSNorm, gated or not, and a linear, as transformers writes them. Places: x, square, h, normed, weighted, end."""
 
-    def __init__(self, k=32, group_size=None, dtype=torch.float32, weight_dtype=None, bias=False, **changes):
+    def __init__(self, k=32, group_size=None, dtype=torch.float32, linear_dtype=None, bias=False, **changes):
         super().__init__()
         torch.manual_seed(0)
         self.k, self.group_size, self.changes = k, group_size or k, changes
-        self.weight = nn.Parameter((torch.rand(k) + 0.5).to(weight_dtype or dtype), requires_grad=False)
-        self.linear = nn.Linear(k, 24, bias=bias, dtype=dtype).requires_grad_(False)
+        self.weight = nn.Parameter((torch.rand(k) + 0.5).to(dtype), requires_grad=False)
+        self.linear = nn.Linear(k, 24, bias=bias, dtype=linear_dtype or dtype).requires_grad_(False)
 
     def at(self, place, value):
         change = self.changes.get(place)
@@ -92,6 +92,9 @@ def test_every_norm_of_a_model_goes_into_its_linear(make_model, tokens, capture,
         pytest.param({"bias": True}, False, (5,), id="two dimensions and a bias"),
         pytest.param({"dtype": torch.bfloat16}, True, (2, 3), id="bfloat16"),
         pytest.param({"normed": lambda t: t.float().float()}, False, (2, 3), id="casts that change nothing"),
+        pytest.param(
+            {"input": lambda t: t.to(torch.bfloat16), "linear_dtype": torch.bfloat16}, True, (2, 3), id="cast"
+        ),
         pytest.param({"activated": torch.tanh}, True, (2, 3), id="a gate of another kind stays outside"),
         pytest.param({"weighted": lambda t: t[:, -1:, :]}, True, (2, 3), id="only the last token"),
         pytest.param({"weighted": lambda t: t[:1][:, 1:]}, False, (2, 3), id="two slices"),
@@ -105,7 +108,7 @@ def test_the_same_numbers(capture, options, gated, shape):
     assert y.dtype == expected.dtype and y.shape == expected.shape
     assert (y.float() - expected.float()).abs().max() <= TOLERANCE * expected.float().abs().max()
     (node,) = iter_calls(graph.gm.graph, FUSED)
-    assert layer_of(node) == "linear" and value_of(node).shape == y.shape and value_of(node).dtype == y.dtype
+    assert layer_of(node) == "linear" and value_of(node).shape == y.shape and value_of(node).dtype == dtype
 
 
 def test_dynamic_tokens(capture):
