@@ -68,6 +68,7 @@ def ssm_update(
     state_dtype: str = "float32",
     flush_interval: int = 1,
     ring_bits: int = 16,
+    loads_ahead: bool = True,
 ) -> Spec:
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
@@ -99,8 +100,8 @@ def ssm_update(
         # Fewer rows than one 16-byte access of all lanes covers would narrow the accesses.
         row_bytes = dstate * (bits or (32 if state_dtype == "float32" else 16)) // 8
         fewest = max(1, lanes * 16 // row_bytes)
-        prefetched = bits == 4 and not stochastic and flush_interval == 1 and architecture not in NOT_PREFETCHED
-        most = PREFETCHED_TILES * fewest if prefetched else 64
+        ahead = loads_ahead and bits == 4 and not stochastic and flush_interval == 1
+        most = PREFETCHED_TILES * fewest if ahead and architecture not in NOT_PREFETCHED else 64
         while rows > fewest and (rows > most or heads * (padded // rows) < wanted):
             rows //= 2
     if flush_interval > 1:
@@ -178,7 +179,7 @@ def quantize_state(
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    spec = ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic)
+    spec = ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic, loads_ahead=False)
     return QuantizeSpec(headdim, dstate, bits, dynamic, stochastic, spec.rows, spec.warps, architecture)
 
 
@@ -188,7 +189,7 @@ def dequantize_state(architecture: str, heads: int, headdim: int, dstate: int, b
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    spec = ssm_update(architecture, heads, headdim, dstate, bits, False, False)
+    spec = ssm_update(architecture, heads, headdim, dstate, bits, False, False, loads_ahead=False)
     return DequantizeSpec(headdim, dstate, bits, rows=spec.rows, warps=spec.warps, target=architecture)
 
 
