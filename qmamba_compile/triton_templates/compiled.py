@@ -83,16 +83,15 @@ def compile_kernel(
     return triton.compile(source, target=gpu, options=options)
 
 
-def facts(compiled: Any, trips: int = 1, inner: int = 1) -> Facts:
+def facts(compiled: Any, trips: int = 1) -> Facts:
     """Read the machine code.
 
     Args:
         trips: how often the body of the kernel's outermost loop runs.
-        inner: how often, each time, that of a loop inside of it does.
     """
     if "cubin" in compiled.asm:
-        return _nvidia_facts(compiled, trips, inner)
-    return _amd_facts(compiled, trips, inner)
+        return _nvidia_facts(compiled, trips)
+    return _amd_facts(compiled, trips)
 
 
 # --- NVIDIA --------------------------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def _tool(name: str) -> str:
     return str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _nvidia_facts(compiled: Any, trips: int, inner: int) -> Facts:
+def _nvidia_facts(compiled: Any, trips: int) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -143,7 +142,7 @@ def _nvidia_facts(compiled: Any, trips: int, inner: int) -> Facts:
         target = _BRANCH_TARGET.search(operands)
         if name.startswith("BRA") and target and labels.get(target[1], end) <= index:
             loops.append((labels[target[1]], index))
-    weights = _weights(len(body), loops, trips, inner)
+    weights = _weights(len(body), loops, trips)
     mix: dict[str, int] = {}
     accesses: dict[tuple[str, int], int] = {}
     local = 0
@@ -170,17 +169,16 @@ def _nvidia_facts(compiled: Any, trips: int, inner: int) -> Facts:
     )
 
 
-def _weights(size: int, loops: list[tuple[int, int]], trips: int, inner: int) -> list[int]:
-    """How often each instruction runs, from the first and last of each loop."""
+def _weights(size: int, loops: list[tuple[int, int]], trips: int) -> list[int]:
+    """How often each instruction runs, from the first and last of each outermost loop."""
     ends: dict[int, int] = {}
     for start, end in loops:
         # A loop may go back from several places.
         ends[start] = max(end, ends.get(start, end))
     weights = [1] * size
     for start, end in ends.items():
-        nested = any(other < start and end <= ends[other] for other in ends)
-        for index in range(start, end + 1):
-            weights[index] *= inner if nested else trips
+        if not any(other < start and end <= ends[other] for other in ends):
+            weights[start : end + 1] = [trips] * (end + 1 - start)
     return weights
 
 
@@ -190,7 +188,7 @@ _WIDTHS = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short":
 _AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:d16_)?(?:hi_)?([a-z]+?)(x[234])?(?:_d16.*)?$")
 
 
-def _amd_facts(compiled: Any, trips: int, inner: int) -> Facts:
+def _amd_facts(compiled: Any, trips: int) -> Facts:
     text = compiled.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -213,7 +211,7 @@ def _amd_facts(compiled: Any, trips: int, inner: int) -> Facts:
     mix: dict[str, int] = {}
     accesses: dict[tuple[str, int], int] = {}
     local = 0
-    for name, weight in zip(body, _weights(len(body), loops, trips, inner), strict=True):
+    for name, weight in zip(body, _weights(len(body), loops, trips), strict=True):
         mix[name] = mix.get(name, 0) + weight
         if access := _AMD_ACCESS.match(name):
             width = _WIDTHS.get(access[2], 4) * int((access[3] or "x1")[1:])
