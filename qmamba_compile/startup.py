@@ -9,8 +9,10 @@ import hashlib
 import pathlib
 import threading
 from typing import Any
+from unittest import mock
 
 import torch
+from torch._dynamo.callback import callback_handler
 
 from .cpu_templates.build import find_compiler
 
@@ -26,10 +28,9 @@ def collect_less_often_while_compiling() -> None:
     Nearly all that is allocated there lives until the end, and each collection walks it again. Asked at each
     compilation, because ``torch._dynamo.reset`` forgets callbacks; it holds from the next one on.
     """
-    handler = torch._dynamo.callback.callback_handler
-    if _start not in handler.start_callbacks:
-        handler.register_start_callback(_start)
-        handler.register_end_callback(_end)
+    if _start not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_start)
+        callback_handler.register_end_callback(_end)
 
 
 def _start(_: Any) -> None:
@@ -68,41 +69,45 @@ def ask_inductor_early() -> threading.Thread:
 
 
 def _vector_instructions() -> None:
-    """The instruction sets that Inductor may use, probed once for a cache directory instead of once a process.
+    """The instruction sets that Inductor may use, each probed once for a cache directory instead of once a process.
 
-    A probe builds a small library for each set that the processor has, and loads it in a process of its own: from
-    built libraries still 1.0 s on one core. Its answer depends on torch, the compiler and the names of the sets.
+    A probe builds a small library and loads it in a process of its own: 1.0 s on one core for all, though the libraries
+    stay built. What passed passes again with the same torch, compiler, flags and code; what failed is tried again.
     """
-    from torch._inductor import config
     from torch._inductor.cpp_builder import get_compiler_version_info
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+    from torch._inductor.cpu_vec_isa import VecISA, valid_vec_isa_list
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     compiler = find_compiler()
-    if compiler is None or config.cpp.vec_isa_ok is not None:
+    if compiler is None:
         return
-    with config.patch({"cpp.vec_isa_ok": True}):
-        claimed = valid_vec_isa_list.__wrapped__()
-    identity = (torch.__version__, torch.__file__, compiler, get_compiler_version_info(compiler), *map(str, claimed))
-    digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    all_passed = pathlib.Path(cache_dir(), "qmamba", f"vector-instructions-{digest}")
-    if all_passed.exists():
-        with config.patch({"cpp.vec_isa_ok": True}):
-            valid_vec_isa_list()
-    elif valid_vec_isa_list() == claimed:
-        all_passed.parent.mkdir(parents=True, exist_ok=True)
-        all_passed.touch()
+    toolchain = (torch.__version__, torch.__file__, compiler, get_compiler_version_info(compiler))
+    probe = VecISA.check_build
+
+    def probe_once(isa: VecISA, code: str) -> bool:
+        identity = "\n".join((*toolchain, isa.build_arch_flags(), code))
+        passed = pathlib.Path(cache_dir(), "qmamba", f"probe-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
+        if not passed.exists():
+            if not probe(isa, code):
+                return False
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
+        return True
+
+    with mock.patch.object(VecISA, "check_build", probe_once):
+        valid_vec_isa_list()
 
 
 def _system() -> None:
     """What Inductor says of the GPU in its cache keys. Without one it hashes all of Triton, 0.4 s, and forgets it."""
-    from torch._inductor.codecache import CacheBase, triton_key
+    from torch._inductor import codecache
 
     if torch.cuda.is_available():
-        CacheBase.get_system()
+        codecache.CacheBase.get_system()
         return
+    triton_key: Any = codecache.triton_key
     triton_key.set(None)
     try:
-        CacheBase.get_system()
+        codecache.CacheBase.get_system()
     finally:
         triton_key.clear()
