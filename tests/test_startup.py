@@ -38,7 +38,7 @@ def test_collections_are_rare_while_dynamo_compiles_and_as_before_afterwards(thr
         startup.collect_less_often_while_compiling()
         startup.collect_less_often_while_compiling()
         assert callback_handler.start_callbacks.count(startup._start) == 1
-        assert compiled_with() == (50_000, 50, 10)
+        assert compiled_with() == (startup._PATIENT, 10, 10)
         assert gc.get_threshold() == (700, 10, 10)
         torch._dynamo.reset()
 
