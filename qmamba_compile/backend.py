@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -17,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import ops as _ops  # noqa: F401  (registers qmamba::*)
-from . import quant
+from . import quant, startup
 from . import report as report_module
 from .artifact import Artifact, read_artifact
 from .config import QMambaConfig
@@ -31,6 +28,9 @@ from .state import DSQState
 logger = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
+
+# The first graph is traced before the backend is called, but after torch.compile has looked it up.
+startup.collect_less_often_while_compiling()
 
 
 def qmamba(
@@ -47,6 +47,7 @@ def qmamba(
         ArtifactError: the calibration artifact is damaged or belongs to another model.
         StateError: the state of a layer cannot be packed as asked.
     """
+    startup.collect_less_often_while_compiling()
     config = QMambaConfig.from_options(options)
     report = Report(strict=config.strict)
     report.phase = phase_of(gm.graph)
@@ -63,15 +64,15 @@ def qmamba(
         logger.warning("qmamba: no Mamba2 layer in this graph, so it is left to plain Inductor")
         return inner(gm, example_inputs)
     artifact = _load_artifact(config)
-    warming = _warm_up(gm) if config.inner_backend == "inductor" else None
+    early = startup.ask_inductor_early() if config.inner_backend == "inductor" and _runs_on_cpu(gm) else None
     rewritten = copy_graph(gm)
     context = PassContext(config, artifact, list(example_inputs), _scope())
     run_pipeline(rewritten, context, report)
     mark_written_static(rewritten.graph)
     sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
     inputs = _examples(sources, context)
-    if warming is not None:
-        warming.join()
+    if early is not None:
+        early.join()
     return _Runner(inner(rewritten, inputs), sources, context)
 
 
@@ -175,28 +176,9 @@ def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compi
     return functools.partial(compile_fx, config_patches=patches)
 
 
-def _warm_up(gm: fx.GraphModule) -> threading.Thread | None:
-    """Ask once, while the passes run, what Inductor asks in every process; None when the graph has no CPU tensor.
-
-    0.6 s go into hashing its own and Triton's sources for the cache key, and 1 s into six processes that each load a
-    library built for one instruction set. Both keep their answers, and fail again, loudly, where Inductor asks.
-    """
+def _runs_on_cpu(gm: fx.GraphModule) -> bool:
     values = (value_of(node) for node in placeholders(gm.graph))
-    if not any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
-        return None
-    from torch._inductor.codecache import CacheBase, torch_key
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):
-            pick_vec_isa()
-            torch_key()
-            CacheBase.get_system()
-
-    # Inductor's options live in context variables, which a new thread does not inherit.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(ask,), name="qmamba-warm-up", daemon=True)
-    thread.start()
-    return thread
+    return any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values)
 
 
 def _needs_gradients(gm: fx.GraphModule) -> bool:

@@ -255,5 +255,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.float().abs().amax(dim=-1, keepdim=True)
     scale = (largest / max_code(8)).clamp(min=TINY_SCALE)
     scale = torch.where(scale.isfinite(), scale, math.nan)
-    codes = (x.float() * scale.reciprocal()).round()
-    return torch.where(codes.isfinite(), codes, 0.0).to(torch.int8), scale
+    # Rows with a finite scale have finite codes, the others' are all NaN. Asking `isfinite` of each code would take
+    # longer than all the rest: 0.20 s instead of 0.08 s for an lm_head [50288, 768].
+    codes = (x.float() * scale.reciprocal()).round().nan_to_num(nan=0.0)
+    return codes.to(torch.int8), scale

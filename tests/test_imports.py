@@ -28,7 +28,8 @@ ALLOWED = {
     "report": {"errors", "config", "quant", "state"},
 }
 ALLOWED["passes"] = set(ALLOWED) | {"fx_utils", "report"}
-ALLOWED["backend"] = ALLOWED["passes"] | {"passes"}
+ALLOWED["startup"] = {"cpu_templates"}
+ALLOWED["backend"] = ALLOWED["passes"] | {"passes", "startup"}
 ALLOWED["__init__"] = ALLOWED["backend"] | {"backend"}
 ALLOWED["__main__"] = ALLOWED["__init__"] | {"__init__"}
 
