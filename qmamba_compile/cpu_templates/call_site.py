@@ -3,11 +3,12 @@
 A launcher turns an operator's arguments into a `Launch`: checks, layouts, output. In a compiled graph all of that is
 the same at every step, and only addresses change. Inductor's code therefore calls a `CallSite` where it would call the
 operator: it launches what the first call found with the addresses of now, and goes neither through the dispatcher nor
-through the launcher.
+through the launcher, nor, past the first call, through Python (`replay.cpp`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import struct
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cpu  # type: ignore[attr-defined]
 
-from .build import Kernel
+from .build import Kernel, load_extension
 
 Field = Tensor | int | None
 """One 8-byte field of an `Arguments` struct: a tensor stands for its address, None for a null pointer."""
@@ -68,44 +69,38 @@ def _layout(count: int) -> struct.Struct:
     return struct.Struct(f"{count}q")
 
 
-class CallSite:
-    """One call of ``qmamba::name`` in compiled code; its tensors have the same dtypes, sizes and strides every time."""
+class Replay(NamedTuple):
+    """A launch without its tensors, as `replay.cpp` reads it: where addresses go, and how to allocate the output."""
 
-    def __init__(self, name: str) -> None:
-        self._operator = getattr(torch.ops.qmamba, name).default
-        self._prepare = LAUNCHERS[name]
-        self._threads = 0
-        self._replay: _Replay | None = None
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        if self._threads != torch.get_num_threads():
-            launch = self._prepare(*arguments)
-            self._replay = None if launch is None else _replay(launch, arguments)
-            self._threads = torch.get_num_threads()
-        if self._replay is None:
-            return self._operator(*arguments)
-        kernel, layout, constants, inputs, output_position, allocation = self._replay
-        fields = constants.copy()
-        for position, index in inputs:
-            fields[position] = arguments[index].data_ptr()
-        output = _empty_strided_cpu(*allocation)
-        fields[output_position] = output.data_ptr()
-        kernel(layout.pack(*fields))
-        return output
-
-
-class _Replay(NamedTuple):
-    """A launch without its tensors: where the addresses of arguments and output go, and how to allocate the output."""
-
-    kernel: Kernel
-    layout: struct.Struct
+    kernel: int
+    threads: int
     constants: list[int]
     inputs: list[tuple[int, int]]
     output_position: int
     allocation: tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
-def _replay(launch: Launch, arguments: tuple[Any, ...]) -> _Replay | None:
+def CallSite(name: str) -> Callable[..., Tensor]:  # noqa: N802  (the type's name; code in Inductor's cache calls it)
+    """One call of ``qmamba::name`` in compiled code; its tensors have the same dtypes, sizes and strides every time.
+
+    Without a compiler it is the operator itself.
+    """
+    extension = load_extension("replay")
+    if extension is None:
+        return getattr(torch.ops.qmamba, name).default
+    extension.set_data_ptr(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]
+    return extension.CallSite(functools.partial(_first, name), torch.get_num_threads, _empty_strided_cpu)
+
+
+def _first(name: str, *arguments: Any) -> tuple[Tensor, Replay | None]:
+    """Output of a call, and what later ones repeat as long as the number of threads stays."""
+    launch = LAUNCHERS[name](*arguments)
+    if launch is None:
+        return getattr(torch.ops.qmamba, name).default(*arguments), None
+    return launch.run(), _replay(launch, arguments)
+
+
+def _replay(launch: Launch, arguments: tuple[Any, ...]) -> Replay | None:
     """None if the launch needs a converted copy of an argument, or its output needs conversion."""
     output = launch.output
     inputs, output_position = [], -1
@@ -119,9 +114,11 @@ def _replay(launch: Launch, arguments: tuple[Any, ...]) -> _Replay | None:
             inputs.append((position, index))
     if output.dtype is not launch.dtype:
         return None
+    kernel = ctypes.cast(launch.kernel, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert kernel is not None
     constants = [0 if isinstance(field, Tensor) else _number(field) for field in launch.fields]
     allocation = (tuple(output.shape), output.stride(), output.dtype)
-    return _Replay(launch.kernel, _layout(len(constants)), constants, inputs, output_position, allocation)
+    return Replay(kernel, torch.get_num_threads(), constants, inputs, output_position, allocation)
 
 
 # --- Inductor ------------------------------------------------------------------------------------------------------
