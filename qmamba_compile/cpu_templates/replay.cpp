@@ -21,6 +21,7 @@ void* (*data_ptr)(PyObject*);
 struct Input {
     Py_ssize_t position;  // among the fields
     Py_ssize_t argument;
+    Py_ssize_t offset;  // bytes
 };
 
 struct CallSite {
@@ -51,7 +52,8 @@ bool bind(CallSite* self, PyObject* launch) {
     self->inputs->clear();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(inputs); ++i) {
         Input input;
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(inputs, i), "nn", &input.position, &input.argument)) return false;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(inputs, i), "nnn", &input.position, &input.argument, &input.offset))
+            return false;
         self->inputs->push_back(input);
     }
     if (PyErr_Occurred()) return false;
@@ -83,7 +85,7 @@ PyObject* repeat(CallSite* self, PyObject* const* arguments) {
         // A copy: another thread may repeat the launch while the kernel runs.
         std::vector<int64_t> fields(*self->fields);
         for (const Input& input : *self->inputs)
-            fields[input.position] = reinterpret_cast<int64_t>(data_ptr(arguments[input.argument]));
+            fields[input.position] = reinterpret_cast<int64_t>(data_ptr(arguments[input.argument])) + input.offset;
         fields[self->output] = reinterpret_cast<int64_t>(data_ptr(output));
         const Kernel kernel = self->kernel;
         Py_BEGIN_ALLOW_THREADS;

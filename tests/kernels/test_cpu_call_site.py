@@ -94,7 +94,21 @@ def test_no_kernel_leaves_the_call_to_the_operator(monkeypatch):
 
 def test_no_compiler_makes_the_operator_the_call_site(monkeypatch):
     monkeypatch.setattr(call_site, "load_extension", lambda name: None)
-    assert CallSite("conv_update") is torch.ops.qmamba.conv_update.default
+    state, xBC, *rest = conv_arguments()
+    expected = torch.ops.qmamba.conv_update(state.clone(), xBC, *rest)
+    site = CallSite("conv_update", {1: (xBC.shape, xBC.stride(), 8)})
+    padded = torch.cat([torch.randn(8), xBC.flatten()])
+    assert torch.equal(site(state, padded, *rest), expected)
+
+
+def test_a_view_is_found_from_its_base():
+    _, xBC, *rest = conv_arguments()
+    site = CallSite("conv_update", {1: (xBC.shape, xBC.stride(), 8)})
+    for _ in range(3):
+        state, base = torch.randn(b, k, 3), torch.randn(4 + 8 + xBC.numel())[4:]
+        expected = torch.ops.qmamba.conv_update(state.clone(), base[8:].view(b, 1, k).mT, *rest)
+        assert torch.equal(site(state, base, *rest), expected)
+    assert site.launch.inputs[1][1:] == (1, 32)
 
 
 def test_errors_of_a_call_are_raised():
@@ -147,11 +161,12 @@ def test_inductor_calls_what_has_fixed_sizes(dynamic):
     call_site.call_from_inductor()
 
     def layer(x, *rest):
-        return torch.ops.qmamba.w8a8_linear(x.relu(), *rest) + 1
+        # Of the last k of 2 k columns: a view.
+        return torch.ops.qmamba.w8a8_linear(torch.cat([x, x.relu()], dim=-1)[..., k:], *rest) + 1
 
     torch._dynamo.reset()
     arguments = linear_arguments()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         y, (code,) = run_and_get_code(torch.compile(layer, dynamic=dynamic), *arguments)
     assert torch.equal(y, layer(*arguments))
-    assert ("CallSite('w8a8_linear')" in code) is not dynamic
+    assert (f"CallSite('w8a8_linear', {{0: ((2, 1, 64), ({2 * k}, {2 * k}, 1), {k})}})" in code) is not dynamic
