@@ -164,10 +164,9 @@ def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compi
         return torch._dynamo.lookup_backend(config.inner_backend)
     from torch._inductor.compile_fx import compile_fx
 
-    call_from_inductor()
     # Dynamo's guards have compared all sizes and strides when the code runs. Without a second look a step of the 130M
     # shape takes 13.3 ms instead of 13.8.
-    patches = {"size_asserts": False}
+    patches = {"size_asserts": False, **call_from_inductor()}
     if mode not in (None, "default"):
         patches |= torch._inductor.list_mode_options(mode)
     if phase == "prefill" and "triton.cudagraphs" in patches:

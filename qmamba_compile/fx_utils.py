@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -233,6 +234,33 @@ def retarget_guards(guards: dict[int, list[dict[str, Any]]], old: Tensor, new: T
     """
     for keywords in guards.pop(id(old), ()):
         keywords["value"] = TensorWeakRef(new)
+
+
+def narrow_guards(name: str, accepts: Callable[[Any], bool]) -> None:
+    """Let ``accepts`` be all that guards of the graph being compiled ask of the metadata of a tensor subclass.
+
+    Dynamo compares everything that ``__tensor_flatten__`` returns, and calls it twice at each step. For the 49 torchao
+    weights of the 130M shape, of which the graph needs little, that takes 0.36 ms of a step. Type, dtype, sizes and
+    each inner tensor remain guarded by themselves.
+
+    Args:
+        name: Dynamo's expression for the tensor, `source_name`. Nothing happens where no guard knows it.
+        accepts: called with what the expression evaluates to, of whatever type; no exception may leave it.
+    """
+    guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
+    for guard in guards:
+        if guard.name == name and guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH":
+            guard.create_fn = functools.partial(_accepted, accepts)
+            guards.inner = type(guards.inner)(g for g in guards if g.name != f"{name}.__tensor_flatten__()[0]")
+            return
+
+
+def _accepted(accepts: Callable[[Any], bool], builder: Any, guard: Any) -> None:
+    """Create the guard of `narrow_guards`; called by Dynamo after the backend returned."""
+    from torch._dynamo.guards import get_verbose_code_parts
+
+    description = get_verbose_code_parts(f"{accepts}({guard.name})", guard)
+    builder.get_guard_manager(guard).add_lambda_guard(accepts, description, guard.user_stack)
 
 
 def _fake_mode(values: Any) -> FakeTensorMode:

@@ -10,14 +10,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.machinery
+import importlib.util
 import logging
 import os
 import pathlib
 import platform
 import subprocess
 import sys
+import sysconfig
 import tempfile
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -98,39 +102,10 @@ def build(spec: Spec | LayerSpec) -> pathlib.Path | None:
     Raises:
         KernelBuildError: the compiler rejected the code; the message holds its own.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    from torch._inductor.cpp_builder import get_compiler_version_info
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    source = render(spec)
     openmp = () if sys.platform == "darwin" else ("-fopenmp",)
     vnni = ("-mavx512vnni",) if spec.vnni else ()
-    flags = (*_FLAGS, *_ISA_FLAGS[spec.isa], *vnni, *openmp, "-shared", "-fPIC")
-    identity = "\n".join((source, *flags, compiler, get_compiler_version_info(compiler), platform.machine()))
-    name = f"{spec.slug()}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    folder = pathlib.Path(cache_dir(), "qmamba")
-    library = folder / f"{name}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as workplace:
-        unit = pathlib.Path(workplace, f"{name}.cpp")
-        unit.write_text(source)
-        built = unit.with_suffix(".so")
-        command = [compiler, *flags, str(unit), "-o", str(built), "-lm"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        # The source stays beside the library, for debuggers and for whoever reads the compiler's message.
-        kept = unit.replace(folder / unit.name)
-        if result.returncode != 0:
-            raise KernelBuildError(
-                f"{spec.slug()}: {compiler} rejected {kept}\n{' '.join(command)}\n{result.stderr.strip()}\n"
-                "Set CXX to another compiler" + (", or fuse_ssm_update=False" if isinstance(spec, Spec) else "")
-            )
-        built.replace(library)
-    log.info("built %s", library)
-    return library
+    remedy = "set CXX to another compiler" + (", or fuse_ssm_update=False" if isinstance(spec, Spec) else "")
+    return _build(render(spec), spec.slug(), (*_FLAGS, *_ISA_FLAGS[spec.isa], *vnni, *openmp), remedy)
 
 
 def load(spec: Spec | LayerSpec) -> Kernel | None:
@@ -148,3 +123,62 @@ def load(spec: Spec | LayerSpec) -> Kernel | None:
         raise KernelBuildError(f"{spec.slug()}: {library} does not load ({error}); delete it to build anew") from error
     function.argtypes, function.restype = [ctypes.c_char_p], None
     return function
+
+
+@functools.cache
+def load_extension(name: str) -> types.ModuleType | None:
+    """The Python module written in ``name``.cpp beside this file, built if need be; ``None`` without a compiler.
+
+    Raises:
+        KernelBuildError: the compiler rejected the code (it needs Python's headers, as Inductor does), or the module
+            does not load.
+    """
+    source = pathlib.Path(__file__).with_name(f"{name}.cpp").read_text()
+    include = f"-I{sysconfig.get_path('include')}"
+    undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
+    slug = f"{name}-{sysconfig.get_config_var('SOABI')}"
+    library = _build(source, slug, (*_FLAGS, include, *undefined), "install Python's headers")
+    if library is None:
+        return None
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        raise KernelBuildError(f"{name}: {library} does not load ({error}); delete it to build anew") from error
+    return module
+
+
+def _build(source: str, slug: str, flags: Sequence[str], remedy: str) -> pathlib.Path | None:
+    """Path of the shared library made of ``source``; ``remedy`` ends the message of a `KernelBuildError`."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    from torch._inductor.cpp_builder import get_compiler_version_info
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    flags = (*flags, "-shared", "-fPIC")
+    identity = "\n".join((source, *flags, compiler, get_compiler_version_info(compiler), platform.machine()))
+    name = f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder = pathlib.Path(cache_dir(), "qmamba")
+    library = folder / f"{name}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as workplace:
+        unit = pathlib.Path(workplace, f"{name}.cpp")
+        unit.write_text(source)
+        built = unit.with_suffix(".so")
+        command = [compiler, *flags, str(unit), "-o", str(built), "-lm"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        # The source stays beside the library, for debuggers and for whoever reads the compiler's message.
+        kept = unit.replace(folder / unit.name)
+        if result.returncode != 0:
+            raise KernelBuildError(
+                f"{slug}: {compiler} rejected {kept}\n{' '.join(command)}\n{result.stderr.strip()}\nTo go on, {remedy}"
+            )
+        built.replace(library)
+    log.info("built %s", library)
+    return library

@@ -21,6 +21,7 @@ from ..fx_utils import (
     iter_calls,
     layer_of,
     mark_static,
+    narrow_guards,
     nbytes_of,
     op_name,
     parameter_path,
@@ -31,7 +32,7 @@ from ..fx_utils import (
 )
 from ..report import Report
 from .base import GraphPass
-from .int8_weight import has_row_scales, quantize_for_layer
+from .int8_weight import form_of, has_form, has_row_scales, quantize_for_layer
 from .parameter_forms import FindBeside
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,6 +90,7 @@ class QuantizeLinear(GraphPass):
             report.rewrote(layer, "int8", bytes_before=bytes_before, bytes_after=bytes_after)
         for weight in unpacked:
             if not weight.users:
+                self._narrow_guards(weight)
                 graph.erase_node(weight)
 
     def _refusal(self, node: fx.Node, weight: Any, layer: str) -> tuple[SkipReason, str] | None:
@@ -140,6 +142,12 @@ class QuantizeLinear(GraphPass):
             mark_static(last)
             inputs.append(last)
         return tuple(inputs)
+
+    def _narrow_guards(self, weight: fx.Node) -> None:
+        """Of a weight of which only the inner tensors are read, ask no more than `form_of`."""
+        value = self.context.example_inputs[weight.meta["qmamba_input"].index]
+        if isinstance(value, Int8Tensor):
+            narrow_guards(source_name(weight), functools.partial(has_form, form_of(value)))
 
     def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:
         """The layer's static activation scale, an input of its own: torchao's eager linear stays dynamic."""

@@ -141,6 +141,16 @@ def test_damaged_library(fresh: pathlib.Path) -> None:
         build.load(SPEC)
 
 
+@needs_compiler
+def test_extension_is_built_once_and_says_what_it_lacks(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = build.load_extension.__wrapped__
+    assert callable(load("replay").CallSite) and callable(load("replay").CallSite)
+    assert [path.suffix for path in sorted((fresh / "qmamba").iterdir())] == [".cpp", ".so"]
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(fresh))
+    with pytest.raises(KernelBuildError, match="install Python's headers"):
+        load("replay")
+
+
 def test_without_a_compiler_the_reference_runs(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder, exc
 

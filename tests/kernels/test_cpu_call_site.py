@@ -1,5 +1,8 @@
 """Replayed launches: what compiled code calls must do what the operator does, with whatever tensors it is given."""
 
+import concurrent.futures
+import weakref
+
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
@@ -63,7 +66,7 @@ def test_every_call_is_what_the_operator_does(case):
         arguments = CASES[case]()
         expected_arguments = copied(arguments)
         y, expected = site(*arguments), operator(*expected_arguments)
-        assert site._replay is not None
+        assert site.launch is not None
         assert y.dtype is expected.dtype and y.stride() == expected.stride() and torch.equal(y, expected)
         for found, wanted in zip(arguments, expected_arguments, strict=True):
             assert not isinstance(found, torch.Tensor) or torch.equal(found, wanted)
@@ -79,7 +82,7 @@ def test_converted_arguments_are_left_to_the_operator():
     for _ in range(2):
         arguments = linear_arguments(torch.float16)
         assert torch.equal(site(*arguments), torch.ops.qmamba.w8a8_linear(*arguments))
-        assert site._replay is None
+        assert site.launch is None
 
 
 def test_no_kernel_leaves_the_call_to_the_operator(monkeypatch):
@@ -87,6 +90,57 @@ def test_no_kernel_leaves_the_call_to_the_operator(monkeypatch):
     site, arguments = CallSite("conv_update"), conv_arguments()
     copies = copied(arguments)
     assert torch.equal(site(*arguments), torch.ops.qmamba.conv_update(*copies))
+
+
+def test_no_compiler_makes_the_operator_the_call_site(monkeypatch):
+    monkeypatch.setattr(call_site, "load_extension", lambda name: None)
+    state, xBC, *rest = conv_arguments()
+    expected = torch.ops.qmamba.conv_update(state.clone(), xBC, *rest)
+    site = CallSite("conv_update", {1: (xBC.shape, xBC.stride(), 8)})
+    padded = torch.cat([torch.randn(8), xBC.flatten()])
+    assert torch.equal(site(state, padded, *rest), expected)
+
+
+def test_a_view_is_found_from_its_base():
+    _, xBC, *rest = conv_arguments()
+    site = CallSite("conv_update", {1: (xBC.shape, xBC.stride(), 8)})
+    for _ in range(3):
+        state, base = torch.randn(b, k, 3), torch.randn(4 + 8 + xBC.numel())[4:]
+        expected = torch.ops.qmamba.conv_update(state.clone(), base[8:].view(b, 1, k).mT, *rest)
+        assert torch.equal(site(state, base, *rest), expected)
+    assert site.launch.inputs[1][1:] == (1, 32)
+
+
+def test_errors_of_a_call_are_raised():
+    site, arguments = CallSite("conv_update"), conv_arguments()
+    with pytest.raises(AttributeError):
+        site(0, *arguments[1:])  # the launcher's own
+    site(*arguments)
+    with pytest.raises(RuntimeError, match="non-tensor"):
+        site(0, *arguments[1:])  # in place of an address
+
+
+def test_a_call_holds_nothing_but_its_output():
+    """What a call allocates and what it was given is freed with the last reference outside of it."""
+    site, freed = CallSite("conv_update"), []
+    for _ in range(3):
+        arguments = conv_arguments()
+        y = site(*arguments)
+        for tensor in (*arguments[:4], y):
+            weakref.finalize(tensor, freed.append, None)
+    del tensor, arguments, y
+    assert len(freed) == 15
+
+
+def test_threads_share_a_call_site():
+    """The kernel runs without the lock of the interpreter: each call has fields of its own."""
+    site = CallSite("conv_update")
+    calls = [conv_arguments() for _ in range(64)]
+    expected = [torch.ops.qmamba.conv_update(*copied(arguments)) for arguments in calls]
+    site(*conv_arguments())
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda arguments: site(*arguments), calls))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_the_number_of_threads_is_that_of_the_call():
@@ -97,7 +151,7 @@ def test_the_number_of_threads_is_that_of_the_call():
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
             site(*arguments)
-            assert site._replay.constants[-1] == threads
+            assert site.launch.constants[-1] == threads
     finally:
         torch.set_num_threads(before)
 
@@ -107,11 +161,12 @@ def test_inductor_calls_what_has_fixed_sizes(dynamic):
     call_site.call_from_inductor()
 
     def layer(x, *rest):
-        return torch.ops.qmamba.w8a8_linear(x.relu(), *rest) + 1
+        # Of the last k of 2 k columns: a view.
+        return torch.ops.qmamba.w8a8_linear(torch.cat([x, x.relu()], dim=-1)[..., k:], *rest) + 1
 
     torch._dynamo.reset()
     arguments = linear_arguments()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         y, (code,) = run_and_get_code(torch.compile(layer, dynamic=dynamic), *arguments)
     assert torch.equal(y, layer(*arguments))
-    assert ("CallSite('w8a8_linear')" in code) is not dynamic
+    assert (f"CallSite('w8a8_linear', {{0: ((2, 1, 64), ({2 * k}, {2 * k}, 1), {k})}})" in code) is not dynamic

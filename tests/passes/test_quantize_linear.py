@@ -141,6 +141,49 @@ def test_later_graphs_find_the_int8_weight(capture):
     assert layers.first.weight is held
 
 
+PARTS = {*Int8Tensor.tensor_data_names, "block_size", "dtype", "zero_point", "act_pre_scale", "act_quant_kwargs"}
+
+
+def like(weight: Int8Tensor, **changes) -> nn.Parameter:
+    """An int8 weight made of the parts of another."""
+    kept = {name: getattr(weight, name) for name in PARTS if name not in changes}
+    return nn.Parameter(Int8Tensor(**kept, **changes), requires_grad=False)
+
+
+REPLACEMENTS = {
+    "the same form, other values": (lambda weight: quantize_weight(torch.randn(weight.shape)), 0),
+    "with factors": (lambda weight: quantize_weight(torch.randn(weight.shape), smooth=torch.rand(16) + 0.5), 1),
+    "without a zero point": (lambda weight: like(weight, zero_point=None), 1),
+    "static activations": (lambda weight: like(weight, act_quant_kwargs=None, act_quant_scale=torch.ones(1, 1)), 1),
+    "float activations": (lambda weight: like(weight, act_quant_kwargs=None), 1),
+    "one scale": (lambda weight: like(weight, scale=torch.ones(1, 1), block_size=list(weight.shape)), 1),
+    "codes in another layout": (lambda weight: like(weight, qdata=weight.qdata.t().contiguous().t()), 1),
+    "scales in another dtype": (lambda weight: like(weight, scale=weight.scale.double()), 1),
+    "another dtype": (lambda weight: like(weight, dtype=torch.bfloat16), 1),
+    "another size": (lambda weight: quantize_weight(torch.randn(24, 8)), 1),
+    "float": (lambda weight: torch.randn(weight.shape), 1),
+}
+
+
+@pytest.mark.parametrize("change", REPLACEMENTS)
+def test_guards_ask_what_the_graph_needs_of_an_int8_weight(capture, monkeypatch, change):
+    """What torchao says of a weight beyond that is not looked at in each step; another form compiles again."""
+    replace, compilations = REPLACEMENTS[change]
+    layers, backend, guards = Two(linear(), linear(24, 8)), capture(QuantizeLinear), []
+    compiled = backend.compile(layers)
+    compiled(torch.randn(3, 16))
+    torch._dynamo.reset()  # the next graph finds int8 weights
+    monkeypatch.setattr(
+        torch._dynamo.guards, "guard_manager_testing_hook_fn", lambda manager, *_: guards.append(str(manager))
+    )
+    compiled(torch.randn(3, 16))
+    assert guards[0].count("has_form") == 2 and "__tensor_flatten__" not in guards[0]
+    layers.first.weight = nn.Parameter(replace(layers.first.weight), requires_grad=False)
+    backend.graphs.clear()
+    compiled(torch.randn(3, layers.first.weight.shape[1]).to(layers.first.weight.dtype))
+    assert len(backend.graphs) == compilations
+
+
 class Tied(nn.Module):
     """An embedding whose weight is the head's, too."""
 
