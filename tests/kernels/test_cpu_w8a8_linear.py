@@ -203,12 +203,6 @@ def test_panels_and_chunks(spec: LayerSpec) -> None:
     check(problem(tokens=40, k=768, o=1100))  # several groups of repacked panels
 
 
-@pytest.mark.parametrize("tokens", [9, 40])
-def test_more_than_32_mebibytes(spec: LayerSpec, tokens: int) -> None:
-    """The output is advised to lie on huge pages, and holds what it should up to its ends."""
-    check(problem(tokens, k=2, o=2**23 // tokens + 5))
-
-
 def test_threads_do_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     for tokens in (1, 40, 64):
         arguments = problem(tokens, o=900)

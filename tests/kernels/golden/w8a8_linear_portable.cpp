@@ -16,9 +16,6 @@
 //
 // Promises: without a norm, codes, integer sums and result are those of the torch reference, bit for bit. The norm sums
 // squares in another order, and its exp is within 2 units in the last place: a code may differ by one at a tie.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -384,15 +381,6 @@ void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* ro
     t.excess[token] = 0;
 }
 
-// glibc maps a block of more than 32 MiB anew each time, and each of its pages faults when first written. Huge ones:
-// 512 tokens, 768x50288, one thread: 112 ms without, 82 with.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-    const uintptr_t page = 1 << 21, begin = ((uintptr_t)data + page - 1) / page * page;
-    if (bytes > 1 << 25) madvise((void*)begin, ((uintptr_t)data + bytes - begin) / page * page, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 extern "C" void w8a8_linear_portable(const void* packed_arguments) {
@@ -405,7 +393,6 @@ extern "C" void w8a8_linear_portable(const void* packed_arguments) {
     const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
     const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
     const int64_t panel = fitting, panels = (a.o + panel - 1) / panel;
-    advise_huge_pages(a.y, a.tokens * a.o * (a.y_dtype == 0 ? 4 : 2));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         {
