@@ -40,9 +40,14 @@ MAX_ELEMENTS = 2**16
 _PANEL_BYTES = 24 * 2**10
 """Weight rows that all tokens are multiplied with at a time; with a few tokens they fill a 32 KiB L1 cache."""
 
-_PANELS_FROM = 48
-"""Tokens from which repacking weights pays. Milliseconds as they lie / repacked, Xeon with VNNI, one thread: 768x3352
-0.63 / 0.58 at 32 tokens, 1.14 / 0.84 at 64, 8.96 / 5.52 at 512; 2560x10576 4.57 / 4.96, 8.36 / 7.72, 64.4 / 48.9."""
+_PANELS_FROM = 36
+"""Tokens from which repacking weights pays. Microseconds as they lie / repacked, Xeon with VNNI, one thread: 768x3352
+518 / 474 at 32 tokens, 578 / 480 at 36; 1536x768 194 / 217 and 214 / 219; 2560x10576 5680 / 4880 at 36."""
+
+_GROUP_BYTES = 3 * 2**17
+"""Repacked weights that stay in the L2 cache while all tokens pass by. Milliseconds for 512 tokens, same machine, with
+groups of 96, 192, 384 and 768 KiB: 768x50288 72.1, 66.1, 65.6 and 64.2 (by panels of 24 KiB: 73.2); 768x3352 4.98,
+4.54, 4.47 and 4.48 (5.11)."""
 
 _CHUNK_BYTES = 2**19
 """Codes of tokens that stay in the L2 cache while all weights pass by."""
@@ -250,6 +255,7 @@ def _layer_constants(spec: LayerSpec) -> dict[str, object]:
         "lanes": lanes,
         "slots": 0,
         "rotations": _rotations(lanes),
+        "merges": _merges(lanes),
         "step": 64 if spec.vnni else 2 * lanes if spec.isa != "portable" else 16,
         # 16 sums, 4 rows of weights and a token fill the 32 registers of AVX-512; the others have 16.
         "rows": 4,
@@ -257,6 +263,7 @@ def _layer_constants(spec: LayerSpec) -> dict[str, object]:
         "panel_bytes": _PANEL_BYTES,
         "chunk_bytes": _CHUNK_BYTES,
         "panels_from": _PANELS_FROM,
+        "group_bytes": _GROUP_BYTES,
         "tiny_scale": repr(quant.TINY_SCALE),
     }
 
