@@ -8,6 +8,7 @@ through the launcher.
 
 from __future__ import annotations
 
+import array
 import functools
 import itertools
 import struct
@@ -84,13 +85,13 @@ class CallSite:
             self._threads = torch.get_num_threads()
         if self._replay is None:
             return self._operator(*arguments)
-        kernel, layout, constants, inputs, output_position, allocation = self._replay
-        fields = constants.copy()
+        kernel, constants, inputs, output_position, allocation = self._replay
+        fields = constants[:]
         for position, index in inputs:
             fields[position] = arguments[index].data_ptr()
         output = _empty_strided_cpu(*allocation)
         fields[output_position] = output.data_ptr()
-        kernel(layout.pack(*fields))
+        kernel(fields.tobytes())
         return output
 
 
@@ -98,8 +99,7 @@ class _Replay(NamedTuple):
     """A launch without its tensors: where the addresses of arguments and output go, and how to allocate the output."""
 
     kernel: Kernel
-    layout: struct.Struct
-    constants: list[int]
+    constants: array.array[int]  # all fields; a list would make each call fetch as many integers, which are cold by then
     inputs: list[tuple[int, int]]
     output_position: int
     allocation: tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -119,9 +119,9 @@ def _replay(launch: Launch, arguments: tuple[Any, ...]) -> _Replay | None:
             inputs.append((position, index))
     if output.dtype is not launch.dtype:
         return None
-    constants = [0 if isinstance(field, Tensor) else _number(field) for field in launch.fields]
+    constants = array.array("q", [0 if isinstance(field, Tensor) else _number(field) for field in launch.fields])
     allocation = (tuple(output.shape), output.stride(), output.dtype)
-    return _Replay(launch.kernel, _layout(len(constants)), constants, inputs, output_position, allocation)
+    return _Replay(launch.kernel, constants, inputs, output_position, allocation)
 
 
 # --- Inductor ------------------------------------------------------------------------------------------------------
