@@ -2,8 +2,8 @@
 
 One call runs through as many states as the model has layers, so that each is as cold as in a model. The float
 variants run the function of transformers that the model's own decode step runs; the packed ones call our operator from
-one graph compiled by Inductor, as a model does. The layers of ``flush8`` variants are
-at different positions of their rings, as in a model, so that one call stores an eighth of all states.
+one graph compiled by Inductor, as a model does. The layers of ``flush8`` variants are at different positions of their
+rings, as in a model, so that one call stores an eighth of all states.
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def elapsed(ring: Ring) -> Tensor:
 def materialize(checkpoint: Tensor, ring: Ring, total: Tensor | None = None) -> Tensor:
     """The float state [b, h, p, n] at S = ``total`` [b, h] (now, if None) from the one at the checkpoint.
 
-    A slot's weighted x is cut to 16 significant bits: times a B of 8, its product is exact in float32 (from 2^-103 on),
-    so that a fused multiply-add gives the same state. That is 2^-16 of what the ring's own rounding let 2^-9 of through.
+    A slot's weighted x is cut to 16 significant bits: times a B of 8 bits, its product is exact in float32 (from 2^-103
+    on), so that a fused multiply-add gives the same state. That cuts off less than 2^-15; the ring rounds to 2^-9.
     """
     total = elapsed(ring) if total is None else total
     h = checkpoint * exp(total)[..., None, None]

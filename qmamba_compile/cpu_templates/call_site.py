@@ -99,7 +99,7 @@ class _Replay(NamedTuple):
     """A launch without its tensors: where the addresses of arguments and output go, and how to allocate the output."""
 
     kernel: Kernel
-    constants: array.array[int]  # all fields; a list would make each call fetch as many integers, which are cold by then
+    constants: array.array[int]  # not a list of integers, which are cold when a step comes back to them
     inputs: list[tuple[int, int]]
     output_position: int
     allocation: tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
