@@ -137,7 +137,8 @@ def test_what_a_slot_adds_to_the_state_is_an_exact_product(ring):
     ((x, dt, B, _),), _ = inputs_of(1)
     held = recurrence.new_ring(2, NHEADS, HEADDIM, NGROUPS, DSTATE, 2, dtype=ring)
     recurrence.append_(held, x, dt.abs(), B, torch.full((2, NHEADS), -0.3))
-    added = recurrence.materialize(torch.zeros(2, NHEADS, HEADDIM, DSTATE), held, torch.full((2, NHEADS), -0.7))
+    zeros, total = torch.zeros(2, NHEADS, HEADDIM, DSTATE), torch.full((2, NHEADS), -0.7)
+    added = recurrence.materialize(zeros, held, total, to_store=True)
     stored_B = held.B[:, 0].double().repeat_interleave(NHEADS // NGROUPS, dim=1)[:, :, None]  # [b, h, 1, n]
     largest = stored_B.abs().argmax(dim=-1, keepdim=True)
     weighted = added.double().gather(-1, largest.expand(-1, -1, HEADDIM, 1)) / stored_B.gather(-1, largest)

@@ -633,12 +633,13 @@ inline void weigh_slots(const Arguments& a) {
     }
 }
 
-// A slot's inputs times its weight; their products with B are exact, so that a fused multiply-add is the reference's.
+// A slot's inputs times its weight, as recurrence.materialize rounds them: their products with B are exact, so that a fused multiply-add is the reference's.
 inline void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, float weight, float* x) {
     const uint16_t* stored = a.ring_x + ((b * SLOTS + slot) * a.nheads + head) * HEADDIM;
     for (int p = 0; p < HEADDIM; p += LANES) {
         const Floats weighted = ring_floats(load_first<RingVector>(stored + p, rows_from(p))) * weight;
-        store(x + p, (Floats)((Words)weighted & 0xffffff00u));
+        const Floats rounded = (Floats)(((Words)weighted + 0x80u) & 0xffffff00u);
+        store(x + p, weighted == weighted ? rounded : weighted);
     }
 }
 
