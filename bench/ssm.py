@@ -1,8 +1,9 @@
 """How fast is one SSM step on a packed state, against Inductor and against an equally fused float32 loop of our own?
 
 One call runs through as many states as the model has layers, so that each is as cold as in a model. The float
-variants run the function of transformers that the model's own decode step runs. The layers of ``flush8`` variants are
-at different positions of their rings, as in a model, so that one call stores an eighth of all states.
+variants run the function of transformers that the model's own decode step runs; the packed ones call our operator from
+one graph compiled by Inductor, as a model does. The layers of ``flush8`` variants are at different positions of their
+rings, as in a model, so that one call stores an eighth of all states.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
 from qmamba_compile import DSQState, ops
+from qmamba_compile.cpu_templates.call_site import call_from_inductor
 from qmamba_compile.cpu_templates.launch import ssm_update_float
 from qmamba_compile.recurrence import RING_DTYPES, new_ring
 
@@ -144,15 +146,24 @@ def variant(name: str, inputs: Inputs) -> tuple[Step, int, float]:
         flush_interval=_FLUSH_INTERVAL if "flush8" in name else 1,
         ring_bits=8 if name.endswith("ring8") else 16,
     )
-    op = ops.ssm_update_reference if name == OURS_REFERENCE else torch.ops.qmamba.ssm_update.default
-    step = functools.partial(_packed_step, op, packed, inputs)
-    return step, sum(state.packed_nbytes for state in packed), _H8 if bits == 8 else _H4
+    held = sum(state.packed_nbytes for state in packed)
+    if name == OURS_REFERENCE:
+        layers = _layer_arguments(packed, inputs)
+        return lambda: _all_layers(ops.ssm_update_reference, layers), held, _H4
+    return _compiled_step(packed, inputs), held, _H8 if bits == 8 else _H4
 
 
 def packed_step(inputs: Inputs, bits: int, *, flush_interval: int) -> Step:
     """One step of all layers on dynamically scaled states of their own."""
-    states = _packed_states(inputs, bits, flush_interval=flush_interval)
-    return functools.partial(_packed_step, torch.ops.qmamba.ssm_update.default, states, inputs)
+    return _compiled_step(_packed_states(inputs, bits, flush_interval=flush_interval), inputs)
+
+
+def _compiled_step(states: list[DSQState], inputs: Inputs) -> Step:
+    """The operator for each layer, called as a compiled model calls it: from the code of one graph of Inductor's."""
+    call_from_inductor()
+    update = torch.compile(functools.partial(_all_layers, torch.ops.qmamba.ssm_update.default), dynamic=False)
+    layers = _layer_arguments(states, inputs)
+    return lambda: update(layers)
 
 
 def _packed_states(
@@ -190,10 +201,15 @@ def _transformers_step(inputs: Inputs, states: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _packed_step(op: Callable[..., Tensor], states: list[DSQState], inputs: Inputs) -> list[Tensor]:
+def _all_layers(op: Callable[..., Tensor], layers: list[tuple[Any, ...]]) -> list[Tensor]:
+    return [op(*arguments) for arguments in layers]
+
+
+def _layer_arguments(states: list[DSQState], inputs: Inputs) -> list[tuple[Any, ...]]:
+    """Arguments of the operator for each layer: tensors only, none of `DSQState`, as in a compiled model's graph."""
     i = inputs
     return [
-        op(
+        (
             s.packed,
             s.channel_scale,
             s.state_scale if s.dynamic else None,

@@ -131,6 +131,20 @@ def test_reading_is_the_product_with_the_materialized_state(ring):
             assert (y - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("ring", [torch.bfloat16, torch.int8])
+def test_what_a_slot_adds_to_the_state_is_an_exact_product(ring):
+    """Or kernels that fuse the addition would make another state than those that do not."""
+    ((x, dt, B, _),), _ = inputs_of(1)
+    held = recurrence.new_ring(2, NHEADS, HEADDIM, NGROUPS, DSTATE, 2, dtype=ring)
+    recurrence.append_(held, x, dt.abs(), B, torch.full((2, NHEADS), -0.3))
+    zeros, total = torch.zeros(2, NHEADS, HEADDIM, DSTATE), torch.full((2, NHEADS), -0.7)
+    added = recurrence.materialize(zeros, held, total, to_store=True)
+    stored_B = held.B[:, 0].double().repeat_interleave(NHEADS // NGROUPS, dim=1)[:, :, None]  # [b, h, 1, n]
+    largest = stored_B.abs().argmax(dim=-1, keepdim=True)
+    weighted = added.double().gather(-1, largest.expand(-1, -1, HEADDIM, 1)) / stored_B.gather(-1, largest)
+    assert added.any() and torch.equal(added.double(), weighted * stored_B)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     flush_interval=st.sampled_from([2, 3, 8]),

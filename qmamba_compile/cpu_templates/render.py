@@ -233,6 +233,7 @@ def _ring_constants(spec: Spec) -> dict[str, object]:
         "ring_type": {"bfloat16": "uint16_t", "int8": "int8_t", "float32": "float"}[str(spec.ring)],
         "ring_bytes": {"bfloat16": 2, "int8": 1, "float32": 4}[str(spec.ring)],
         "read_offset": 2 ** (bits - 1),
+        "short_mask": recurrence.SHORT_MASK & 0xFFFFFFFF,
         "code_mask": f"{largest_code * (0x01010101 if spec.vnni else 0x10001):#010x}u",
         # No sum of dstate products leaves 32 bits; and vpdpbusd takes C as two signed bytes, 127 * 256 + 127 at most.
         "C_limit": min(32639 if spec.vnni else 32767, (2**31 - 1) // (largest_code * spec.dstate)),

@@ -150,13 +150,13 @@ def test_an_int8_ring_without_scale_is_refused(interpreted: Callable[..., Any]) 
 
 
 # Instructions an element of a step that reads, of one that stores, and the mean of a cycle of 8 over those of storing
-# at each step: the larger one of Triton 3.6 and 3.9 when the bound was set, plus 3 percent. sm_90: 3.48, 17.0, 0.469;
-# with 3.6 3.45, 18.7 and 0.473. What is asked for is 0.5.
+# at each step: the larger one of Triton 3.6 and 3.9 when the bound was set, plus 3 percent. sm_90: 3.48, 16.8, 0.467;
+# with 3.6, before the ring was rounded to 16 bits, 3.45, 18.7 and 0.473. What is asked for is 0.5.
 INSTRUCTIONS = {
     ("sm_80", 16): (3.6, 18.6, 0.49),
     ("sm_90", 16): (3.6, 19.2, 0.49),
     ("sm_100", 16): (3.5, 18.0, 0.53),
-    ("sm_90", 8): (5.2, 24.0, 0.66),
+    ("sm_90", 8): (5.2, 23.5, 0.66),
 }
 
 

@@ -124,7 +124,8 @@ inline void store_run(Element* run, int j, Vector vector) {
     }
 }
 
-inline Floats splat(float value) { return Floats{} + value; }
+// Less zero, which changes no value and costs nothing; plus zero would change -0.
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
@@ -511,7 +512,7 @@ inline void update_rows(
     Ints most[COUNT] = {};
 #pragma GCC unroll 2
     for (int r = 0; r < COUNT; ++r) {
-        channel[r] = Floats{} + from_bfloat16(channel_scale[p + r]);
+        channel[r] = splat(from_bfloat16(channel_scale[p + r]));
         x[r] = splat(s.x[p + r]);
     }
 #pragma GCC unroll 16

@@ -121,7 +121,8 @@ inline void store_run(Element* run, int j, Vector vector) {
     }
 }
 
-inline Floats splat(float value) { return Floats{} + value; }
+// Less zero, which changes no value and costs nothing; plus zero would change -0.
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
@@ -428,26 +429,36 @@ struct Call {
     int64_t batch, nheads, ngroups, threads;
 };
 
-struct Arguments : Call {
-    Steps steps;
-
-    explicit Arguments(const Call& call) : Call(call), steps(call.batch, call.nheads) {}
-};
-
 constexpr int SLOTS = 7;  // of the ring
-constexpr int SLOT_VECTORS = (SLOTS + LANES - 1) / LANES;
 constexpr int UNIT = 4 * LANES;  // bytes of one vector, so columns of each run in it
 constexpr int UNITS = (RUN + UNIT - 1) / UNIT;
-constexpr int C_PADDED = RUNS * UNITS * UNIT;
+
+struct Arguments : Call {
+    Steps steps;
+    float* weights;  // [b, SLOTS, heads in rows of steps.stride] of the ring
+
+    explicit Arguments(const Call& call)
+        : Call(call), steps(call.batch, call.nheads), weights(new float[call.batch * SLOTS * steps.stride]) {}
+    Arguments(const Arguments&) = delete;
+    ~Arguments() { delete[] weights; }
+};
+
+// What multiplies the codes of a head: integers C, their sum, and what one of them is worth.
+struct Prepared {
+    alignas(64) int8_t C[2 * RUNS * UNITS * UNIT];  // of each run the low bytes, then the high ones
+    int sum;
+    float unit;
+    int64_t head;
+};
 
 struct alignas(64) Scratch {
     float B[ROW], C[ROW], dB[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
     float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
     float rows[HEADDIM * ROW];
     float channel_inverse[HEADDIM + LANES];
-    float ring_B[SLOTS][ROW], ring_x[SLOTS][HEADDIM + LANES], weights[SLOT_VECTORS * LANES];
+    float ring_B[SLOTS][ROW], ring_x[SLOTS][HEADDIM + LANES];
     float ring_BC[SLOTS], BC, B_scale;
-    alignas(64) int8_t C_digits[2 * C_PADDED];  // of each run the low bytes, then the high ones
+    Prepared prepared[2];  // of this head and of the next one
     uint16_t B_stored[DSTATE];
     int64_t group = -1;  // the sequence and group that B, C and ring_B belong to
 };
@@ -463,7 +474,7 @@ inline void update_rows(
     Floats ring_x[COUNT][SLOTS];
 #pragma GCC unroll 2
     for (int r = 0; r < COUNT; ++r) {
-        channel[r] = CODES * from_bfloat16(channel_scale[p + r]);
+        channel[r] = CODES * splat(from_bfloat16(channel_scale[p + r]));
         x[r] = splat(s.x[p + r]);
 #pragma GCC unroll 7
         for (int slot = 0; slot < SLOTS; ++slot) ring_x[r][slot] = splat(s.ring_x[slot][p + r]);
@@ -487,7 +498,7 @@ inline void update_rows(
             for (int slot = 0; slot < SLOTS; ++slot) {
                 const Floats B = load<Floats>(s.ring_B[slot] + at);
 #pragma GCC unroll 2
-                for (int r = 0; r < COUNT; ++r) h[r] += B * ring_x[r][slot];
+                for (int r = 0; r < COUNT; ++r) h[r] = multiply_add(B, ring_x[r][slot], h[r]);
             }
             const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
 #pragma GCC unroll 2
@@ -525,9 +536,11 @@ inline void update_block(
     store(s.y + p, sum_each(y));
 }
 
-// Rows from the one multiplied to the one fetched: the hardware alone stops at the end of a page. Microseconds a head
-// of 64 x 128, batch 32, 24 layers, one thread of Emerald Rapids: 0.51 without, 0.43 at 16, 0.41 at 32.
-constexpr int ROWS_AHEAD = 32;
+// Rows from the one multiplied to those fetched: the hardware alone stops at the end of a page. Microseconds a head of
+// 64 x 128 with an empty ring, batch 32, 24 layers, one thread of Emerald Rapids: 0.54 without, 0.46 with 32 rows to the
+// L1 cache alone, 0.44 with 128 to the L2 cache alone, 0.39 with both; past both caches (prefetchnta) 0.60.
+constexpr int ROWS_AHEAD = 16;       // to the L1 cache
+constexpr int ROWS_FAR_AHEAD = 128;  // to the L2 cache
 constexpr int READ_OFFSET = 8;  // what a code is read with, so that it is not negative
 
 typedef uint16_t RingVector __attribute__((vector_size(2 * LANES)));
@@ -578,6 +591,7 @@ inline void sum_since_checkpoint(const Arguments& a) {
 // B and C of a group, its slots of the ring, and how each of them meets C.
 void read_group(const Arguments& a, int64_t b, int64_t group, int filled, Scratch& s) {
     s.group = b * a.ngroups + group;
+    s.prepared[0].head = s.prepared[1].head = -1;
     a.B.read_columns(b * a.B.batch_stride + group * a.B.head_stride, s.B);
     a.C.read_columns(b * a.C.batch_stride + group * a.C.head_stride, s.C);
     Floats BC = {};
@@ -605,20 +619,29 @@ void read_group(const Arguments& a, int64_t b, int64_t group, int filled, Scratc
     }
 }
 
-// What is left of each filled slot's input: exp(S_t - S_s), times what its codes are worth.
-inline void weigh_slots(const Arguments& a, int64_t b, int64_t head, int filled, Scratch& s) {
-    const float total = a.steps.total[b * a.steps.stride + head];
-    for (int slot = 0; slot < filled; ++slot) {
-        s.weights[slot] = total - a.ring_decay[(b * SLOTS + slot) * a.nheads + head];
-    }
-    for (int i = 0; i < SLOT_VECTORS * LANES; i += LANES) {
-        store(s.weights + i, exact_exp(load<Floats>(s.weights + i)));
+// a.weights = exp(S - S_s), what is left of each filled slot's input, times what its codes are worth.
+inline void weigh_slots(const Arguments& a) {
+    for (int64_t b = 0; b < a.batch; ++b) {
+        for (int slot = 0; slot < a.ring_position[b]; ++slot) {
+            const int64_t row = b * SLOTS + slot;
+            for (int64_t head = 0; head < a.nheads; head += LANES) {
+                const int64_t count = a.nheads - head;
+                const Floats total = load<Floats>(a.steps.total + b * a.steps.stride + head);
+                Floats weight = exact_exp(total - load_first<Floats>(a.ring_decay + row * a.nheads + head, count));
+                store(a.weights + row * a.steps.stride + head, weight);
+            }
+        }
     }
 }
 
+// A slot's inputs times its weight, as recurrence.materialize rounds them: their products with B are exact, so that a fused multiply-add is the reference's.
 inline void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, float weight, float* x) {
     const uint16_t* stored = a.ring_x + ((b * SLOTS + slot) * a.nheads + head) * HEADDIM;
-    for (int p = 0; p < HEADDIM; ++p) x[p] = weight * ring_float(stored[p]);
+    for (int p = 0; p < HEADDIM; p += LANES) {
+        const Floats weighted = ring_floats(load_first<RingVector>(stored + p, rows_from(p))) * weight;
+        const Floats rounded = (Floats)(((Words)weighted + 0x80u) & 0xffffff00u);
+        store(x + p, weighted == weighted ? rounded : weighted);
+    }
 }
 
 inline int sum_ints(Ints x) {
@@ -629,8 +652,11 @@ inline int sum_ints(Ints x) {
     return x[0];
 }
 
-// C * state_scale as integers of 16 bits, laid out for multiply_row; returns what one of them is worth.
-inline float prepare_C(Scratch& s, int* sum) {
+// C * state_scale of a head as integers of 16 bits, laid out for multiply_row.
+void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
+    Prepared& to = s.prepared[head % 2];
+    to.head = head;
+    Input{a.state_scale + (b * a.nheads + head) * DSTATE, 1, 0, 0}.read_columns(0, s.state_scale);
     Ints largest = {};
     for (int i = 0; i < ROW; i += LANES) {
         const Floats product = load<Floats>(s.C + i) * load<Floats>(s.state_scale + i);
@@ -647,58 +673,71 @@ inline float prepare_C(Scratch& s, int* sum) {
             const Ints rounded = (Ints)(scaled + 12582912.0f) - 0x4b400000;
             total += rounded;
             // A signed low byte, and what is left of the number: 256 * high + low.
-            int8_t* digits = s.C_digits + run * 2 * UNITS * UNIT + j * LANES;
+            int8_t* digits = to.C + run * 2 * UNITS * UNIT + j * LANES;
             store(digits, narrow(rounded));
             store(digits + UNITS * UNIT, narrow((rounded + 128) >> 8));
         }
     }
-    *sum = sum_ints(total);
-    return floor;
+    to.sum = sum_ints(total);
+    to.unit = floor * a.steps.decay[b * a.steps.stride + head];
 }
 
 // Codes of a row, each plus READ_OFFSET, times the integers of C, summed within each lane.
 inline Ints multiply_row(const uint8_t* packed, const int8_t* C) {
-    __m512i low = {}, high = {};
+    __m512i codes[UNITS][RUNS], sum = {};
 #pragma GCC unroll 4
     for (int unit = 0; unit < UNITS; ++unit) {
         const uint8_t* from = packed + unit * UNIT;
         Words bytes = unit < UNITS - 1 ? load<Words>(from) : load_bytes<RUN - UNIT * (UNITS - 1)>(from);
         __builtin_prefetch(from + ROWS_AHEAD * WIDTH);
+        __builtin_prefetch(from + ROWS_FAR_AHEAD * WIDTH, 0, 2);
 #pragma GCC unroll 4
-        for (int run = 0; run < RUNS; ++run) {
-            const __m512i codes = (__m512i)((bytes >> (run * BITS)) & 0x0f0f0f0fu);
-            const int8_t* digits = C + (run * 2 * UNITS + unit) * UNIT;
-            low = _mm512_dpbusd_epi32(low, codes, load<__m512i>(digits));
-            high = _mm512_dpbusd_epi32(high, codes, load<__m512i>(digits + UNITS * UNIT));
-        }
+        for (int run = 0; run < RUNS; ++run) codes[unit][run] = (__m512i)((bytes >> (run * BITS)) & 0x0f0f0f0fu);
     }
-    return ((Ints)high << 8) + (Ints)low;
+    // The high bytes, then what they are worth, then the low ones.
+#pragma GCC unroll 2
+    for (int digit = 1; digit >= 0; --digit) {
+#pragma GCC unroll 4
+        for (int unit = 0; unit < UNITS; ++unit) {
+#pragma GCC unroll 4
+            for (int run = 0; run < RUNS; ++run) {
+                const int8_t* digits = C + ((2 * run + digit) * UNITS + unit) * UNIT;
+                sum = _mm512_dpbusd_epi32(sum, codes[unit][run], load<__m512i>(digits));
+            }
+        }
+        if (digit == 1) sum = _mm512_slli_epi32(sum, 8);
+    }
+    return (Ints)sum;
 }
 
 void read_head(const Arguments& a, int64_t b, int64_t head, int filled, Scratch& s) {
-    const int64_t item = b * a.nheads + head, at = b * a.steps.stride + head;
+    const int64_t item = b * a.nheads + head, at = b * a.steps.stride + head, repeats = a.nheads / a.ngroups;
     const float dt = a.steps.dt[at];
-    Input{a.state_scale + item * DSTATE, 1, 0, 0}.read_columns(0, s.state_scale);
-    int sum;
-    const float unit = prepare_C(s, &sum) * a.steps.decay[at];
-    weigh_slots(a, b, head, filled, s);
+    if (s.prepared[head % 2].head != head) prepare_C(a, b, head, s);
+    // Before the product and not after: what takes long in it, one operation waiting for another, then costs nothing.
+    if ((head + 1) % repeats != 0) prepare_C(a, b, head + 1, s);
+    const Prepared& C = s.prepared[head % 2];
     const uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
     const uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     const uint16_t* ring_x = a.ring_x + (b * SLOTS * a.nheads + head) * HEADDIM;
-    for (int slot = 0; slot < filled; ++slot) s.weights[slot] *= s.ring_BC[slot];
+    float weights[SLOTS];
+    for (int slot = 0; slot < filled; ++slot) {
+        weights[slot] = a.weights[(b * SLOTS + slot) * a.steps.stride + head] * s.ring_BC[slot];
+    }
     for (int p = 0; p < HEADDIM; p += LANES) {
         Ints sums[LANES] = {};
 #pragma GCC unroll 16
         for (int r = 0; r < LANES; ++r) {
-            if (p + r < HEADDIM) sums[r] = multiply_row(packed + (p + r) * WIDTH, s.C_digits);
+            if (p + r < HEADDIM) sums[r] = multiply_row(packed + (p + r) * WIDTH, C.C);
         }
-        const Floats product = __builtin_convertvector(sum_each(sums) - READ_OFFSET * sum, Floats);
+        const Floats product = __builtin_convertvector(sum_each(sums) - READ_OFFSET * C.sum, Floats);
         const int count = rows_from(p);
         const Floats scale = (Floats)(widen_halves(load_first<Halves>(channel_scale + p, count)) << 16);
-        Floats y = product * scale * unit + load<Floats>(s.x + p) * (dt * s.BC);
+        Floats y = product * scale * C.unit + load<Floats>(s.x + p) * (dt * s.BC);
         for (int slot = 0; slot < filled; ++slot) {
             const uint16_t* x = ring_x + slot * a.nheads * HEADDIM + p;
-            y = multiply_add(ring_floats(load_first<RingVector>(x, count)), splat(s.weights[slot]), y);
+            __builtin_prefetch(x + HEADDIM);
+            y = multiply_add(ring_floats(load_first<RingVector>(x, count)), splat(weights[slot]), y);
         }
         store(s.y + p, y);
     }
@@ -707,7 +746,6 @@ void read_head(const Arguments& a, int64_t b, int64_t head, int filled, Scratch&
     const float x_scale = to_ring(s.x, HEADDIM, dt, a.ring_x + (row * a.nheads + head) * HEADDIM);
     a.ring_decay[row * a.nheads + head] = a.steps.total[at];
     (void)x_scale;
-    const int64_t repeats = a.nheads / a.ngroups;
     if (head % repeats == 0) {
         memcpy(a.ring_B + (row * a.ngroups + head / repeats) * DSTATE, s.B_stored, sizeof s.B_stored);
     }
@@ -717,8 +755,9 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     const int64_t item = b * a.nheads + head;
     const float decay = a.steps.decay[b * a.steps.stride + head];
     for (int i = 0; i < ROW; ++i) s.dB[i] = s.B[i] * a.steps.dt[b * a.steps.stride + head];
-    weigh_slots(a, b, head, SLOTS, s);
-    for (int slot = 0; slot < SLOTS; ++slot) read_ring_x(a, b, head, slot, s.weights[slot], s.ring_x[slot]);
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        read_ring_x(a, b, head, slot, a.weights[(b * SLOTS + slot) * a.steps.stride + head], s.ring_x[slot]);
+    }
     uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     uint16_t* state_scale = a.state_scale + item * DSTATE;
@@ -774,6 +813,7 @@ extern "C" void ssm_update_p64_n128_b4_dynamic_nearest_L8_bfloat16_avx512_vnni(c
     const int64_t items = a.batch * a.nheads;
     sum_since_checkpoint(a);
     a.steps.compute(a.step, a.batch, a.nheads);
+    weigh_slots(a);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         Scratch scratch = {};
