@@ -127,9 +127,15 @@ class _Scan:
 
     def run_back(self, tokens: range, kept: Tensor, gradients: Sequence[Tensor]) -> None:
         """The gradient of ``tokens``, each of which began at its state in ``kept``."""
+        state_scale, fixed_scale = self.scales
+        if self.spec.bits is None or fixed_scale is None:
+            clamping, largest = (None, None), 0
+        else:
+            clamping, largest = (state_scale, fixed_scale), quant.max_code(self.spec.bits)
         load(self.backward_spec).ssm_scan_backward[1, self.x.shape[2], self.x.shape[0]](
-            *(self.x, self.dt, self.decay, self.B, self.C, kept, *gradients),
-            *(self.x.shape[1], tokens.start, tokens.stop, *self._strides, self.single_step),
+            *(self.x, self.dt, self.decay, self.B, self.C, kept, *gradients, *clamping),
+            *(self.x.shape[1], tokens.start, tokens.stop, self.flush_interval, *self._strides),
+            *(self.single_step, largest),
             num_warps=self.backward_spec.warps,
             enable_fp_fusion=False,
         )
