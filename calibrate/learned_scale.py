@@ -49,6 +49,8 @@ class LearnedScale:
     def __init__(self, recurrence: Recurrence, layers: Iterable[str]) -> None:
         if recurrence.state_scale is None or recurrence.bits is None:
             raise CalibrationError("a learned state_scale needs calibrated scales and a quantized state")
+        if recurrence.channel_scale is not None:
+            raise CalibrationError("a learned state_scale measures its channel_scale; both fixed is not supported")
         self.recurrence = recurrence
         self.log_scale = {layer: nn.Parameter(recurrence.state_scale[layer].float().log()) for layer in layers}
 

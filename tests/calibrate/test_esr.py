@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from calibrate.capture import capture
+from calibrate.errors import CalibrationError
 from calibrate.esr import PAPER, TOGETHER, EsrOptions, Reconstruction
 from calibrate.evaluate import score
 from calibrate.learned_scale import LearnedScale
@@ -179,6 +180,15 @@ def test_a_learned_scale_runs_the_same_scan(single_step):
     learned = LearnedScale(recurrence, ["layer"])
     assert torch.equal(quant.store_scale(learned.scale("layer")), quant.store_scale(scale))
     torch.testing.assert_close(learned(scan)[0], recurrence(scan)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_scale_needs_something_to_learn():
+    scale = {"layer": torch.ones(2, 16)}
+    for recurrence in (Recurrence(4), Recurrence(None, state_scale=scale)):
+        with pytest.raises(CalibrationError, match="needs calibrated scales"):
+            LearnedScale(recurrence, ["layer"])
+    with pytest.raises(CalibrationError, match="both fixed"):
+        LearnedScale(Recurrence(4, state_scale=scale, channel_scale={"layer": torch.ones(2, 8)}), ["layer"])
 
 
 def test_the_gradient_of_a_scale_lowers_the_error():
