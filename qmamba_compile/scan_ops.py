@@ -35,22 +35,19 @@ _library.define(
 
 
 class StraightThrough(torch.autograd.Function):
-    """``requantize(h)`` forward; backward the identity, but nothing where a `StateStore` clamps a code."""
+    """``requantize(h)`` forward; backward the identity, or `StateStore.pass_through`."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, requantize: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.pass_through = requantize.pass_through if isinstance(requantize, StateStore) else _unchanged
-        if ctx.pass_through is not _unchanged:
-            ctx.save_for_backward(h)
-        return requantize(h)
+        read = requantize(h)
+        ctx.store = requantize if isinstance(requantize, StateStore) else None
+        if ctx.store is not None:
+            ctx.save_for_backward(h, read)
+        return read
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.pass_through(grad, *ctx.saved_tensors), None
-
-
-def _unchanged(grad: Tensor) -> Tensor:
-    return grad
+        return (grad if ctx.store is None else ctx.store.pass_through(grad, *ctx.saved_tensors)), None
 
 
 class StateStore:
@@ -89,16 +86,25 @@ class StateStore:
         self.rng[:, 1] += 1
         return self.codes.float() * state_scale.float()[..., None, :] * channel_scale.float()[..., None]
 
-    def pass_through(self, grad: Tensor, h: Tensor) -> Tensor:
-        """Gradient of h [b, h, p, n] from that of what is read back after a store of it.
+    def pass_through(self, grad: Tensor, h: Tensor, read: Tensor) -> Tensor:
+        """Gradient of h [b, h, p, n] from that of ``read``, what a store of it gives.
 
-        Straight through the rounding. A code that clamps does not change with h: there is no gradient. Only fixed
-        scales clamp; a measured one serves the largest element.
+        Straight through the rounding alone. A code that clamps, as with fixed scales, does not change with h: there is
+        no gradient. A measured channel_scale follows the row's largest ``|h / state_scale|``: read = channel_scale *
+        state_scale * code changes with it by (read - h) / channel_scale. A measured state_scale is taken for constant,
+        and all of it passes straight through.
         """
-        if self.fixed is None or self.calibrated is None:
+        if self.calibrated is None:
             return grad
-        limit = quant.max_code(self.bits) * self.fixed.float()
-        return torch.where(h.abs() > self.calibrated.float()[:, None, :] * limit[..., None], 0.0, grad)
+        largest_code = quant.max_code(self.bits)
+        if self.fixed is not None:
+            limit = largest_code * self.calibrated.float()[:, None, :] * self.fixed.float()[..., None]
+            return torch.where(h.abs() > limit, 0.0, grad)
+        scaled = h.abs() * self.calibrated.float().reciprocal()[:, None, :]
+        at = scaled.argmax(dim=-1, keepdim=True)
+        through_scale = (grad * (read - h)).sum(dim=-1, keepdim=True) / h.gather(-1, at)
+        measured = scaled.gather(-1, at) >= largest_code * quant.TINY_SCALE
+        return grad.scatter_add(-1, at, torch.where(measured, through_scale, 0.0))
 
     def outputs(self) -> list[Tensor]:
         """packed, channel_scale, rng, and state_scale when dynamic."""
@@ -227,8 +233,8 @@ def ssm_scan_quantized(
     """Run a whole sequence with the state requantized as decode requantizes it.
 
     Equal, bit for bit, to `ops.quantize_state` of ``initial_state`` followed by one `ops.ssm_update` a token (at
-    ``flush_interval`` 1): the same codes, scales and noise. Its gradient takes requantization for the identity, but for
-    codes that clamp, along the quantized trajectory.
+    ``flush_interval`` 1): the same codes, scales and noise. Its gradient goes straight through the rounding
+    (`StateStore.pass_through`), along the quantized trajectory.
 
     Args:
         initial_state: [b, h, p, n], quantized first, as prefill hands it over; ``None`` is zeros.
@@ -407,7 +413,8 @@ def ssm_scan_quantized_backward(
         )
     grad_x, grad_dt, grad_decay, grad_B, grad_C, grad_initial = found
     if store is not None and initial_state is not None and not single_step:
-        grad_initial = store.pass_through(grad_initial, initial_state.float())
+        assert states[0] is not None
+        grad_initial = store.pass_through(grad_initial, initial_state.float(), states[0])
     groups = (*B.shape[:3], -1, B.shape[-1])
     grad_B, grad_C = grad_B.view(groups).sum(3), grad_C.view(groups).sum(3)
     if D is not None:
@@ -482,13 +489,13 @@ def scan_backward_reference(
         states = []
         for t in range(begin, min(begin + _CHUNK, seqlen)):
             seen, after = advance(state, t)
-            states.append((t, state, seen))
+            states.append((t, state, seen, after))
             state = after
-        for t, before, seen in reversed(states):
+        for t, before, seen, after in reversed(states):
             step = dt[:, t, :, None]  # [b, h, 1]
             h = seen * decay[:, t, :, None, None] + (step * B[:, t])[:, :, None, :] * x[:, t, :, :, None]
             if store is not None and not single_step and (t + 1) % flush_interval == 0:
-                grad = store.pass_through(grad, h)
+                grad = store.pass_through(grad, h, after)
             from_y = C[:, t, :, None, :] * grad_y[:, t, :, :, None]  # [b, h, p, n]
             grad_dtx = torch.einsum("bhpn,bhn->bhp", grad + from_y, B[:, t])
             grads[0][:, t] = step * grad_dtx
@@ -497,7 +504,7 @@ def scan_backward_reference(
             grads[3][:, t] = step * torch.einsum("bhpn,bhp->bhn", grad + from_y, x[:, t])
             grads[4][:, t] = torch.einsum("bhpn,bhp->bhn", h, grad_y[:, t])
             if store is not None and single_step:
-                from_y = store.pass_through(from_y, before)
+                from_y = store.pass_through(from_y, before, seen)
             grad = (grad + from_y) * decay[:, t, :, None, None]
     return [*grads, grad]
 
