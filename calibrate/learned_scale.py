@@ -57,6 +57,12 @@ class LearnedScale:
         self.recurrence = recurrence
         self.log_scale = {layer: nn.Parameter(recurrence.state_scale[layer].float().log()) for layer in layers}
 
+    def with_seed(self, seed: int) -> LearnedScale:
+        """The same parameters with other noise."""
+        found = copy.copy(self)
+        found.recurrence = self.recurrence.with_seed(seed)
+        return found
+
     def scale(self, layer: str) -> Tensor:
         """state_scale [h, n] as learned so far."""
         return self.log_scale[layer].detach().exp()

@@ -374,7 +374,8 @@ def ssm_scan_quantized_backward(
 ) -> list[Tensor]:
     """Gradient of `ssm_scan_quantized`, straight through every store (`StateStore.pass_through`).
 
-    It follows the quantized trajectory, which is computed anew from the inputs, in chunks: memory for one state a chunk and one chunk's states.
+    It follows the quantized trajectory, which is computed anew from the inputs, in chunks: memory for one state a chunk
+    and one chunk's states.
 
     Args:
         grad_y: [b, l, h, p]; grad_state: [b, h, p, n] of the float state (``bits=None``), or ``None`` for zeros.

@@ -285,7 +285,8 @@ def compile_scan(
     for argument in arguments:
         types.setdefault(argument, "*fp32" if argument.startswith("grad") else "i32")
     constants: dict[str, Any] = {"x_stride_p": 1, "B_stride_n": 1, "C_stride_n": 1, "flush_interval": 1}
-    constants |= {"SINGLE_STEP": single_step, "LARGEST": 7} | ({} if scales == "fixed" else {"fixed_scale": None}) | ({} if single_step else {"quantized": None})
+    constants |= {"SINGLE_STEP": single_step, "LARGEST": 7} | ({} if single_step else {"quantized": None})
+    constants |= {} if scales == "fixed" else {"fixed_scale": None}
     if isinstance(spec, SsmScanSpec):
         absent = ("y", "D", "codes", "channel_scale", "state_scale_out", "state") if keeps else ("kept",)
         constants |= dict.fromkeys(absent, None)
