@@ -191,6 +191,25 @@ def test_a_learned_scale_needs_something_to_learn():
         LearnedScale(Recurrence(4, state_scale=scale, channel_scale={"layer": torch.ones(2, 8)}), ["layer"])
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_another_seed_is_other_noise_of_the_same_parameters(learned):
+    scan, scale = random_scan(), {"layer": torch.ones(2, 16)}
+    run = Recurrence(3, stochastic=True, state_scale=scale)
+    if learned:
+        run = LearnedScale(run, ["layer"])
+        assert run.with_seed(1).log_scale["layer"] is run.log_scale["layer"]
+    first, again, other = (run.with_seed(seed)(scan)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, run(scan)[0])
+
+
+def test_every_step_trains_on_noise_of_its_own(reconstruct, monkeypatch):
+    seeds, with_seed = [], Recurrence.with_seed
+    monkeypatch.setattr(Recurrence, "with_seed", lambda self, seed: seeds.append(seed) or with_seed(self, seed))
+    reconstruct(loss="model", epochs=2)
+    assert seeds == [0, 1, 2, 3]  # two steps an epoch
+
+
 def test_the_gradient_of_a_scale_lowers_the_error():
     """Steps along it bring the output of the recurrence nearer to the float one."""
     scan = random_scan(seqlen=16)
