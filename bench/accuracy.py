@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import rich.console
 import rich.table
@@ -49,15 +49,26 @@ RATES = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 RECIPES = {
     "paper (single step, block by block)": PAPER,
     "exact trajectory, block by block": EsrOptions(),
-    "exact trajectory, all layers by the prediction": EsrOptions(loss="model", learning_rate=3e-4),
-    "the same, conv1d too": EsrOptions(learn=("in_proj", "conv1d"), loss="model", learning_rate=3e-4),
+    "exact trajectory, all layers by the prediction": EsrOptions(loss="model"),
+    "the same, conv1d too": EsrOptions(learn=("in_proj", "conv1d"), loss="model"),
 }
+
+
+class Setting(NamedTuple):
+    """Where there is a gap. ``static``: both scale vectors are from calibration; otherwise state_scale alone."""
+
+    bits: int
+    static: bool = False
+    stochastic: bool = False
+    weights: str = "none"
+
+
 SETTINGS = {
-    "H4 fully static": (4, True, "none"),
-    "H3 calibrated": (3, False, "none"),
-    "W8A8H4 calibrated": (4, False, "int8"),
+    "H4 fully static": Setting(4, static=True),
+    "H3 calibrated": Setting(3),
+    "H3 calibrated, stochastic": Setting(3, stochastic=True),
+    "W8A8H4 calibrated": Setting(4, weights="int8"),
 }
-"""Bits, whether both scale vectors are static, linears."""
 PARTS = ("table", "esr", "rates", "plots")
 # Tables are wider than what rich assumes of a pipe.
 console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
@@ -307,22 +318,22 @@ class Bench:
         }
 
     def esr(self, seeds: tuple[int, ...], only: str, keep: Callable[[dict[str, Any]], None]) -> None:
-        """Every recipe where there is a gap: H4 fully static, H3 calibrated, and W8A8H4 calibrated.
+        """Every recipe in every one of `SETTINGS`.
 
         Args:
             only: of these, those whose setting and recipe match this regular expression.
             keep: called with what is found, as soon as it is.
         """
-        for setting, (bits, static, weights) in SETTINGS.items():
+        for name, setting in SETTINGS.items():
             for recipe, options in RECIPES.items():
-                if not re.search(only, f"{setting}, {recipe}"):
+                if not re.search(only, f"{name}, {recipe}"):
                     continue
-                run = (self.static if static else self.calibrated)(bits, False)
-                runs = [self.reconstruct(run, options, seed, weights, recipe) for seed in seeds]
+                run = (self.static if setting.static else self.calibrated)(setting.bits, setting.stochastic)
+                runs = [self.reconstruct(run, options, seed, setting.weights, recipe) for seed in seeds]
                 shares = torch.tensor([run["recovered"] for run in runs])
                 spread = shares.std().item() if len(seeds) > 1 else math.nan
-                console.print(f"{setting}, {recipe}: {shares.mean():.1%} of the gap recovered, spread {spread:.1%}")
-                keep({setting: {recipe: runs}})
+                console.print(f"{name}, {recipe}: {shares.mean():.1%} of the gap recovered, spread {spread:.1%}")
+                keep({name: {recipe: runs}})
 
     def rates(self, rates: tuple[float, ...], keep: Callable[[dict[str, float]], None]) -> None:
         """The paper's ablation: held-out perplexity by learning rate, H4 fully static, the paper's recipe."""

@@ -2,8 +2,9 @@
 
 Block after block: a block's input is what the quantized blocks before it give, its target what the float model has at
 that place. Learnable are the last rows of ``in_proj`` and the last channels of ``conv1d``; x and z stay frozen.
-Gradients go straight through requantization, along the exact quantized trajectory or, as in the paper, through single
-steps from a float one.
+Gradients go straight through the rounding of a state, and exactly through clamping and a measured channel_scale
+(`scan_ops.StateStore.pass_through`), along the exact quantized trajectory or, as in the paper, through single steps
+from a float one.
 
 A block keeps its new weights only if they win on the validation samples, by perplexity of the whole model.
 """
@@ -365,6 +366,11 @@ class Reconstruction:
         """
         model, tensors = self.blocks.model, dict[str, nn.Parameter]()
         run: Any = dataclasses.replace(self.recurrence, single_step=self.options.trajectory == "single-step")
+
+        def at(step: int) -> Run:
+            """Noise of a step's own: tokens at the same place of two samples have the same."""
+            return run.with_seed(self.recurrence.seed + step)
+
         modules = {
             f"{layer}.{name}": self._tuned(layer, name, tensors)
             for layer in layers
@@ -379,7 +385,7 @@ class Reconstruction:
         try:
             for path, tuned in modules.items():
                 set_module(model, path, tuned)
-            losses = self._descend(parameters, lambda mine: loss_of(run, mine), number, layers[0], advance)
+            losses = self._descend(parameters, lambda mine, step: loss_of(at(step), mine), number, layers[0], advance)
         finally:
             for path, module in before.items():
                 set_module(model, path, module)
@@ -407,7 +413,7 @@ class Reconstruction:
     def _descend(
         self,
         parameters: list[nn.Parameter],
-        loss_of: Callable[[Tensor], tuple[Tensor, float]],
+        loss_of: Callable[[Tensor, int], tuple[Tensor, float]],
         number: int,
         text: str,
         advance: Callable[[str, int], None],
@@ -421,13 +427,14 @@ class Reconstruction:
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(self.seed * 10007 + number)
         losses: list[float] = []
+        step = 0
         for epoch in range(options.epochs):
             sums = torch.zeros(2, dtype=torch.float64)
             for batch in torch.randperm(self.count, generator=generator).split(options.batch):
                 optimizer.zero_grad()
                 mine = batch[batch % size == rank] // size
                 if len(mine):
-                    error, size_of_target = loss_of(mine)
+                    error, size_of_target = loss_of(mine, step)
                     # A mean over the whole step's samples, whichever process has them.
                     (error / len(batch)).backward()
                     sums += torch.tensor([error.item(), size_of_target], dtype=torch.float64)
@@ -441,6 +448,7 @@ class Reconstruction:
                 if options.schedule == "cosine":
                     schedule.step()
                 advance(f"{text}, epoch {epoch + 1}", 1)
+                step += 1
             distributed.sum_([sums])
             losses.append((sums[0] / sums[1]).item())
         return losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from .recurrence import Recurrence, Scan, layer_seed
 
 
 class _Requantize(torch.autograd.Function):
-    """A store and the read after it; straight through for h, and the derivative of the grid for log_scale [h, n].
+    """A store and the read after it; `StateStore.pass_through` for h, the derivative of the grid for log_scale [h, n].
 
     With q = channel_scale * state_scale * code, and the code held fixed, dq / dlog state_scale[n] is q[n]; straight
     through the code, it is q[n] - h[n]. A row's channel_scale moves against the state_scale of its largest element.
@@ -26,17 +27,19 @@ class _Requantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, log_scale: Tensor, store: StateStore) -> Tensor:
         store.calibrated = quant.store_scale(log_scale.exp())
-        q = store(h)
+        read = store(h)
         largest = (h.abs() / store.calibrated.float()[..., None, :]).argmax(dim=-1, keepdim=True)
-        ctx.save_for_backward(q - h, largest)
-        return q
+        ctx.save_for_backward(h, read, largest)
+        # As it is now: the next step's store changes it.
+        ctx.pass_through = copy.copy(store).pass_through
+        return read
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        difference, largest = ctx.saved_tensors
-        felt = grad * difference  # [b, h, p, n]
+        h, read, largest = ctx.saved_tensors
+        felt = grad * (read - h)  # [b, h, p, n]
         felt = felt.scatter_add(-1, largest, -felt.sum(dim=-1, keepdim=True))
-        return grad, felt.sum(dim=(0, 2)), None
+        return ctx.pass_through(grad, h, read), felt.sum(dim=(0, 2)), None
 
 
 class LearnedScale:
@@ -49,8 +52,16 @@ class LearnedScale:
     def __init__(self, recurrence: Recurrence, layers: Iterable[str]) -> None:
         if recurrence.state_scale is None or recurrence.bits is None:
             raise CalibrationError("a learned state_scale needs calibrated scales and a quantized state")
+        if recurrence.channel_scale is not None:
+            raise CalibrationError("a learned state_scale measures its channel_scale; both fixed is not supported")
         self.recurrence = recurrence
         self.log_scale = {layer: nn.Parameter(recurrence.state_scale[layer].float().log()) for layer in layers}
+
+    def with_seed(self, seed: int) -> LearnedScale:
+        """The same parameters with other noise."""
+        found = copy.copy(self)
+        found.recurrence = self.recurrence.with_seed(seed)
+        return found
 
     def scale(self, layer: str) -> Tensor:
         """state_scale [h, n] as learned so far."""

@@ -77,6 +77,10 @@ class Recurrence:
     channel_scale: Mapping[str, Tensor] | None = None
     single_step: bool = False
 
+    def with_seed(self, seed: int) -> Recurrence:
+        """The same with other noise."""
+        return dataclasses.replace(self, seed=seed)
+
     def __call__(self, scan: Scan) -> tuple[Tensor, Tensor | None]:
         # At 3 bits there is no packed form, and none is needed to evaluate.
         if self.bits in quant.STATE_BITS:

@@ -35,15 +35,19 @@ _library.define(
 
 
 class StraightThrough(torch.autograd.Function):
-    """``requantize(h)`` forward, the identity backward."""
+    """``requantize(h)`` forward; backward the identity, or `StateStore.pass_through`."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, requantize: Callable[[Tensor], Tensor]) -> Tensor:
-        return requantize(h)
+        read = requantize(h)
+        ctx.store = requantize if isinstance(requantize, StateStore) else None
+        if ctx.store is not None:
+            ctx.save_for_backward(h, read)
+        return read
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        return (grad if ctx.store is None else ctx.store.pass_through(grad, *ctx.saved_tensors)), None
 
 
 class StateStore:
@@ -81,6 +85,26 @@ class StateStore:
         self.channel_scale, self.state_scale = channel_scale, state_scale
         self.rng[:, 1] += 1
         return self.codes.float() * state_scale.float()[..., None, :] * channel_scale.float()[..., None]
+
+    def pass_through(self, grad: Tensor, h: Tensor, read: Tensor) -> Tensor:
+        """Gradient of h [b, h, p, n] from that of ``read``, what a store of it gives.
+
+        Straight through the rounding alone. A code that clamps, as with fixed scales, does not change with h: there is
+        no gradient. A measured channel_scale follows the row's largest ``|h / state_scale|``: read = channel_scale *
+        state_scale * code changes with it by (read - h) / channel_scale. A measured state_scale is taken for constant,
+        and all of it passes straight through.
+        """
+        if self.calibrated is None:
+            return grad
+        largest_code = quant.max_code(self.bits)
+        if self.fixed is not None:
+            limit = largest_code * self.calibrated.float()[:, None, :] * self.fixed.float()[..., None]
+            return torch.where(h.abs() > limit, 0.0, grad)
+        scaled = h.abs() * self.calibrated.float().reciprocal()[:, None, :]
+        at = scaled.argmax(dim=-1, keepdim=True)
+        through_scale = (grad * (read - h)).sum(dim=-1, keepdim=True) / h.gather(-1, at)
+        measured = scaled.gather(-1, at) >= largest_code * quant.TINY_SCALE
+        return grad.scatter_add(-1, at, torch.where(measured, through_scale, 0.0))
 
     def outputs(self) -> list[Tensor]:
         """packed, channel_scale, rng, and state_scale when dynamic."""
@@ -209,8 +233,8 @@ def ssm_scan_quantized(
     """Run a whole sequence with the state requantized as decode requantizes it.
 
     Equal, bit for bit, to `ops.quantize_state` of ``initial_state`` followed by one `ops.ssm_update` a token (at
-    ``flush_interval`` 1): the same codes, scales and noise. Its gradient takes requantization for the identity, along
-    the quantized trajectory.
+    ``flush_interval`` 1): the same codes, scales and noise. Its gradient goes straight through the rounding
+    (`StateStore.pass_through`), along the quantized trajectory.
 
     Args:
         initial_state: [b, h, p, n], quantized first, as prefill hands it over; ``None`` is zeros.
@@ -348,9 +372,10 @@ def ssm_scan_quantized_backward(
     single_step: bool,
     channel_scale: Tensor | None,
 ) -> list[Tensor]:
-    """Gradient of `ssm_scan_quantized` as if every requantization were the identity, along the quantized trajectory.
+    """Gradient of `ssm_scan_quantized`, straight through every store (`StateStore.pass_through`).
 
-    The trajectory is computed anew from the inputs, in chunks: memory for one state a chunk and one chunk's states.
+    It follows the quantized trajectory, which is computed anew from the inputs, in chunks: memory for one state a chunk
+    and one chunk's states.
 
     Args:
         grad_y: [b, l, h, p]; grad_state: [b, h, p, n] of the float state (``bits=None``), or ``None`` for zeros.
@@ -388,6 +413,9 @@ def ssm_scan_quantized_backward(
             grad_y, grad_state, x, step_dt, decay, B, C, state, store, flush_interval, single_step
         )
     grad_x, grad_dt, grad_decay, grad_B, grad_C, grad_initial = found
+    if store is not None and initial_state is not None and not single_step:
+        assert states[0] is not None
+        grad_initial = store.pass_through(grad_initial, initial_state.float(), states[0])
     groups = (*B.shape[:3], -1, B.shape[-1])
     grad_B, grad_C = grad_B.view(groups).sum(3), grad_C.view(groups).sum(3)
     if D is not None:
@@ -433,7 +461,10 @@ def scan_backward_reference(
     flush_interval: int,
     single_step: bool,
 ) -> list[Tensor]:
-    """Gradient of `scan_reference` in plain torch: of x, dt, decay, B and C for each head [b, l, h, n], and state."""
+    """Gradient of `scan_reference` in plain torch: of x, dt, decay, B and C for each head [b, l, h, n], and state.
+
+    ``state`` is what the first token begins at: its own store is not part of this.
+    """
     seqlen, repeats = x.shape[1], x.shape[2] // B.shape[2]
     x, B, C = x.float(), B.float().repeat_interleave(repeats, 2), C.float().repeat_interleave(repeats, 2)
     # Each chunk's first state, and how many stores were made before it.
@@ -459,11 +490,13 @@ def scan_backward_reference(
         states = []
         for t in range(begin, min(begin + _CHUNK, seqlen)):
             seen, after = advance(state, t)
-            states.append((t, state, seen))
+            states.append((t, state, seen, after))
             state = after
-        for t, before, seen in reversed(states):
+        for t, before, seen, after in reversed(states):
             step = dt[:, t, :, None]  # [b, h, 1]
             h = seen * decay[:, t, :, None, None] + (step * B[:, t])[:, :, None, :] * x[:, t, :, :, None]
+            if store is not None and not single_step and (t + 1) % flush_interval == 0:
+                grad = store.pass_through(grad, h, after)
             from_y = C[:, t, :, None, :] * grad_y[:, t, :, :, None]  # [b, h, p, n]
             grad_dtx = torch.einsum("bhpn,bhn->bhp", grad + from_y, B[:, t])
             grads[0][:, t] = step * grad_dtx
@@ -471,6 +504,8 @@ def scan_backward_reference(
             grads[2][:, t] = (grad * before + from_y * seen).sum((-1, -2))
             grads[3][:, t] = step * torch.einsum("bhpn,bhp->bhn", grad + from_y, x[:, t])
             grads[4][:, t] = torch.einsum("bhpn,bhp->bhn", h, grad_y[:, t])
+            if store is not None and single_step:
+                from_y = store.pass_through(from_y, before, seen)
             grad = (grad + from_y) * decay[:, t, :, None, None]
     return [*grads, grad]
 

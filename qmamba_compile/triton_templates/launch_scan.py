@@ -126,10 +126,12 @@ class _Scan:
         )
 
     def run_back(self, tokens: range, kept: Tensor, gradients: Sequence[Tensor]) -> None:
-        """The gradient of ``tokens``, each of which began at its state in ``kept``."""
+        """The gradient of ``tokens``, each of which, and the one after them, began at its state in ``kept``."""
+        scales = (None, None) if self.spec.bits is None else self.scales
         load(self.backward_spec).ssm_scan_backward[1, self.x.shape[2], self.x.shape[0]](
-            *(self.x, self.dt, self.decay, self.B, self.C, kept, *gradients),
-            *(self.x.shape[1], tokens.start, tokens.stop, *self._strides, self.single_step),
+            *(self.x, self.dt, self.decay, self.B, self.C, kept, *gradients, *scales),
+            *(self.x.shape[1], tokens.start, tokens.stop, self.flush_interval, *self._strides),
+            *(self.single_step, 0 if self.spec.bits is None else quant.max_code(self.spec.bits)),
             num_warps=self.backward_spec.warps,
             enable_fp_fusion=False,
         )
@@ -210,7 +212,7 @@ def ssm_scan_backward(
     chunk = math.isqrt(seqlen)
     begins = range(0, seqlen, chunk)
     kinds = 1 + scan.single_step
-    kept, inside = (empty(count, kinds, *scan.shape_of_states) for count in (len(begins), chunk))
+    kept, inside = (empty(count, kinds, *scan.shape_of_states) for count in (len(begins), chunk + 1))
     nothing = [None] * (2 if bits is None else 4)
     scan.run(range(0, begins[-1] + 1, chunk), scan.states, None, nothing, kept)
 
@@ -225,4 +227,5 @@ def ssm_scan_backward(
         part = range(begin, min(begin + chunk, seqlen))
         scan.run(part, (first[-1], first[0] if scan.single_step else None), None, nothing, inside)
         scan.run_back(part, inside, (grad_y, grad_carried, *grads))
+        inside[chunk] = first  # what follows the chunk before this one; only the last is shorter
     return [*grads, grad_carried]

@@ -257,7 +257,7 @@ class SsmScanBackwardSpec(LayerSpec):
 
     def constants(self) -> dict[str, Any]:
         """What the template needs besides the spec."""
-        return _tile_constants(self)
+        return _tile_constants(self) | {"tiny_scale": quant.TINY_SCALE}
 
 
 def _tile_constants(spec: SsmScanSpec | SsmScanBackwardSpec) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from calibrate.capture import capture
+from calibrate.errors import CalibrationError
 from calibrate.esr import PAPER, TOGETHER, EsrOptions, Reconstruction
 from calibrate.evaluate import score
 from calibrate.learned_scale import LearnedScale
@@ -179,6 +180,34 @@ def test_a_learned_scale_runs_the_same_scan(single_step):
     learned = LearnedScale(recurrence, ["layer"])
     assert torch.equal(quant.store_scale(learned.scale("layer")), quant.store_scale(scale))
     torch.testing.assert_close(learned(scan)[0], recurrence(scan)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_scale_needs_something_to_learn():
+    scale = {"layer": torch.ones(2, 16)}
+    for recurrence in (Recurrence(4), Recurrence(None, state_scale=scale)):
+        with pytest.raises(CalibrationError, match="needs calibrated scales"):
+            LearnedScale(recurrence, ["layer"])
+    with pytest.raises(CalibrationError, match="both fixed"):
+        LearnedScale(Recurrence(4, state_scale=scale, channel_scale={"layer": torch.ones(2, 8)}), ["layer"])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_another_seed_is_other_noise_of_the_same_parameters(learned):
+    scan, scale = random_scan(), {"layer": torch.ones(2, 16)}
+    run = Recurrence(3, stochastic=True, state_scale=scale)
+    if learned:
+        run = LearnedScale(run, ["layer"])
+        assert run.with_seed(1).log_scale["layer"] is run.log_scale["layer"]
+    first, again, other = (run.with_seed(seed)(scan)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, run(scan)[0])
+
+
+def test_every_step_trains_on_noise_of_its_own(reconstruct, monkeypatch):
+    seeds, with_seed = [], Recurrence.with_seed
+    monkeypatch.setattr(Recurrence, "with_seed", lambda self, seed: seeds.append(seed) or with_seed(self, seed))
+    reconstruct(loss="model", epochs=2)
+    assert seeds == [0, 1, 2, 3]  # two steps an epoch
 
 
 def test_the_gradient_of_a_scale_lowers_the_error():

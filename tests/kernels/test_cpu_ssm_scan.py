@@ -342,6 +342,7 @@ GRADIENT_TOLERANCE = 2e-4
         {"seqlen": 100},
         {"seqlen": 65, "scales": "calibrated", "stochastic": True},
         {"seqlen": 33, "scales": "fixed"},
+        {"seqlen": 41, "scales": "fixed", "flush_interval": 4},
         {"seqlen": 70, "single_step": True},
         {"seqlen": 70, "single_step": True, "scales": "fixed", "stochastic": True},
         {"seqlen": 70, "bits": None},
@@ -366,3 +367,30 @@ def test_the_gradient_is_autograd_through_the_reference(
         tolerance = GRADIENT_TOLERANCE if grad.dtype == torch.float32 else 2 * torch.finfo(grad.dtype).eps
         error = (grad - expected).abs().max() / expected.abs().max()
         assert error <= tolerance, f"gradient of {name} is off by {error}"
+
+
+@pytest.mark.parametrize("single_step", [False, True])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_what_clamps_passes_no_gradient(single_step: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every code clamps, the last output depends on its own token; in a single step also on the decay of what was
+    read."""
+    if not kernel:
+        monkeypatch.setattr(launch_scan, "ssm_scan_backward", lambda *args: None)
+    arguments = learnable(problem(scales="fixed", single_step=single_step, seqlen=9))
+    arguments["channel_scale"] = arguments["channel_scale"] * 2.0**-40
+    y, *_ = qmamba.ssm_scan_quantized(**arguments)
+    grad_x, grad_initial = torch.autograd.grad(y[:, -1].sum(), [arguments["x"], arguments["initial_state"]])
+    assert not grad_initial.any() and not grad_x[:, :-1].any() and grad_x[:, -1].all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_a_store_scales_with_a_row(bits: int) -> None:
+    """Codes do not change when a row is scaled; what is read does, by the measured scale. So along h the derivative of
+    what is read is what is read."""
+    h, grad = torch.randn(2, 3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    h[0, 0, 0] = 0
+    store = scan_ops.StateStore(bits, quant.new_rng(3, 0), False, quant.store_scale(torch.rand(4, 16) + 0.5))
+    read = store(h)
+    along = (store.pass_through(grad, h, read) * h).sum(dim=-1)
+    torch.testing.assert_close(along, (grad * read).sum(dim=-1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(store.pass_through(grad, h, read)[0, 0, 0], grad[0, 0, 0])

@@ -183,6 +183,7 @@ def check_gradient(change: dict[str, Any]) -> None:
         {"batch": 2, "seqlen": 1},
         {"seqlen": 20, "scales": "calibrated", "stochastic": True},
         {"scales": "fixed", "batch": 2},
+        {"scales": "fixed", "flush_interval": 2},
         {"single_step": True},
         {"single_step": True, "scales": "fixed", "stochastic": True},
         {"bits": None},
@@ -269,9 +270,12 @@ def test_rendered_text_is_readable(
 
 
 def compile_scan(
-    spec: SsmScanSpec | SsmScanBackwardSpec, keeps: bool = False, single_step: bool = False
+    spec: SsmScanSpec | SsmScanBackwardSpec, keeps: bool = False, single_step: bool = False, scales: str = "calibrated"
 ) -> compiled.Facts:
-    """As calibration calls it: bfloat16 inputs with contiguous columns, an initial state."""
+    """As calibration calls it: bfloat16 inputs with contiguous columns, an initial state.
+
+    ``scales`` is for a gradient: those that its stores had.
+    """
     name = "ssm_scan" if isinstance(spec, SsmScanSpec) else "ssm_scan_backward"
     module = load(spec)
     arguments = getattr(module, name).arg_names
@@ -281,12 +285,15 @@ def compile_scan(
     for argument in arguments:
         types.setdefault(argument, "*fp32" if argument.startswith("grad") else "i32")
     constants: dict[str, Any] = {"x_stride_p": 1, "B_stride_n": 1, "C_stride_n": 1, "flush_interval": 1}
-    constants |= {"fixed_scale": None, "SINGLE_STEP": single_step} | ({} if single_step else {"quantized": None})
+    constants |= {"SINGLE_STEP": single_step, "LARGEST": 7} | ({} if single_step else {"quantized": None})
+    constants |= {} if scales == "fixed" else {"fixed_scale": None}
     if isinstance(spec, SsmScanSpec):
         absent = ("y", "D", "codes", "channel_scale", "state_scale_out", "state") if keeps else ("kept",)
         constants |= dict.fromkeys(absent, None)
         constants |= {"state_scale": None} if spec.dynamic else {}
         constants |= {} if spec.stochastic else {"key": None}
+    elif scales == "measured":
+        constants["state_scale"] = None
     constants = {argument: value for argument, value in constants.items() if argument in arguments}
     return compiled.facts(compiled.compile_kernel(module, name, types, constants, spec.target, spec.warps))
 
@@ -314,8 +321,9 @@ def test_scans_compile_without_spills(kind: str, target: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("single_step", [False, True])
-def test_gradients_compile_without_spills(single_step: bool, target: str) -> None:
-    found = compile_scan(tuning.ssm_scan_backward(target, 64, 128), single_step=single_step)
+@pytest.mark.parametrize("scales", ["measured", "calibrated", "fixed"])
+def test_gradients_compile_without_spills(scales: str, single_step: bool, target: str) -> None:
+    found = compile_scan(tuning.ssm_scan_backward(target, 64, 128), single_step=single_step, scales=scales)
     assert found.spills == 0 and found.local_accesses == 0, found
     assert found.shared_bytes <= 64 * 1024
 
