@@ -70,7 +70,8 @@ inline void store_first(Element* to, Vector vector, int64_t count) {
     }
 }
 
-inline Floats splat(float value) { return Floats{} + value; }
+// Less zero, which changes no value and costs nothing; plus zero would change -0.
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
