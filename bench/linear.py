@@ -7,7 +7,7 @@ has, each with a weight of its own, so that weights are as cold as in a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -158,8 +158,8 @@ def _float_layers(weights: Iterable[Tensor]) -> _AllLayers:
     return _AllLayers(linears)
 
 
-def _inductor(module: nn.Module, freezing: bool = False) -> Call:
-    return torch.compile(module, dynamic=False, options={"freezing": freezing})
+def _inductor(module: nn.Module, **options: Any) -> Call:
+    return torch.compile(module, dynamic=False, options=options)
 
 
 def _torchao(weights: Iterable[Tensor]) -> Call:
@@ -171,8 +171,7 @@ def _torchao(weights: Iterable[Tensor]) -> Call:
 
 
 def _ours(weights: Iterable[Int8Tensor]) -> Call:
-    call_from_inductor()
-    return _inductor(_AllLayers(_Int8Linear(w.qdata, w.scale) for w in weights))
+    return _inductor(_AllLayers(_Int8Linear(w.qdata, w.scale) for w in weights), **call_from_inductor())
 
 
 def _frozen_if(name: str, call: Call, x: Tensor) -> list[Tensor]:

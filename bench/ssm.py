@@ -160,8 +160,8 @@ def packed_step(inputs: Inputs, bits: int, *, flush_interval: int) -> Step:
 
 def _compiled_step(states: list[DSQState], inputs: Inputs) -> Step:
     """The operator for each layer, called as a compiled model calls it: from the code of one graph of Inductor's."""
-    call_from_inductor()
-    update = torch.compile(functools.partial(_all_layers, torch.ops.qmamba.ssm_update.default), dynamic=False)
+    step = functools.partial(_all_layers, torch.ops.qmamba.ssm_update.default)
+    update = torch.compile(step, dynamic=False, options=call_from_inductor())
     layers = _layer_arguments(states, inputs)
     return lambda: update(layers)
 
