@@ -67,8 +67,9 @@ class StateStore:
         stochastic: bool,
         state_scale: Tensor | None = None,
         channel_scale: Tensor | None = None,
+        single_step: bool = False,
     ) -> None:
-        self.bits, self.rng, self.stochastic = bits, rng, stochastic
+        self.bits, self.rng, self.stochastic, self.single_step = bits, rng, stochastic, single_step
         self.calibrated = state_scale
         self.fixed = None if channel_scale is None else quant.store_scale(channel_scale)
 
@@ -90,11 +91,12 @@ class StateStore:
         """Gradient of h [b, h, p, n] from that of ``read``, what a store of it gives.
 
         Straight through the rounding alone. A code that clamps, as with fixed scales, does not change with h: there is
-        no gradient. A measured channel_scale follows the row's largest ``|h / state_scale|``: read = channel_scale *
-        state_scale * code changes with it by (read - h) / channel_scale. A measured state_scale is taken for constant,
-        and all of it passes straight through.
+        no gradient, but in single steps, where a clamped state would hear of it in no other way. A measured
+        channel_scale follows the row's largest ``|h / state_scale|``: read = channel_scale * state_scale * code changes
+        with it by (read - h) / channel_scale. A measured state_scale is taken for constant, and all of it passes
+        straight through.
         """
-        if self.calibrated is None:
+        if self.calibrated is None or (self.fixed is not None and self.single_step):
             return grad
         largest_code = quant.max_code(self.bits)
         if self.fixed is not None:
@@ -196,7 +198,8 @@ def ssm_scan_quantized_reference(
         state = initial_state.float()
     store = None
     if bits is not None:
-        store = StateStore(bits, quant.new_rng(batch, seed, x.device), stochastic, state_scale, channel_scale)
+        rng = quant.new_rng(batch, seed, x.device)
+        store = StateStore(bits, rng, stochastic, state_scale, channel_scale, single_step)
         if not single_step:
             state = StraightThrough.apply(state, store)
     y, state = scan_reference(x, dt, dA, B, C, state, store, flush_interval, single_step)
@@ -310,7 +313,8 @@ def _first_states(
     if bits is None:
         return (initial_state, None), None
     batch, _, nheads, headdim = shape
-    store = StateStore(bits, quant.new_rng(batch, seed, B.device), stochastic, state_scale, channel_scale)
+    rng = quant.new_rng(batch, seed, B.device)
+    store = StateStore(bits, rng, stochastic, state_scale, channel_scale, single_step)
     state = initial_state
     if state is None:
         state = B.new_zeros((batch, nheads, headdim, B.shape[-1]), dtype=torch.float32)
