@@ -48,6 +48,7 @@ CLIPS = (0.25, 0.35, 0.5, 0.7, 1.0)
 RATES = (1e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 RECIPES = {
     "paper (single step, block by block)": PAPER,
+    "paper, 5 epochs, 4 samples a step": dataclasses.replace(PAPER, epochs=5, batch=4),
     "exact trajectory, block by block": EsrOptions(),
     "exact trajectory, all layers by the prediction": EsrOptions(loss="model"),
     "the same, conv1d too": EsrOptions(learn=("in_proj", "conv1d"), loss="model"),

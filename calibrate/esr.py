@@ -2,9 +2,9 @@
 
 Block after block: a block's input is what the quantized blocks before it give, its target what the float model has at
 that place. Learnable are the last rows of ``in_proj`` and the last channels of ``conv1d``; x and z stay frozen.
-Gradients go straight through the rounding of a state, and exactly through clamping and a measured channel_scale
-(`scan_ops.StateStore.pass_through`), along the exact quantized trajectory or, as in the paper, through single steps
-from a float one.
+Gradients go straight through the rounding of a state, but not past its clamping or its measured channel_scale
+(`scan_ops.StateStore.pass_through` has the rule), along the exact quantized trajectory or, as in the paper, through
+single steps from a float one.
 
 A block keeps its new weights only if they win on the validation samples, by perplexity of the whole model.
 """

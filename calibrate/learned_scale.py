@@ -28,18 +28,17 @@ class _Requantize(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, log_scale: Tensor, store: StateStore) -> Tensor:
         store.calibrated = quant.store_scale(log_scale.exp())
         read = store(h)
-        largest = (h.abs() / store.calibrated.float()[..., None, :]).argmax(dim=-1, keepdim=True)
-        ctx.save_for_backward(h, read, largest)
-        # As it is now: the next step's store changes it.
-        ctx.pass_through = copy.copy(store).pass_through
+        ctx.save_for_backward(h, read)
+        ctx.store = copy.copy(store)  # as it is now: the next step changes it
         return read
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        h, read, largest = ctx.saved_tensors
+        h, read = ctx.saved_tensors
         felt = grad * (read - h)  # [b, h, p, n]
+        _, largest = ctx.store.largest_of_rows(h)
         felt = felt.scatter_add(-1, largest, -felt.sum(dim=-1, keepdim=True))
-        return ctx.pass_through(grad, h, read), felt.sum(dim=(0, 2)), None
+        return ctx.store.pass_through(grad, h, read), felt.sum(dim=(0, 2)), None
 
 
 class LearnedScale:

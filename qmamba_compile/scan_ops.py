@@ -102,11 +102,19 @@ class StateStore:
         if self.fixed is not None:
             limit = largest_code * self.calibrated.float()[:, None, :] * self.fixed.float()[..., None]
             return torch.where(h.abs() > limit, 0.0, grad)
+        largest, at = self.largest_of_rows(h)
+        through_scale = (grad * (read - h)).sum(dim=-1, keepdim=True) / h.gather(-1, at)
+        return grad.scatter_add(-1, at, torch.where(largest >= largest_code * quant.TINY_SCALE, through_scale, 0.0))
+
+    def largest_of_rows(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's largest ``|h / state_scale|``, which a measured channel_scale follows, and its place: [b, h, p, 1].
+
+        For calibrated scales only.
+        """
+        assert self.calibrated is not None
         scaled = h.abs() * self.calibrated.float().reciprocal()[:, None, :]
         at = scaled.argmax(dim=-1, keepdim=True)
-        through_scale = (grad * (read - h)).sum(dim=-1, keepdim=True) / h.gather(-1, at)
-        measured = scaled.gather(-1, at) >= largest_code * quant.TINY_SCALE
-        return grad.scatter_add(-1, at, torch.where(measured, through_scale, 0.0))
+        return scaled.gather(-1, at), at
 
     def outputs(self) -> list[Tensor]:
         """packed, channel_scale, rng, and state_scale when dynamic."""

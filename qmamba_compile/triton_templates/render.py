@@ -367,8 +367,8 @@ def _constants(spec: Spec) -> dict[str, Any]:
         # Of a product of matrices: at least 16 of bfloat16, and 32 of int8.
         "padded_terms": max(16, padded(spec.flush_interval - 1)) if spec.flush_interval > 1 else 0,
         "padded_run": padded_run,
-        # Triton's interpreter cannot multiply matrices of bfloat16.
         "short_mask": f"{SHORT_MASK & 0xFFFFFFFF:#x}",
+        # Triton's interpreter cannot multiply matrices of bfloat16.
         "operand": "tl.float32" if spec.target == "interpreter" else "tl.bfloat16",
         "top_mask": f"0x{(2**spec.bits - 1 << 8 - spec.bits) * 0x01010101:08X}",
         "run_mask": f", mask=byte < {run_length}, other=0.0" if padded_run != run_length else "",

@@ -634,7 +634,8 @@ inline void weigh_slots(const Arguments& a) {
     }
 }
 
-// A slot's inputs times its weight, as recurrence.materialize rounds them: their products with B are exact, so that a fused multiply-add is the reference's.
+// A slot's inputs times its weight, as recurrence.materialize rounds them: their products with B are exact, so that a
+// fused multiply-add gives the reference's state.
 inline void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, float weight, float* x) {
     const uint16_t* stored = a.ring_x + ((b * SLOTS + slot) * a.nheads + head) * HEADDIM;
     for (int p = 0; p < HEADDIM; p += LANES) {
