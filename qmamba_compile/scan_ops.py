@@ -107,9 +107,9 @@ class StateStore:
         return grad.scatter_add(-1, at, torch.where(largest >= largest_code * quant.TINY_SCALE, through_scale, 0.0))
 
     def largest_of_rows(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's largest ``|h / state_scale|``, which a measured channel_scale follows, and its place: [b, h, p, 1].
+        """Each row's largest ``|h / state_scale|``, what channel_scale follows, and its place: [b, h, p, 1].
 
-        For calibrated scales only.
+        Only for calibrated scales.
         """
         assert self.calibrated is not None
         scaled = h.abs() * self.calibrated.float().reciprocal()[:, None, :]
