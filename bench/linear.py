@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8Tensor
 
 import qmamba_compile.ops  # noqa: F401  (registers qmamba::*)
-from qmamba_compile.cpu_templates.call_site import call_from_inductor
+from qmamba_compile.cpu_templates.call_site import inductor_options
 from qmamba_compile.passes.int8_weight import quantize_weight
 
 from . import cli
@@ -171,7 +171,7 @@ def _torchao(weights: Iterable[Tensor]) -> Call:
 
 
 def _ours(weights: Iterable[Int8Tensor]) -> Call:
-    return _inductor(_AllLayers(_Int8Linear(w.qdata, w.scale) for w in weights), **call_from_inductor())
+    return _inductor(_AllLayers(_Int8Linear(w.qdata, w.scale) for w in weights), **inductor_options())
 
 
 def _frozen_if(name: str, call: Call, x: Tensor) -> list[Tensor]:

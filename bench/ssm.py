@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 from qmamba_compile import DSQState, ops
-from qmamba_compile.cpu_templates.call_site import call_from_inductor
+from qmamba_compile.cpu_templates.call_site import inductor_options
 from qmamba_compile.cpu_templates.launch import ssm_update_float
 from qmamba_compile.recurrence import RING_DTYPES, new_ring
 
@@ -161,7 +161,7 @@ def packed_step(inputs: Inputs, bits: int, *, flush_interval: int) -> Step:
 def _compiled_step(states: list[DSQState], inputs: Inputs) -> Step:
     """The operator for each layer, called as a compiled model calls it: from the code of one graph of Inductor's."""
     step = functools.partial(_all_layers, torch.ops.qmamba.ssm_update.default)
-    update = torch.compile(step, dynamic=False, options=call_from_inductor())
+    update = torch.compile(step, dynamic=False, options=inductor_options())
     layers = _layer_arguments(states, inputs)
     return lambda: update(layers)
 

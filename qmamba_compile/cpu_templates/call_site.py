@@ -143,23 +143,26 @@ def _replay(launch: Launch, arguments: Sequence[Any], given: Sequence[Any]) -> R
 
 
 @functools.cache
-def call_from_inductor() -> dict[str, Any]:
+def inductor_options() -> dict[str, Any]:
     """Let the code that Inductor generates from now on call CPU kernels by a `CallSite`.
 
     Returns:
-        options of Inductor that keep what it cached of such code from other versions of this file.
+        options of Inductor for a graph that calls our operators: its code does not compare sizes and strides, as
+        Dynamo's guards have when it runs (13.3 ms instead of 13.8 for a step of the 130M shape), and what it cached of
+        such code does not outlive this version of this file.
     """
+    options: dict[str, Any] = {"size_asserts": False}
     try:
         from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
     except ImportError:  # torch 2.11
-        return {}
+        return options
     for name in LAUNCHERS:
         CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.qmamba.{name}.default"] = CustomCodegen(
             functools.partial(_generate_call, name)
         )
     version = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
     marked = torch._inductor.config.unsafe_marked_cacheable_functions
-    return {"unsafe_marked_cacheable_functions": {**marked, f"{__name__}.CallSite": version}}
+    return {**options, "unsafe_marked_cacheable_functions": {**marked, f"{__name__}.CallSite": version}}
 
 
 def _generate_call(name: str, node: Any, writeline: Callable[[Any], None]) -> None:

@@ -158,7 +158,7 @@ def test_the_number_of_threads_is_that_of_the_call():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor_calls_what_has_fixed_sizes(dynamic):
-    call_site.call_from_inductor()
+    call_site.inductor_options()
 
     def layer(x, *rest):
         # Of the last k of 2 k columns: a view.
