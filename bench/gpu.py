@@ -27,9 +27,9 @@ import typer
 from torch import Tensor
 
 from bench.roofline import VARIANTS, Variant, step_bytes
-from bench.shapes import STEP_SHAPES, Shape
+from bench.shapes import STEP_SHAPES, Shape, cache_name
 from bench.variants import state_bytes
-from qmamba_compile import ops, quant, recurrence, scan_ops
+from qmamba_compile import ops, quant, recurrence, scan_gradient, scan_ops
 from qmamba_compile.passes.int8_weight import held_nbytes
 from qmamba_compile.triton_templates import launch, launch_scan
 
@@ -274,7 +274,7 @@ def check_quantized_scan(model: Shape, variant: Variant, device: str, tokens: in
     codes = found[1].int() - (quant.unpack(packed, variant.bits) if variant.bits is not None else packed).int()
     store = scan_ops.StateStore(variant.bits or 8, quant.new_rng(2, 7, device), variant.stochastic, step.calibrated)
     state = store(x.new_zeros(found[1].shape, dtype=torch.float32))
-    wanted = scan_ops.scan_backward_reference(grad_y, None, *kernel, state, store, 1, False)
+    wanted = scan_gradient.scan_backward_reference(grad_y, None, *kernel, state, store, 1, False)
 
     def share_off(ours: Tensor, reference: Tensor) -> float:
         return float(((ours - reference).abs() > 1e-3 * reference.abs().max()).float().mean())
@@ -496,13 +496,14 @@ def _time_model(network: Any, backend: str, ids: Tensor, decode: bool) -> tuple[
     with torch.inference_mode():
         if not decode:
             timing = _time_calls(lambda: network(ids, use_cache=True), 5)
-            return timing, network(ids, use_cache=True).cache_params
+            return timing, network(ids, use_cache=True)[cache_name(network)]
         # Only the eager model marks its cache as fit for CUDA graphs; ours packs it in the compiled prompt.
         torch.compiler.set_stance("force_eager" if backend == "inductor" else "default")
-        cache = network(ids, use_cache=True).cache_params
+        name = cache_name(network)
+        cache = network(ids, use_cache=True)[name]
         torch.compiler.set_stance("default")
         token = ids[:, :1].contiguous()
-        return _time_calls(lambda: network(token, cache_params=cache, use_cache=True)), cache
+        return _time_calls(lambda: network(token, use_cache=True, **{name: cache})), cache
 
 
 def measure_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 from qmamba_compile import ConfigError
@@ -120,3 +121,8 @@ def shape_named(name: str) -> Shape:
     if name not in SHAPES:
         raise ConfigError(f"--shape {name!r} is unknown; allowed: {', '.join(SHAPES)}")
     return SHAPES[name]
+
+
+def cache_name(model: Any) -> str:
+    """What a Mamba2 model calls the cache that it takes and returns: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "cache_params"

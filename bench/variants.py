@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qmamba_compile import ConfigError, DSQState, QMambaConfig
 from qmamba_compile.passes.int8_weight import held_nbytes
 
-from .shapes import Shape
+from .shapes import Shape, cache_name
 
 FREEZING = "freezing"
 """Key of `Variant.options` for Inductor: constants are folded and weights prepacked (``torch._inductor.config``)."""
@@ -155,6 +155,7 @@ class Runner:
         self.variant = variant
         self.model = getattr(models, variant.weights)
         self.shape = models.shape
+        self._cache_name = cache_name(self.model)
         self._options = dict(variant.options)
         self._freezing = bool(self._options.get(FREEZING))
         if variant.backend is None:
@@ -173,12 +174,12 @@ class Runner:
 
     def prefill(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """Logits [b, vocab] behind ``ids`` [b, l], and the cache, as `generate` would run it."""
-        output = self._compiled(input_ids=ids, cache_params=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1], output.cache_params
+        output = self._compiled(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
+        return output.logits[:, -1], output[self._cache_name]
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         """Logits [b, vocab] behind one more token ``ids`` [b, 1]; the cache is updated in place."""
-        return self._compiled(input_ids=ids, cache_params=cache, use_cache=True).logits[:, -1]
+        return self._compiled(input_ids=ids, use_cache=True, **{self._cache_name: cache}).logits[:, -1]
 
     def cache(self, batch: int) -> Any:
         """A cache of ``batch`` sequences behind the same short prompt."""
@@ -193,7 +194,7 @@ class Runner:
         forward = self.model
         if self.variant.backend == "qmamba":
             forward = torch.compile(self.model, backend="qmamba", options={**self._options, "inner_backend": "eager"})
-        return forward(input_ids=ids, use_cache=True, logits_to_keep=1).cache_params
+        return forward(input_ids=ids, use_cache=True, logits_to_keep=1)[self._cache_name]
 
     @property
     def held_bytes(self) -> int:

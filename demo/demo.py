@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import logging
 import math
@@ -47,6 +48,8 @@ class Variant:
     def __init__(self, name: str, model: Any) -> None:
         self.name = name
         self.model = copy.deepcopy(model)
+        # As transformers 5.24 and later call the argument and the output, or earlier ones.
+        self.cache = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "cache_params"
         self.prefill = self.decode = self.model.forward
         if name == "inductor_fp32":
             # Its prefill stays eager: compiling it with dynamic shapes takes minutes, and only decode is measured.
@@ -63,11 +66,11 @@ class Variant:
     def start(self, ids: Tensor) -> tuple[Tensor, Any]:
         """Logits [b, vocab] behind ``ids`` [b, l], and the cache."""
         output = self.prefill(input_ids=ids, use_cache=True)
-        return output.logits[:, -1], output.cache_params
+        return output.logits[:, -1], output[self.cache]
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         """Logits [b, vocab] behind one more byte ``ids`` [b, 1]."""
-        return self.decode(input_ids=ids, cache_params=cache, use_cache=True).logits[:, -1]
+        return self.decode(input_ids=ids, use_cache=True, **{self.cache: cache}).logits[:, -1]
 
 
 def held_out_windows(count: int, length: int) -> Tensor:

@@ -321,8 +321,9 @@ class _Printer:
 
 def _cache_of(output: Any) -> dict[str, Any]:
     """The cache of a model's output under the name by which the model takes it back."""
-    name = "cache_params" if getattr(output, "cache_params", None) is not None else "past_key_values"
-    return {name: getattr(output, name)}
+    # The first name is that of transformers 5.24 and later; before, it depends on the model.
+    name = next(name for name in ("cache", "cache_params", "past_key_values") if name in output)
+    return {name: output[name]}
 
 
 def _version(package: str) -> str:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import quant, recurrence, scan_ops  # noqa: F401  scan_ops defines an operator of its own
+from . import quant, recurrence, scan_gradient  # noqa: F401  defines the faithful scan and its gradient
 from .cpu_templates import launch as cpu_kernels
 from .cpu_templates import launch_layers as cpu_layers
 from .cpu_templates import launch_scan as cpu_scans

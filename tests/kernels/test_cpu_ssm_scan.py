@@ -13,7 +13,7 @@ from torch import Tensor
 from qmamba_compile import ops, quant, recurrence, scan_ops
 from qmamba_compile.cpu_templates import build, launch, launch_scan
 
-assert ops.scan_ops is not None  # importing it defines the operators
+assert ops.scan_gradient is not None  # importing it defines the operators
 qmamba = torch.ops.qmamba
 
 Y_TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_cpu_ssm_scan import GRADIENT_TOLERANCE, NAMES, assert_same, decode, gradients, problem
 
-from qmamba_compile import scan_ops
+from qmamba_compile import scan_gradient, scan_ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_scan, tuning
 from qmamba_compile.triton_templates.render import load, render
@@ -49,11 +49,11 @@ def by_triton(function: Callable[..., Any], *args: Any, elements: int = ELEMENTS
 
     tuning.SCAN_ELEMENTS = elements
     launch_scan._chosen.cache_clear()
-    torch.empty, scan_ops.cpu_kernels = poisoned, Kernels
+    torch.empty, scan_ops.cpu_kernels, scan_gradient.cpu_kernels = poisoned, Kernels, Kernels
     try:
         found = function(*args, **kwargs)
     finally:
-        torch.empty, scan_ops.cpu_kernels = empty, kernels
+        torch.empty, scan_ops.cpu_kernels, scan_gradient.cpu_kernels = empty, kernels, kernels
         tuning.SCAN_ELEMENTS = ELEMENTS
     assert served and all(output is not None for output in served)
     return found
