@@ -151,6 +151,10 @@ def render(
     bits: Annotated[int, typer.Option(help="8, 4 or 2.")] = 4,
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
+    flush_interval: Annotated[
+        int, typer.Option(help="ssm_update: steps from one store of the codes to the next.")
+    ] = QMambaConfig.flush_interval,
+    ring_bits: Annotated[int, typer.Option(help="ssm_update: of the inputs since the last store, 16 or 8.")] = 16,
     target: Annotated[
         str, typer.Option(help="cpu, or an instruction set (avx512, avx2, portable), or a GPU (sm_90, gfx942, ...).")
     ] = "cpu",
@@ -161,9 +165,10 @@ def render(
     stats: Annotated[bool, typer.Option("--stats", help="GPU: what the compiler made of it, instead of text.")] = False,
 ) -> None:
     """Print the source that is generated for a kernel."""
+    QMambaConfig(flush_interval=flush_interval, ring_bits=ring_bits)  # refuses what is not allowed
+    scheme = (headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic")
     if target.startswith(("sm_", "gfx")):
-        scheme = (headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic")
-        return _render_triton(kernel, target, heads, scheme, (rows, outputs, k), stats)
+        return _render_triton(kernel, target, heads, scheme, (flush_interval, ring_bits), (rows, outputs, k), stats)
     from .cpu_templates import build
     from .cpu_templates.render import Spec
     from .cpu_templates.render import render as render_source
@@ -171,7 +176,11 @@ def render(
     if stats:
         raise ConfigError(f"--stats needs a GPU as --target, such as sm_90; {target!r} is not one")
     isa = build.best_isa() if target == "cpu" else target
-    spec = Spec(kernel, headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic", isa)
+    ring = None
+    if kernel == "ssm_update" and flush_interval > 1:
+        ring = {16: "bfloat16", 8: "int8"}[ring_bits]
+    vnni = ring is not None and isa == "avx512" and build.has_vnni()
+    spec = Spec(kernel, *scheme, isa, flush_interval if ring else 1, ring, vnni)
     sys.stdout.write(render_source(spec))
 
 
@@ -180,17 +189,21 @@ def _render_triton(
     target: str,
     heads: int,
     scheme: tuple[int, int, int, bool, bool],
+    checkpoint: tuple[int, int],
     linear: tuple[int, int, int],
     stats: bool,
 ) -> None:
-    """Args: scheme: headdim, dstate, bits, dynamic, stochastic. linear: rows, outputs, k."""
+    """Args: scheme: headdim, dstate, bits, dynamic, stochastic. checkpoint: flush_interval, ring_bits. linear: rows,
+    outputs, k."""
     from .triton_templates import compiled, tuning
     from .triton_templates import render as triton_render
 
     target = triton_render.target_of(target)
     headdim, dstate, bits, *_ = scheme
     choices: dict[str, Callable[[], triton_render.AnySpec]] = {
-        "ssm_update": lambda: tuning.ssm_update(target, heads, *scheme),
+        "ssm_update": lambda: tuning.ssm_update(
+            target, heads, *scheme, flush_interval=checkpoint[0], ring_bits=checkpoint[1]
+        ),
         "quantize_state": lambda: tuning.quantize_state(target, heads, *scheme),
         "dequantize_state": lambda: tuning.dequantize_state(target, heads, headdim, dstate, bits),
         "chunk_scan": lambda: tuning.chunk_scan(target, heads, headdim, dstate),
@@ -208,9 +221,19 @@ def _render_triton(
         return
     if not isinstance(spec, triton_render.Spec):
         raise ConfigError(f"--stats counts instructions an element of a state; {kernel} has none")
-    found = compiled.ssm_update_facts(spec) if kernel == "ssm_update" else compiled.state_facts(spec)
-    elements = spec.rows * spec.dstate / (tuning.LANES.get(target, 32) * spec.warps)
-    table = rich.table.Table(title=spec.slug(), title_justify="left", box=None, show_header=False, title_style="bold")
+    elements = spec.rows * spec.dstate / tuning.LANES.get(target, 32)  # of a lane, were there one warp
+    if kernel != "ssm_update" or spec.flush_interval == 1:
+        found = compiled.ssm_update_facts(spec) if kernel == "ssm_update" else compiled.state_facts(spec)
+        _print_facts(spec.slug(), found, elements / spec.warps, bits)
+        return
+    for stores, step in ((False, "only reads"), (True, "stores")):
+        found = compiled.ssm_update_facts(spec, stores)
+        _print_facts(f"{spec.slug()}, a step that {step}", found, elements / spec.warps_of(stores), bits)
+
+
+def _print_facts(title: str, found: Any, elements: float, bits: int) -> None:
+    """Args: found: `Facts` of a Triton kernel, each lane of which has so many ``elements`` of the state."""
+    table = rich.table.Table(box=None, show_header=False)
     table.add_row("registers of a thread", str(found.registers))
     table.add_row("spilled bytes", str(found.spills))
     table.add_row("shared memory of a program", str(found.shared_bytes))
@@ -221,6 +244,7 @@ def _render_triton(
         table.add_row(f"{width}-byte {kind}s of a warp", str(count))
     mix = [f"{name} {count}" for name, count in found.mix.items() if count >= elements / 16]
     table.add_row("most frequent", ", ".join(mix))
+    _out.print(title, style="bold", soft_wrap=True)
     _out.print(table)
 
 

@@ -94,7 +94,7 @@ def test_bad_input_is_named(args, words):
 
 def test_render_prints_the_kernel_of_the_spec():
     source = invoke("render", "ssm_update", "--headdim", "32", "--dstate", "64", "--target", "portable").stdout
-    assert "ssm_update_p32_n64_b4_dynamic_nearest_portable" in source
+    assert "ssm_update_p32_n64_b4_dynamic_nearest_L8_bfloat16_portable" in source
 
 
 def test_env_shows_versions_and_overrides(monkeypatch):
@@ -134,10 +134,19 @@ def test_render_prints_every_gpu_kernel(kernel):
     assert kernel.removeprefix("norm_") in result.stdout.splitlines()[0] and "gfx942" in result.stdout.splitlines()[0]
 
 
-def test_render_says_what_the_compiler_made_of_it():
-    result = invoke("render", "ssm_update", "--target", "sm_90", "--state-scales", "calibrated", "--stats")
+@pytest.mark.parametrize("interval, steps", [("1", []), ("8", ["a step that only reads", "a step that stores"])])
+def test_render_says_what_the_compiler_made_of_it(interval, steps):
+    scheme = ("--state-scales", "calibrated", "--flush-interval", interval)
+    result = invoke("render", "ssm_update", "--target", "sm_90", *scheme, "--stats")
     assert result.exit_code == 0, result.output
     assert "registers of a thread" in result.stdout and "16-byte loads of a warp" in result.stdout
+    assert all(step in result.stdout for step in steps) and result.stdout.count("spilled bytes") == max(1, len(steps))
+
+
+def test_render_prints_by_default_what_runs_by_default():
+    assert "nearest_L8_bfloat16" in invoke("render", "ssm_update").stdout.splitlines()[0]
+    assert "nearest_every8" in invoke("render", "ssm_update", "--target", "sm_90").stdout.splitlines()[0]
+    assert "_L" not in invoke("render", "quantize_state").stdout.splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +156,7 @@ def test_render_says_what_the_compiler_made_of_it():
         (["ssm_scan", "--target", "sm_90"], "ssm_scan"),
         (["conv_update", "--target", "sm_90", "--stats"], "conv_update"),
         (["ssm_update", "--stats"], "--stats"),
+        (["ssm_update", "--flush-interval", "3"], "flush_interval=3"),
         (["ssm_update", "--target", "gfx942", "--dstate", "20"], "dstate=20"),
     ],
 )
