@@ -354,15 +354,16 @@ void norm_token(const Arguments& a, int64_t token, float* row) {
     }
 }
 
-// Write the codes of a token, whose values wait in `row`; returns their sum.
+// Write the codes of a token, whose values wait in `row`; returns their sum. A scale of the token's own leaves nothing
+// to limit, a static one does. 64 tokens, 1536x768, one thread: 324 us with the limits, 311 without.
+template <bool LIMITED>
 inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* codes) {
     Ints sums = {};
     for (int64_t i = 0; i < k; i += LANES) {
-        const Floats scaled = load<Floats>(row + i) * inverse;
-        // A scale of the token's own leaves nothing to limit, a static one does. Adding 1.5 * 2^23 rounds half to even,
-        // and the low bits of the sum are the rounded value.
-        const Floats limited = scaled > 127.0f ? splat(127.0f) : scaled < -127.0f ? splat(-127.0f) : scaled;
-        const Ints code = (Ints)(limited + 12582912.0f) - 0x4b400000;
+        Floats scaled = load<Floats>(row + i) * inverse;
+        if (LIMITED) scaled = scaled > 127.0f ? splat(127.0f) : scaled < -127.0f ? splat(-127.0f) : scaled;
+        // Adding 1.5 * 2^23 rounds half to even, and the low bits of the sum are the rounded value.
+        const Ints code = (Ints)(scaled + 12582912.0f) - 0x4b400000;
         sums += code;
         store((uint8_t*)codes + i, narrow(code));
     }
@@ -615,7 +616,9 @@ void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* ro
     if (!a.act_scale && scale < TINY_SCALE) scale = TINY_SCALE;
     const float inverse = 1.0f / scale;
     const bool finite = isfinite(a.act_scale ? top * inverse : scale);
-    const int32_t sum = finite ? quantize_row(row, a.k, inverse, spread ? spread : t.codes + token * t.width) : 0;
+    int8_t* const codes = spread ? spread : t.codes + token * t.width;
+    int32_t sum = 0;
+    if (finite) sum = (a.act_scale ? quantize_row<true> : quantize_row<false>)(row, a.k, inverse, codes);
     if (finite && spread) spread_token(t, token, spread);
     t.scale[token] = finite ? scale : NAN;
     t.excess[token] = (int32_t)((uint32_t)sum << 7);
