@@ -1,18 +1,20 @@
 """How fast is an int8 linear, activation quantization included, against floating point?
 
 For every linear of a shape and several numbers of rows (tokens). One call runs through as many layers as the model
-has, each with a weight of its own, so that weights are as cold as in a model.
+has, each with a weight of its own, so that weights are as cold as in a model. What is compiled is called without
+Dynamo (`_inductor`), and memory of outputs is used again (`keep_freed_memory`), for all variants alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
 from torchao.quantization import Int8Tensor
 
 import qmamba_compile.ops  # noqa: F401  (registers qmamba::*)
@@ -20,7 +22,7 @@ from qmamba_compile.cpu_templates.call_site import inductor_options
 from qmamba_compile.passes.int8_weight import quantize_weight
 
 from . import cli
-from .measure import Gate, Work
+from .measure import Gate, Work, keep_freed_memory
 from .record import Record, console
 from .shapes import Linear, shape_named
 
@@ -57,6 +59,7 @@ def main(
     chosen = list(dict.fromkeys([FLOAT, *cli.choose(variants, VARIANTS)]))
     arguments = {"shape": shape, "rows": sizes, "variants": chosen, "repeats": repeats}
     torch._dynamo.config.recompile_limit = 64
+    keep_freed_memory()
     with torch.no_grad(), cli.recording("linear", arguments, threads=threads, json=json, plot=plot) as found:
         for linear in dimensions.linears:
             with console.status(f"making the weights of {linear.name}"):
@@ -102,16 +105,13 @@ def _measure(found: Record, shape: str, layers: _Layers, rows: int, repeats: int
     reference: Tensor | None = None
     for name, call in layers.calls.items():
         with console.status(f"compiling and checking {name}, {layers.linear.name}, {rows} rows"):
-            y = torch.stack(_frozen_if(name, call, x))
+            y = torch.stack(call(x))
         reference = y if reference is None else reference
         gates[name] = Gate.of(y, reference, _TOLERANCES.get(name, _INT8_TOLERANCE))
     calls = {name: lambda call=call: call(x) for name, call in layers.calls.items()}
     work = {name: layers.work(name, rows) for name in calls}
     group = {"shape": shape, "linear": layers.linear.name, "layers": layers.count, "rows": rows}
-    with torch.compiler.set_stance("fail_on_recompile"):
-        cli.compare(
-            found, group, calls, gates, work, repeats=repeats, against=(FLOAT, FLOAT_FREEZING), block_seconds=0.02
-        )
+    cli.compare(found, group, calls, gates, work, repeats=repeats, against=(FLOAT, FLOAT_FREEZING), block_seconds=0.02)
 
 
 def _half(weights: Iterable[Tensor]) -> Call:
@@ -158,8 +158,36 @@ def _float_layers(weights: Iterable[Tensor]) -> _AllLayers:
     return _AllLayers(linears)
 
 
-def _inductor(module: nn.Module, **options: Any) -> Call:
-    return torch.compile(module, dynamic=False, options=options)
+def _inductor(module: nn.Module, *, freezing: bool = False, **options: Any) -> Call:
+    """Inductor's code for ``module``, compiled at the first call with an ``x`` of a new shape, and called directly.
+
+    Dynamo's way to it (frame, guards, 48 tensors fetched from their modules) takes 120 microseconds, which a model pays
+    once a step for all that it has. Here it would be 5 microseconds more for each of 24 layers; `FLOAT` has none of it.
+    """
+    compiled: dict[torch.Size, Call] = {}
+
+    def call(x: Tensor) -> list[Tensor]:
+        if x.shape not in compiled:
+            # Dynamo asks Inductor's global setting whether weights are to be frozen.
+            with torch._inductor.config.patch(freezing=freezing):
+                compiled[x.shape] = _compile(module, x, options)
+        return compiled[x.shape](x)
+
+    return call
+
+
+def _compile(module: nn.Module, x: Tensor, options: dict[str, Any]) -> Call:
+    graphs: list[tuple[Callable[..., Any], list[Any]]] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append((cast(Callable[..., Any], compile_fx(graph, inputs, config_patches=options)), inputs))
+        return graphs[-1][0]
+
+    torch.compile(module, backend=backend, dynamic=False)(x)
+    [(run, inputs)] = graphs
+    [position] = [i for i, value in enumerate(inputs) if value is x]
+    before, after = inputs[:position], inputs[position + 1 :]
+    return lambda x: run(*before, x, *after)
 
 
 def _torchao(weights: Iterable[Tensor]) -> Call:
@@ -172,12 +200,6 @@ def _torchao(weights: Iterable[Tensor]) -> Call:
 
 def _ours(weights: Iterable[Int8Tensor]) -> Call:
     return _inductor(_AllLayers(_Int8Linear(w.qdata, w.scale) for w in weights), **inductor_options())
-
-
-def _frozen_if(name: str, call: Call, x: Tensor) -> list[Tensor]:
-    """The first call: Dynamo asks Inductor's global setting whether weights are to be frozen."""
-    with torch._inductor.config.patch(freezing=name in (TORCHAO, FLOAT_FREEZING)):
-        return call(x)
 
 
 if __name__ == "__main__":

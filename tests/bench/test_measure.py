@@ -1,6 +1,9 @@
 """Interleaving and statistics on a clock that the tests turn, and the gate that refuses ratios."""
 
+import ctypes
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,3 +117,24 @@ def test_the_roof_is_the_slower_of_memory_and_arithmetic():
 def test_a_measured_roof_is_finite_and_positive():
     roof = measure_roof(nbytes=2**20, extent=64, tries=2)
     assert all(0 < rate < math.inf for rate in vars(roof).values())
+
+
+_PAGES_CLEARED_AGAIN = """
+import resource, torch
+from bench.measure import keep_freed_memory
+keep_freed_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    outputs = [torch.ones(2**24) for _ in range(4)]
+    del outputs
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="libc cannot be told to keep memory"
+)
+def test_memory_that_is_kept_is_not_cleared_again():
+    """Outputs of 64 MB, 16,384 pages each, as layers of one call leave them; in a process of its own."""
+    result = subprocess.run([sys.executable, "-c", _PAGES_CLEARED_AGAIN], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 1000

@@ -333,15 +333,16 @@ void norm_token(const Arguments& a, int64_t token, float* row) {
     }
 }
 
-// Write the codes of a token, whose values wait in `row`; returns their sum.
+// Write the codes of a token, whose values wait in `row`; returns their sum. A scale of the token's own leaves nothing
+// to limit, a static one does. 64 tokens, 1536x768, one thread: 324 us with the limits, 311 without.
+template <bool LIMITED>
 inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* codes) {
     Ints sums = {};
     for (int64_t i = 0; i < k; i += LANES) {
-        const Floats scaled = load<Floats>(row + i) * inverse;
-        // A scale of the token's own leaves nothing to limit, a static one does. Adding 1.5 * 2^23 rounds half to even,
-        // and the low bits of the sum are the rounded value.
-        const Floats limited = scaled > 127.0f ? splat(127.0f) : scaled < -127.0f ? splat(-127.0f) : scaled;
-        const Ints code = (Ints)(limited + 12582912.0f) - 0x4b400000;
+        Floats scaled = load<Floats>(row + i) * inverse;
+        if (LIMITED) scaled = scaled > 127.0f ? splat(127.0f) : scaled < -127.0f ? splat(-127.0f) : scaled;
+        // Adding 1.5 * 2^23 rounds half to even, and the low bits of the sum are the rounded value.
+        const Ints code = (Ints)(scaled + 12582912.0f) - 0x4b400000;
         sums += code;
         store((uint8_t*)codes + i, narrow(code));
     }
@@ -377,10 +378,21 @@ void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* ro
     if (!a.act_scale && scale < TINY_SCALE) scale = TINY_SCALE;
     const float inverse = 1.0f / scale;
     const bool finite = isfinite(a.act_scale ? top * inverse : scale);
-    const int32_t sum = finite ? quantize_row(row, a.k, inverse, t.codes + token * t.width) : 0;
+    int8_t* const codes = t.codes + token * t.width;
+    int32_t sum = 0;
+    if (finite) sum = (a.act_scale ? quantize_row<true> : quantize_row<false>)(row, a.k, inverse, codes);
     t.scale[token] = finite ? scale : NAN;
     t.excess[token] = 0;
 }
+
+// Zeros, the first of them at a multiple of 64 bytes: an aligned operator new takes 0.1 us more each time.
+class Scratch {
+    std::vector<int8_t> bytes;
+
+  public:
+    explicit Scratch(int64_t size) : bytes(size + 63) {}
+    int8_t* data() { return (int8_t*)(((uintptr_t)bytes.data() + 63) / 64 * 64); }
+};
 
 }  // namespace
 
@@ -389,18 +401,21 @@ extern "C" void w8a8_linear_portable(const void* packed_arguments) {
     memcpy(&a, packed_arguments, sizeof a);
     const int64_t width = (a.k + STEP - 1) / STEP * STEP;
     const int64_t places = a.tokens;
-    std::vector<Line> codes((places * width + 63) / 64), row_scale(a.tokens / 16 + 1), excess(a.tokens / 16 + 1);
-    const Tokens t = {(int8_t*)codes.data(), (float*)row_scale.data(), (int32_t*)excess.data(), width};
+    Scratch shared(places * width + 8 * a.tokens);
+    int8_t* const codes = shared.data();
+    float* const row_scale = (float*)(codes + places * width);
+    const Tokens t = {codes, row_scale, (int32_t*)(row_scale + a.tokens), width};
     const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
     const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
     const int64_t panel = fitting, panels = (a.o + panel - 1) / panel;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         {
-            std::vector<Line> row((width + 15) / 16);
+            Scratch own(4 * width);
+            float* const row = (float*)own.data();
 #pragma omp for schedule(static)
             for (int64_t token = 0; token < a.tokens; ++token) {
-                prepare_token(a, t, token, (float*)row.data());
+                prepare_token(a, t, token, row);
             }
         }
         for (int64_t token = 0; token < a.tokens; token += chunk) {
