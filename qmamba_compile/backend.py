@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 # The first graph is traced before the backend is called, but after torch.compile has looked it up.
-startup.collect_less_often_while_compiling()
+startup.hurry_dynamo()
 
 
 def qmamba(
@@ -47,7 +47,7 @@ def qmamba(
         ArtifactError: the calibration artifact is damaged or belongs to another model.
         StateError: the state of a layer cannot be packed as asked.
     """
-    startup.collect_less_often_while_compiling()
+    startup.hurry_dynamo()
     config = QMambaConfig.from_options(options)
     report = Report(strict=config.strict)
     report.phase = phase_of(gm.graph)

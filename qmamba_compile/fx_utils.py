@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -236,23 +236,25 @@ def retarget_guards(guards: dict[int, list[dict[str, Any]]], old: Tensor, new: T
         keywords["value"] = TensorWeakRef(new)
 
 
-def narrow_guards(name: str, accepts: Callable[[Any], bool]) -> None:
-    """Let ``accepts`` be all that guards of the graph being compiled ask of the metadata of a tensor subclass.
+def narrow_guards(accepts: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Let ``accepts`` be all that guards of the graph being compiled ask of the metadata of tensor subclasses.
 
     Dynamo compares everything that ``__tensor_flatten__`` returns, and calls it twice at each step. For the 49 torchao
     weights of the 130M shape, of which the graph needs little, that takes 0.36 ms of a step. Type, dtype, sizes and
     each inner tensor remain guarded by themselves.
 
     Args:
-        name: Dynamo's expression for the tensor, `source_name`. Nothing happens where no guard knows it.
-        accepts: called with what the expression evaluates to, of whatever type; no exception may leave it.
+        accepts: by Dynamo's expression for a tensor, `source_name`: called with what the expression evaluates to, of
+            whatever type; no exception may leave it. Nothing happens where no guard knows the expression.
     """
     guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
+    flattened = set()
     for guard in guards:
-        if guard.name == name and guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH":
-            guard.create_fn = functools.partial(_accepted, accepts)
-            guards.inner = type(guards.inner)(g for g in guards if g.name != f"{name}.__tensor_flatten__()[0]")
-            return
+        if guard.name in accepts and guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH":
+            guard.create_fn = functools.partial(_accepted, accepts[guard.name])
+            flattened.add(f"{guard.name}.__tensor_flatten__()[0]")
+    if flattened:
+        guards.inner = type(guards.inner)(guard for guard in guards if guard.name not in flattened)
 
 
 def _accepted(accepts: Callable[[Any], bool], builder: Any, guard: Any) -> None:

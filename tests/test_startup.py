@@ -1,11 +1,13 @@
-"""What a process asks early, and how patient the collector is: answers and settings are those without this backend."""
+"""What a process asks early, and what Dynamo is spared: answers, settings and effects are as without this backend."""
 
 from __future__ import annotations
 
 import gc
+import logging
 
 import pytest
 import torch
+from torch._dynamo import config, side_effects, symbolic_convert
 from torch._dynamo.callback import callback_handler
 from torch._inductor import codecache, cpu_vec_isa
 
@@ -21,45 +23,102 @@ def thresholds():
     gc.set_threshold(*before)
 
 
-def compiled_with() -> tuple[int, ...]:
-    """The thresholds while a function is being compiled."""
+def while_compiling(look, function=lambda x: x + 1):
+    """What ``look()`` gives while a function is being compiled."""
     seen = []
 
     def backend(gm, example_inputs):
-        seen.append(gc.get_threshold())
+        seen.append(look())
         return gm.forward
 
-    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    torch.compile(function, backend=backend)(torch.ones(2))
     return seen[0]
+
+
+def spared() -> dict[str, object]:
+    """Settings that Dynamo finds in its module's dictionary, and what it asks for the name of a line's function."""
+    found = {name: value for name, value in vars(config).items() if name in config._config}
+    return {**found, "get_funcname": symbolic_convert.get_funcname}
 
 
 def test_collections_are_rare_while_dynamo_compiles_and_as_before_afterwards(thresholds):
     for _ in range(2):  # Dynamo's reset forgets callbacks, and asking twice must not register twice
-        startup.collect_less_often_while_compiling()
-        startup.collect_less_often_while_compiling()
+        startup.hurry_dynamo()
+        startup.hurry_dynamo()
         assert callback_handler.start_callbacks.count(startup._start) == 1
-        assert compiled_with() == (startup._PATIENT, 10, 10)
+        assert while_compiling(gc.get_threshold) == (startup._PATIENT, 10, 10)
         assert gc.get_threshold() == (700, 10, 10)
         torch._dynamo.reset()
 
 
-def test_thresholds_come_back_when_compiling_fails(thresholds):
-    startup.collect_less_often_while_compiling()
+def test_everything_comes_back_when_compiling_fails(thresholds):
+    startup.hurry_dynamo()
+    before = spared()
 
     def backend(gm, example_inputs):
         raise RuntimeError("on purpose")
 
     with pytest.raises(Exception, match="on purpose"):
         torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
-    assert gc.get_threshold() == (700, 10, 10)
+    assert gc.get_threshold() == (700, 10, 10) and spared() == before
 
 
 @pytest.mark.parametrize("chosen", [(0, 10, 10), (100_000, 20, 20)], ids=["off", "more patient"])
 def test_a_choice_of_the_program_is_kept(thresholds, chosen):
     gc.set_threshold(*chosen)
-    startup.collect_less_often_while_compiling()
-    assert compiled_with() == chosen
+    startup.hurry_dynamo()
+    assert while_compiling(gc.get_threshold) == chosen
     assert gc.get_threshold() == chosen
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_settings_are_at_hand_with_their_values_while_dynamo_compiles(verbose):
+    startup.hurry_dynamo()
+    before = spared()
+    with config.patch(verbose=verbose):
+        during = while_compiling(spared)
+    assert during["verbose"] is verbose and not during["use_graph_deduplication"]
+    assert spared() == before == {"get_funcname": symbolic_convert.get_funcname}
+
+
+def test_side_effects_are_described_only_for_a_log_that_is_on(monkeypatch):
+    monkeypatch.setattr(startup.trace_log, "handlers", [])  # pytest listens to every log
+    startup.hurry_dynamo()
+    effects = []
+
+    def function(x):
+        effects.append(1)
+        return x + 1
+
+    def policy():
+        return config.side_effect_replay_policy
+
+    assert while_compiling(policy, function) == "silent" and effects == [1]
+    assert policy() == "info"
+    with config.patch(side_effect_replay_policy="warn"):
+        assert while_compiling(policy) == "warn"
+    with monkeypatch.context() as patched:
+        patched.setattr(side_effects.side_effects_log, "isEnabledFor", lambda level: True)
+        assert while_compiling(policy) == "info"
+    monkeypatch.setattr(startup.trace_log, "handlers", [logging.NullHandler()])
+    assert while_compiling(policy) == "info"
+
+
+def test_a_torch_without_what_is_touched_compiles(monkeypatch, thresholds):
+    startup.hurry_dynamo()
+    monkeypatch.delattr(symbolic_convert, "trace_call_log")
+    assert while_compiling(gc.get_threshold) == (startup._PATIENT, 10, 10)
+    assert gc.get_threshold() == (700, 10, 10)
+
+
+@pytest.mark.parametrize("log", ["trace_source_log", "trace_call_log"])
+def test_lines_are_named_only_for_a_log_that_is_on(monkeypatch, log):
+    startup.hurry_dynamo()
+    usual = symbolic_convert.get_funcname
+    assert while_compiling(lambda: symbolic_convert.get_funcname) is not usual
+    assert symbolic_convert.get_funcname is usual
+    monkeypatch.setattr(getattr(symbolic_convert, log), "isEnabledFor", lambda level: True)
+    assert while_compiling(lambda: symbolic_convert.get_funcname) is usual
 
 
 @pytest.fixture

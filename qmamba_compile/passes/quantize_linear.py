@@ -88,10 +88,10 @@ class QuantizeLinear(GraphPass):
             )
             replace_node(node, y)
             report.rewrote(layer, "int8", bytes_before=bytes_before, bytes_after=bytes_after)
-        for weight in unpacked:
-            if not weight.users:
-                self._narrow_guards(weight)
-                graph.erase_node(weight)
+        unread = [weight for weight in unpacked if not weight.users]
+        self._narrow_guards(unread)
+        for weight in unread:
+            graph.erase_node(weight)
 
     def _refusal(self, node: fx.Node, weight: Any, layer: str) -> tuple[SkipReason, str] | None:
         if self.config.excludes(layer):
@@ -143,11 +143,16 @@ class QuantizeLinear(GraphPass):
             inputs.append(last)
         return tuple(inputs)
 
-    def _narrow_guards(self, weight: fx.Node) -> None:
-        """Of a weight of which only the inner tensors are read, ask no more than `form_of`."""
-        value = self.context.example_inputs[weight.meta["qmamba_input"].index]
-        if isinstance(value, Int8Tensor):
-            narrow_guards(source_name(weight), functools.partial(has_form, form_of(value)))
+    def _narrow_guards(self, weights: list[fx.Node]) -> None:
+        """Of weights of which only the inner tensors are read, ask no more than `form_of`."""
+        values = {weight: self.context.example_inputs[weight.meta["qmamba_input"].index] for weight in weights}
+        narrow_guards(
+            {
+                source_name(weight): functools.partial(has_form, form_of(value))
+                for weight, value in values.items()
+                if isinstance(value, Int8Tensor)
+            }
+        )
 
     def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:
         """The layer's static activation scale, an input of its own: torchao's eager linear stays dynamic."""
