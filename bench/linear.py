@@ -177,6 +177,7 @@ def _inductor(module: nn.Module, *, freezing: bool = False, **options: Any) -> C
 
 
 def _compile(module: nn.Module, x: Tensor, options: dict[str, Any]) -> Call:
+    """What Inductor makes of the one graph of ``module``, with all inputs but ``x`` bound."""
     graphs: list[tuple[Callable[..., Any], list[Any]]] = []
 
     def backend(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
