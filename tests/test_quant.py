@@ -1,6 +1,8 @@
 """The reference arithmetic against independent float math: nothing expected here comes from the code under test."""
 
 import math
+import struct
+from fractions import Fraction
 
 import pytest
 import torch
@@ -18,6 +20,13 @@ BFLOAT16 = 2.0**-8
 # Steps by which |h| / step may exceed what exact arithmetic gives: scales, reciprocals and products are each rounded to
 # float32 (half of 2^-23, relative), at most six of them, on codes of up to 127: 127 * 6 * 2^-24 < 5e-5.
 FLOAT_SLACK = 5e-5
+
+# A measured state_scale: the power of two next to mean magnitude^EXPONENT, from 2^-LIMIT to 2^LIMIT.
+EXPONENT = Fraction(7, 8)
+LIMIT = 32
+
+# log2(1 + m) exceeds m, what a float's mantissa adds to it as an integer, by at most this (Mitchell 1962).
+MITCHELL = 0.0861
 
 bits_of_state = st.sampled_from([8, 4, 2])
 
@@ -53,6 +62,29 @@ def codes_by_hand(packed, bits):
         return packed.long()
     rows = [unpack_by_hand(row, bits) for row in packed.reshape(-1, packed.shape[-1])]
     return torch.tensor(rows).view(*packed.shape[:-1], -1)
+
+
+def float32(word):
+    """The float32 whose bits are ``word``."""
+    return struct.unpack("<f", struct.pack("<i", word))[0]
+
+
+def word(number):
+    """The bits of a float32."""
+    return struct.unpack("<i", struct.pack("<f", number))[0]
+
+
+def log2_of_state_scale(total, headdim):
+    """log2 of a measured state_scale of ``headdim`` magnitudes that sum to the finite float32 ``total``."""
+    log2_mean = word(total) - word(headdim)  # in units of 2^-23
+    nearest = math.floor(Fraction(math.ceil(EXPONENT * log2_mean), 2**23) + Fraction(1, 2))
+    return min(max(nearest, -LIMIT), LIMIT)
+
+
+def first_total(log2, headdim):
+    """The smallest sum of ``headdim`` magnitudes whose state_scale is 2^log2, as bits."""
+    # ceil(EXPONENT * x) >= limit, for integers x and limit, where EXPONENT * x > limit - 1.
+    return word(headdim) + math.floor(((2 * log2 - 1) * 2**22 - 1) / EXPONENT) + 1
 
 
 def steps(channel_scale, state_scale):
@@ -159,26 +191,62 @@ def test_halving_sum_adds_halves(size, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 999), headdim=st.integers(1, 12), quarter=st.integers(1, 16), log=st.integers(-20, 20))
-def test_dynamic_scales_are_equation_7_with_its_vectors_exchanged(seed, headdim, quarter, log):
+def test_measured_scales_are_powers_of_two_next_to_a_power_of_the_mean(seed, headdim, quarter, log):
     h = random_state(seed, (2, 3, headdim, 4 * quarter), log)
+    exact = h.double().abs()
     for bits in (8, 4, 2):
         packed, channel_scale, state_scale = quant.quantize_state(h, bits)
         assert channel_scale.dtype == state_scale.dtype == torch.bfloat16
         assert channel_scale.shape == (2, 3, headdim) and state_scale.shape == (2, 3, 4 * quarter)
-        exact = h.double()
+        mantissa, power = torch.frexp(state_scale.float())
+        assert mantissa.eq(0.5).all()
+        wanted = (exact.mean(-2).log2() * float(EXPONENT)).clamp(-LIMIT, LIMIT)
+        # Half a power, and what the logarithm of the sum or that of headdim is off by.
+        assert ((power - 1 - wanted).abs() <= 0.5 + MITCHELL * EXPONENT + 1e-5).all()
+        relative = exact / state_scale.double()[..., None, :]
         # One rounding to bfloat16; float32 noise is far below it.
-        torch.testing.assert_close(state_scale.double(), exact.abs().mean(-2).sqrt(), rtol=BFLOAT16 + 1e-6, atol=0)
-        relative = exact.abs() / state_scale.double()[..., None, :]
         expected = relative.amax(-1) / LARGEST[bits]
         torch.testing.assert_close(channel_scale.double(), expected, rtol=BFLOAT16 + 1e-6, atol=0)
         assert packed.shape == (2, 3, headdim, 4 * quarter * bits // 8)
 
 
-def test_state_scales_are_summed_by_halving():
-    """Kernels sum in that order: where the mean is next to a tie of the 16 bits, another order gives another scale."""
-    # Columns, written as rows, whose mean is close to (363/256)^2, the square of a tie.
-    magnitude = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0))
-    magnitude[:, 15] = (16 * (363 / 256) ** 2 - magnitude[:, :15].double().sum(-1)).float()
+@pytest.mark.parametrize("headdim", [1, 2, 3, 5, 7, 64, 80, 127])
+def test_a_measured_scale_changes_at_the_thresholds_of_its_definition(headdim):
+    """One value a column, the rest zeros: at every threshold, and one unit of the last place below it."""
+    powers = [power for power in range(-LIMIT + 1, LIMIT + 1) if 2**23 <= first_total(power, headdim) < 0x7F800000]
+    totals = [float32(first_total(power, headdim) - below) for power in powers for below in (0, 1)]
+    logs = [power - below for power in powers for below in (0, 1)]
+    assert len(powers) > LIMIT and logs == [log2_of_state_scale(total, headdim) for total in totals]
+    h = torch.zeros(1, 1, headdim, len(totals))
+    for column, total in enumerate(totals):
+        h[0, 0, column % headdim, column] = total * (-1) ** column
+    assert quant.dynamic_state_scale(h).tolist() == [[[2.0**log for log in logs]]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 9999), headdim=st.integers(1, 140), log=st.integers(-44, 36))
+def test_measured_scales_are_those_of_integer_arithmetic(seed, headdim, log):
+    h = random_state(seed, (headdim, 8), log)
+    sums = quant.halving_sum(h.abs(), dim=0)  # see test_halving_sum_adds_halves
+    expected = [2.0 ** log2_of_state_scale(total, headdim) for total in sums.tolist()]
+    assert quant.dynamic_state_scale(h).tolist() == expected
+
+
+def test_measured_scales_have_limits_and_subnormal_columns_the_lower_one():
+    smallest, largest = 2.0**-LIMIT, 2.0**LIMIT
+    columns = {0.0: smallest, 1e-45: smallest, 1e-39: smallest, 1e-20: smallest, 1.0: 1.0, 1e20: largest, 3e38: largest}
+    for sign in (1, -1):
+        h = sign * torch.tensor(list(columns))[None]
+        assert quant.dynamic_state_scale(h).tolist() == list(columns.values())
+    # Finite values whose sum is not.
+    assert quant.dynamic_state_scale(torch.tensor([[3e38, 1.0], [3e38, 1.0]])).isnan().tolist() == [True, False]
+
+
+def test_measured_scales_are_found_by_column_sums_in_halves():
+    """Kernels sum in that order: where the sum is next to a threshold, another order gives another scale."""
+    threshold = float32(first_total(0, 16))
+    magnitude = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0)) * threshold / 8  # columns, as rows
+    magnitude[:, 15] = (threshold - magnitude[:, :15].double().sum(-1)).abs().float()
     halves = magnitude
     while halves.shape[-1] > 1:
         first, second = halves.reshape(1000, 2, -1).unbind(1)
@@ -186,11 +254,12 @@ def test_state_scales_are_summed_by_halving():
     in_sequence = magnitude[:, :1]
     for column in range(1, 16):
         in_sequence = in_sequence + magnitude[:, column : column + 1]
-    # Division by 16 is exact, and both torch and hardware round the square root correctly.
-    expected, other = (halves / 16).sqrt().bfloat16(), (in_sequence / 16).sqrt().bfloat16()
-    assert expected.ne(other).any()
+    expected, other = (
+        [2.0 ** log2_of_state_scale(total, 16) for total in sums[:, 0].tolist()] for sums in (halves, in_sequence)
+    )
+    assert expected != other
     _, _, state_scale = quant.quantize_state(magnitude.T[None, None], 8)
-    assert torch.equal(state_scale[0, 0], expected[:, 0])
+    assert state_scale[0, 0].tolist() == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -277,28 +346,30 @@ def test_ties_go_to_even():
     assert quant.quantize_codes(h * 100, *ones, 4).tolist() == [[-7] * 4 + [7] * 8]
 
 
-def test_reciprocals_are_applied_one_after_the_other_state_scale_first():
-    """Codes feed back, so kernels need the order: float32 products rounded one by one, computed here in float64."""
+def float32_product(a, b):
+    """Exact in float64 (24 + 24 bits), then rounded once."""
+    return (a.double() * b.double()).float()
+
+
+def test_reciprocals_are_applied_state_scale_first_and_the_second_product_is_exact():
+    """Codes feed back, so kernels need the order and the roundings: all computed here in float64."""
     generator = torch.Generator().manual_seed(3)
     channel_scale = (torch.rand(64, generator=generator) + 0.5).bfloat16()
     state_scale = (torch.rand(512, generator=generator) + 0.5).bfloat16()
-
-    def product(a, b):  # exact in float64 (24 + 24 bits), then rounded once
-        return (a.double() * b.double()).float()
-
     per_channel = (1 / channel_scale.double()).float()[:, None]
     per_state = (1 / state_scale.double()).float()[None, :]
-    # Right at the ties, where the order decides. |h| stays below the largest code.
+    # Right at the ties, where all this decides. |h| stays below the largest code.
     codes = torch.randint(-5, 5, (64, 512), generator=generator) + 0.5
     h = (codes.double() * channel_scale.double()[:, None] * state_scale.double()).float()
-    channel_first = product(product(h, per_channel), per_state).round().to(torch.int8)
-    state_first = product(product(h, per_state), per_channel).round().to(torch.int8)
-    assert not torch.equal(channel_first, state_first)
-    assert torch.equal(quant.quantize_codes(h, channel_scale, state_scale, 4), state_first)
+    expected = (float32_product(h, per_state).double() * per_channel.double()).round()
+    channel_first = (float32_product(h, per_channel).double() * per_state.double()).round()
+    rounded_twice = float32_product(float32_product(h, per_state), per_channel).round()
+    assert expected.ne(channel_first).any() and expected.ne(rounded_twice).any()
+    assert torch.equal(quant.quantize_codes(h, channel_scale, state_scale, 4), expected.to(torch.int8))
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_quantize_state_uses_that_order(calibrated):
+def test_quantize_state_rounds_likewise(calibrated):
     """The same through the whole function, on values moved to the ties of the scales that they had."""
     h = random_state(0, (4, 2, 64, 64))
     scale = (random_state(1, (2, 64)).abs() + 0.1).bfloat16() if calibrated else None
@@ -309,13 +380,43 @@ def test_quantize_state_uses_that_order(calibrated):
     packed, channel_scale, state_scale = quant.quantize_state(h, 8, state_scale=scale)
     per_channel = (1 / channel_scale.double()).float()[..., None]
     per_state = (1 / state_scale.double()).float()[..., None, :]
+    scaled = float32_product(h, per_state)
+    # A measured scale rounds nothing: a kernel may keep h in units of it.
+    assert torch.equal(scaled.double(), h.double() * per_state) != calibrated
+    expected = scaled.double() * per_channel
+    channel_first = float32_product(h, per_channel).double() * per_state
+    assert channel_first.round().ne(expected.round()).any()
+    assert expected.float().round().ne(expected.round()).any()
+    assert torch.equal(codes_by_hand(packed, 8), expected.round().clamp(-127, 127).long())
 
-    def codes(first, second):
-        return ((h.double() * first).float().double() * second).float().round().clamp(-127, 127).long()
 
-    channel_first, state_first = codes(per_channel, per_state), codes(per_state, per_channel)
-    assert channel_first.ne(state_first).any()
-    assert torch.equal(codes_by_hand(packed, 8), state_first)
+@settings(max_examples=100, deadline=None)
+@given(
+    code=st.integers(-7, 6),
+    scale=st.integers(128, 255),
+    power=st.integers(-40, 40),
+    ulps=st.integers(-2, 2),
+    state_power=st.integers(-30, 30),
+)
+def test_rounding_next_to_a_tie_is_that_of_the_exact_product(code, scale, power, ulps, state_power):
+    """On fractions: the reciprocal of a channel_scale of 8 significant bits, times h in units of state_scale."""
+    channel_scale = scale * 2.0**power
+    inverse = float32(word(1 / channel_scale))
+    scaled = float32(word((code + 0.5) / inverse) + ulps)
+    h = torch.tensor([[scaled * 2.0**state_power]])
+    scales = torch.tensor([channel_scale]).bfloat16(), torch.tensor([2.0**state_power]).bfloat16()
+    assert quant.quantize_codes(h, *scales, 4).item() == round(Fraction(scaled) * Fraction(inverse))
+
+
+def test_a_product_whose_float32_is_a_tie_is_not_one():
+    # 1 / 1.5 in float32 is above 2/3, and the products are above and below the ties 0.5 and 1.5 by less than 2^-25.
+    inverse = float32(word(1 / 1.5))
+    above, below = 0.75, float32(word(2.25) - 1)
+    assert 0.5 < above * inverse < 0.5 + 2**-25 and 1.5 - 2**-23 < below * inverse < 1.5
+    assert float32(word(above * inverse)) == 0.5 and float32(word(below * inverse)) < 1.5
+    scales = torch.tensor([1.5]).bfloat16(), torch.ones(4).bfloat16()
+    h = torch.tensor([[above, -above, below, -below]])
+    assert quant.quantize_codes(h, *scales, 4).tolist() == [[1, -1, 1, -1]]
 
 
 def test_zero_rows_and_zero_states_come_back_as_zeros():
