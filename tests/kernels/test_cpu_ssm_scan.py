@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ties import assert_tied, tied_state
 from torch import Tensor
 
 from qmamba_compile import ops, quant, recurrence, scan_ops
@@ -211,6 +212,16 @@ def test_every_instruction_set(isa: str, single_step: bool) -> None:
             names, grads, gradients(scan_ops.ssm_scan_quantized_reference, arguments)[1], strict=True
         ):
             assert (grad - wanted).abs().max() <= GRADIENT_TOLERANCE * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("bits", quant.STATE_BITS)
+def test_ties_are_those_of_the_exact_product(isa: str, bits: int) -> None:
+    """The first store is that of the initial state, whose codes show in y."""
+    arguments = problem(bits=bits, seqlen=1, D=False)
+    h = tied_state(tuple(arguments["initial_state"].shape), bits, None)
+    assert_tied(h, *quant.quantize_state(h, bits)[1:])
+    arguments |= {"initial_state": h, "dt": torch.full_like(arguments["dt"], -10.0)}  # h stays, nearly
+    assert_same(qmamba.ssm_scan_quantized(**arguments), scan_ops.ssm_scan_quantized_reference(**arguments))
 
 
 def test_a_single_step_begins_at_the_float_state_quantized() -> None:
