@@ -216,12 +216,15 @@ def test_every_instruction_set(isa: str, single_step: bool) -> None:
 
 @pytest.mark.parametrize("bits", quant.STATE_BITS)
 def test_ties_are_those_of_the_exact_product(isa: str, bits: int) -> None:
-    """The first store is that of the initial state, whose codes show in y."""
-    arguments = problem(bits=bits, seqlen=1, D=False)
+    """What a single step of length 0 stores is the initial state."""
+    arguments = problem(bits=bits, seqlen=1, single_step=True, dt_bias=False, dt_softplus=False)
     h = tied_state(tuple(arguments["initial_state"].shape), bits, None)
-    assert_tied(h, *quant.quantize_state(h, bits)[1:])
-    arguments |= {"initial_state": h, "dt": torch.full_like(arguments["dt"], -10.0)}  # h stays, nearly
-    assert_same(qmamba.ssm_scan_quantized(**arguments), scan_ops.ssm_scan_quantized_reference(**arguments))
+    packed, *scales = quant.quantize_state(h, bits)
+    assert_tied(h, *scales)
+    arguments |= {"initial_state": h, "dt": torch.zeros_like(arguments["dt"])}
+    found = qmamba.ssm_scan_quantized(**arguments)
+    assert torch.equal(found[1], packed)
+    assert_same(found, scan_ops.ssm_scan_quantized_reference(**arguments))
 
 
 def test_a_single_step_begins_at_the_float_state_quantized() -> None:
