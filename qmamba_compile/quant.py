@@ -11,7 +11,8 @@ What is defined here to the last bit, because codes feed back into the next step
     - division by a scale is multiplication by its float32 reciprocal, first of state_scale, then of channel_scale;
     - rounding to nearest rounds the second product exactly, not its float32: one fused multiply-add;
     - the mean over p is summed by halving, an order that SIMD and GPU code can follow;
-    - NaN and infinity turn the scale that serves them into NaN, hence every value read through it.
+    - NaN and infinity turn the scales that serve them into NaN, hence every value read through them: a channel_scale,
+      and all measured state_scales of the head.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ TINY_SCALE = 2.0**-100
 """Smallest scale. Rows of zeros get it, so that a reciprocal stays finite; values below it round to zero."""
 
 STATE_SCALE_LIMIT = 32
-"""A measured state_scale is from 2^-32 to 2^32, so that no product with it under- or overflows where a state does not."""
+"""A measured state_scale is from 2^-32 to 2^32: h / state_scale neither under- nor overflows where h is from 2^-90 to 2^90."""
+
+LOG2_BOUNDS = (127 - 60 << 23, 127 + 60 << 23)
+"""A column's sum of magnitudes counts as from 2^-60 to 2^60: an empty one must not decide what is typical."""
+
+OUTLIER_LOG2 = 2 << 23
+"""How far from the typical magnitude an outlier begins, in 2^-23 of an octave."""
 
 STATE_BITS = (8, 4, 2)
 
@@ -122,20 +129,25 @@ def halving_sum(x: Tensor, dim: int) -> Tensor:
 
 
 def dynamic_state_scale(h: Tensor) -> Tensor:
-    """state_scale [..., n] of ``h`` [..., p, n] from itself: the power of two next to a column's mean magnitude^(7/8).
+    """state_scale [..., n] of ``h`` [..., p, n] from itself: a power of two that follows the magnitude of a column.
 
-    Q-Mamba's Eq. 7 with the two vectors exchanged, another exponent, and coarser: a scale that moves at every step moves
-    all codes of its column, and one that only knows powers of two seldom moves. Multiplying by it rounds nothing, so
-    a kernel may work on ``h / state_scale`` and get the same bits.
+    Q-Mamba's Eq. 7 with the two vectors exchanged: the square root of the column's summed magnitude. But where a column is
+    over four times larger or smaller than what is typical of its head, an outlier, the scale follows it all the way:
+    what rescales B by a factor and C by its inverse should not change a code. And it is coarser than bfloat16: a scale
+    that moves at every step moves all codes of its column, one that only knows powers of two seldom moves. Multiplying
+    by it rounds nothing, so a kernel may work on ``h / state_scale`` and get the same bits.
 
-    The logarithm is that of Mitchell (1962), a float32's bits read as an integer: exponent and mantissa are whole part
-    and fraction. It is off by 0.086 at most, which moves a threshold between two powers and is the same everywhere.
+    Logarithms are Mitchell's (1962): the bits of a float32 as an integer, exponent and mantissa being whole part and
+    fraction. Off by 0.086 at most, they move a threshold between two powers a little, by the same bits everywhere.
     """
     total = halving_sum(h.abs(), dim=-2)
-    log2_mean = total.view(torch.int32) - torch.tensor(float(h.shape[-2])).view(torch.int32).to(total.device)
-    whole = (log2_mean - (log2_mean >> 3) + 2**22 >> 23).clamp(-STATE_SCALE_LIMIT, STATE_SCALE_LIMIT)
-    scale = ((whole + 127) << 23).view(torch.float32).to(SCALE_DTYPE)
-    return torch.where(total.isfinite(), scale, torch.full_like(scale, math.nan))
+    log2 = total.view(torch.int32).clamp(*LOG2_BOUNDS)
+    typical = (log2 >> 12).sum(dim=-1, keepdim=True, dtype=torch.int32) // h.shape[-1] << 12
+    above = log2 - typical
+    far = above - above.clamp(-OUTLIER_LOG2, OUTLIER_LOG2)
+    whole = (log2 + far - (126 << 23) >> 24).clamp(-STATE_SCALE_LIMIT, STATE_SCALE_LIMIT)
+    scale = (whole + 127 << 23).view(torch.float32).to(SCALE_DTYPE)
+    return torch.where(total.isfinite().all(dim=-1, keepdim=True), scale, torch.full_like(scale, math.nan))
 
 
 def channel_scale_of(h: Tensor, state_scale: Tensor, bits: int) -> Tensor:

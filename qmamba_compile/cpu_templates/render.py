@@ -196,8 +196,8 @@ def _constants(spec: Spec) -> dict[str, object]:
         "runs": runs,
         "run": run,
         "by_table": False,
-        # The bits of headdim as a float32.
-        "headdim_word": f"0x{struct.unpack('I', struct.pack('f', spec.headdim))[0]:x}",
+        "log2_bounds": ", ".join(str(bound) for bound in quant.LOG2_BOUNDS),
+        "outlier_log2": quant.OUTLIER_LOG2,
         "scale_limit": quant.STATE_SCALE_LIMIT,
         # Half of headdim, rounded up to a power of two.
         "half_headdim": max(1, (1 << (spec.headdim - 1).bit_length()) // 2),
