@@ -77,7 +77,7 @@ def ssm_update(
     with 16 (sm_90, 64 x 128, 4 bits); so a head is split further only where the GPU would stay empty.
 
     Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales
-    of all columns that it holds: 25 instructions an element with 128 elements a thread, 42 with 64 (sm_90, 64 x 128, 4
+    of all columns that it holds: 18 instructions an element with 128 elements a thread, 25 with 64 (sm_90, 64 x 128, 4
     bits). 64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, where 128 halve the waves of a unit.
 
     Checkpointed: what only reads has one warp a head. Programs of several heads, which shared the products of C with
