@@ -11,8 +11,7 @@ What is defined here to the last bit, because codes feed back into the next step
     - division by a scale is multiplication by its float32 reciprocal, first of state_scale, then of channel_scale;
     - rounding to nearest rounds the second product exactly, not its float32: one fused multiply-add;
     - the mean over p is summed by halving, an order that SIMD and GPU code can follow;
-    - NaN and infinity turn the scales that serve them into NaN, hence every value read through them: a channel_scale,
-      and all measured state_scales of the head.
+    - NaN and infinity turn the scale that serves them into NaN, hence every value read through it.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ def dynamic_state_scale(h: Tensor) -> Tensor:
     far = above - above.clamp(-OUTLIER_LOG2, OUTLIER_LOG2)
     whole = (log2 + far - (126 << 23) >> 24).clamp(-STATE_SCALE_LIMIT, STATE_SCALE_LIMIT)
     scale = (whole + 127 << 23).view(torch.float32).to(SCALE_DTYPE)
-    return torch.where(total.isfinite().all(dim=-1, keepdim=True), scale, torch.full_like(scale, math.nan))
+    return torch.where(total.isfinite(), scale, torch.full_like(scale, math.nan))
 
 
 def channel_scale_of(h: Tensor, state_scale: Tensor, bits: int) -> Tensor:

@@ -196,7 +196,7 @@ def _constants(spec: Spec) -> dict[str, object]:
         "runs": runs,
         "run": run,
         "by_table": False,
-        "log2_bounds": ", ".join(str(bound) for bound in quant.LOG2_BOUNDS),
+        "log2_bounds": quant.LOG2_BOUNDS,
         "outlier_log2": quant.OUTLIER_LOG2,
         "scale_limit": quant.STATE_SCALE_LIMIT,
         # Half of headdim, rounded up to a power of two.

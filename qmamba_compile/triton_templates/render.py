@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import os
 import pathlib
-import struct
 import tempfile
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -407,14 +406,17 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "octant": octant,
         "shares_philox": is_power_of_two(spec.dstate) and spec.dstate >= 8,
         "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
-        **state_scale_constants(spec.headdim),
+        **state_scale_constants(),
     }
 
 
-def state_scale_constants(headdim: int) -> dict[str, Any]:
-    """What quant.dynamic_state_scale needs, as the bits of float32s."""
-    numbers = {"headdim": headdim, "lowest": 2.0**-quant.STATE_SCALE_LIMIT, "highest": 2.0**quant.STATE_SCALE_LIMIT}
-    return {f"{name}_word": f"0x{struct.unpack('I', struct.pack('f', x))[0]:X}" for name, x in numbers.items()}
+def state_scale_constants() -> dict[str, Any]:
+    """What quant.dynamic_state_scale needs."""
+    return {
+        "log2_bounds": quant.LOG2_BOUNDS,
+        "outlier_log2": quant.OUTLIER_LOG2,
+        "scale_limit": quant.STATE_SCALE_LIMIT,
+    }
 
 
 _SHIFT = {8: 16, 4: 12, 2: 12}

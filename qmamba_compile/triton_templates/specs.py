@@ -213,7 +213,7 @@ class SsmScanSpec(LayerSpec):
             "rounder": 3 * 2**22,
             "ring": 0,
             "halves": [2**power for power in reversed(range(self.rows.bit_length() - 1))],
-            **state_scale_constants(self.headdim),
+            **state_scale_constants(),
         }
 
 
