@@ -148,6 +148,13 @@ inline float sum_lanes(Floats x) {
     return x[0];
 }
 
+inline int sum_lanes(Ints x) {
+    x += ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0);
+    return x[0];
+}
+
 // The largest of all lanes, in every lane.
 inline Ints max_lanes(Ints x) {
     x = larger(x, ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3));

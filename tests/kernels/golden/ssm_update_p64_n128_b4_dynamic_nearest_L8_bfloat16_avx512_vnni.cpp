@@ -149,6 +149,14 @@ inline float sum_lanes(Floats x) {
     return x[0];
 }
 
+inline int sum_lanes(Ints x) {
+    x += ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
+    return x[0];
+}
+
 // The largest of all lanes, in every lane.
 inline Ints max_lanes(Ints x) {
     x = larger(x, ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
@@ -348,27 +356,41 @@ inline Floats sum_rows(const float* column) {
     }
 }
 
+inline Ints clamp(Ints x, int low, int high) {
+    x = x < low ? Ints{} + low : x;
+    return x > high ? Ints{} + high : x;
+}
+
 // quant.dynamic_state_scale of a head's rows, which are in units of `state_scale`, the old ones. That becomes the new
-// ones; `ratio` what the rows are multiplied by to be in units of them, and zero in pads. False where a value is not
-// finite.
+// ones; `ratio` what the rows are multiplied by to be in units of them, and zero in pads. False if a value is not finite.
 inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* ratio) {
-    Ints all = {};
+    constexpr int LOWEST = 562036736, HIGHEST = 1568669696;
+    alignas(64) int32_t totals[ROW] = {};  // the bits of floats; zero in pads
+    Ints most = {}, logs = {};
     for (int run = 0; run < RUNS; ++run) {
         for (int j = 0; j < RUN_VECTORS; ++j) {
             const int at = (run * RUN_VECTORS + j) * LANES;
+            const Floats total = sum_rows<0, 1>(rows + at) * load<Floats>(state_scale + at);
+            store_run(totals + run * RUN_VECTORS * LANES, j, (Ints)total);
+            most = larger(most, load<Ints>(totals + at));
+            logs += clamp(load<Ints>(totals + at), LOWEST, HIGHEST) >> 12;
+        }
+    }
+    const int typical = (sum_lanes(logs) - (ROW - DSTATE) * (LOWEST >> 12)) / DSTATE << 12;
+    for (int run = 0; run < RUNS; ++run) {
+        for (int j = 0; j < RUN_VECTORS; ++j) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            const Ints total = load<Ints>(totals + at), log2 = clamp(total, LOWEST, HIGHEST), above = log2 - typical;
+            const Ints far = above - clamp(above, -16777216, 16777216);
+            const Ints whole = clamp((log2 + far - 1056964608) >> 24, -32, 32);
+            const Words scale = (Words)(total < 0x7f800000 ? (whole + 127) << 23 : Ints{} + 0x7fc00000);
             const Floats old = load<Floats>(state_scale + at);
-            const Ints total = (Ints)(sum_rows<0, 1>(rows + at) * old), log2_mean = total - 0x42800000;
-            Ints whole = (log2_mean - (log2_mean >> 3) + 0x400000) >> 23;
-            whole = whole < -32 ? Ints{} - 32 : whole;
-            whole = whole > 32 ? Ints{} + 32 : whole;
-            const Ints scale = total < 0x7f800000 ? (whole + 127) << 23 : Ints{} + 0x7fc00000;
-            all = larger(all, scale);
-            store_run(stored + run * RUN, j, narrow_to_halves((Words)scale >> 16));
+            store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
             store_run(state_scale + run * RUN_VECTORS * LANES, j, (Floats)scale);
             store_run(ratio + run * RUN_VECTORS * LANES, j, old / (Floats)scale);
         }
     }
-    return max_lanes(all)[0] < 0x7f800000;
+    return max_lanes(most)[0] < 0x7f800000;
 }
 
 // Rows of the block of LANES that begins at row p.
@@ -678,14 +700,6 @@ inline void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, f
     }
 }
 
-inline int sum_ints(Ints x) {
-    x += ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x += ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3);
-    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
-    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
-    return x[0];
-}
-
 // C * state_scale of a head as integers of 16 bits, laid out for multiply_row.
 void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     Prepared& to = s.prepared[head % 2];
@@ -712,7 +726,7 @@ void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
             store(digits + UNITS * UNIT, narrow((rounded + 128) >> 8));
         }
     }
-    to.sum = sum_ints(total);
+    to.sum = sum_lanes(total);
     to.unit = floor * a.steps.decay[b * a.steps.stride + head];
 }
 
