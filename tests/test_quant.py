@@ -21,9 +21,9 @@ BFLOAT16 = 2.0**-8
 # float32 (half of 2^-23, relative), at most six of them, on codes of up to 127: 127 * 6 * 2^-24 < 5e-5.
 FLOAT_SLACK = 5e-5
 
-# A measured state_scale: the power of two next to mean magnitude^EXPONENT, from 2^-LIMIT to 2^LIMIT.
-EXPONENT = Fraction(7, 8)
-LIMIT = 32
+# A measured state_scale is from 2^-LIMIT to 2^LIMIT, a column's sum of magnitudes counts as from 2^-BOUND to 2^BOUND,
+# and a column more than BAND octaves from what is typical of its head is an outlier.
+LIMIT, BOUND, BAND = 32, 60, 2
 
 # log2(1 + m) exceeds m, what a float's mantissa adds to it as an integer, by at most this (Mitchell 1962).
 MITCHELL = 0.0861
@@ -74,17 +74,16 @@ def word(number):
     return struct.unpack("<i", struct.pack("<f", number))[0]
 
 
-def log2_of_state_scale(total, headdim):
-    """log2 of a measured state_scale of ``headdim`` magnitudes that sum to the finite float32 ``total``."""
-    log2_mean = word(total) - word(headdim)  # in units of 2^-23
-    nearest = math.floor(Fraction(math.ceil(EXPONENT * log2_mean), 2**23) + Fraction(1, 2))
-    return min(max(nearest, -LIMIT), LIMIT)
-
-
-def first_total(log2, headdim):
-    """The smallest sum of ``headdim`` magnitudes whose state_scale is 2^log2, as bits."""
-    # ceil(EXPONENT * x) >= limit, for integers x and limit, where EXPONENT * x > limit - 1.
-    return word(headdim) + math.floor(((2 * log2 - 1) * 2**22 - 1) / EXPONENT) + 1
+def log2_of_state_scales(totals):
+    """log2 of the measured state_scales of one head whose columns' magnitudes sum to the float32 ``totals``."""
+    logs = [min(max(Fraction(word(total), 2**23) - 127, -BOUND), BOUND) for total in totals]
+    typical = Fraction(sum(math.floor(log * 2**11) for log in logs) // len(logs), 2**11)
+    follows = []
+    for log in logs:
+        beyond = max(abs(log - typical) - BAND, 0)
+        half = (log + (beyond if log > typical else -beyond)) / 2
+        follows.append(min(max(math.floor(half + Fraction(1, 2)), -LIMIT), LIMIT))
+    return follows
 
 
 def steps(channel_scale, state_scale):
@@ -189,62 +188,125 @@ def test_halving_sum_adds_halves(size, seed):
     assert quant.halving_sum(x, dim=-1)[0].item() == values[0]
 
 
+def with_outliers(seed, shape, log):
+    """A random state of which some columns are larger or smaller by orders of magnitude, and some empty."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.exp2(torch.randint(-20, 21, shape[-1:], generator=generator) * 1.5)
+    kind = torch.rand(shape[-1], generator=generator)
+    columns = torch.where(kind < 0.7, 1.0, columns) * (kind < 0.95)
+    return random_state(seed, shape, log) * columns
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 999), headdim=st.integers(1, 12), quarter=st.integers(1, 16), log=st.integers(-20, 20))
-def test_measured_scales_are_powers_of_two_next_to_a_power_of_the_mean(seed, headdim, quarter, log):
-    h = random_state(seed, (2, 3, headdim, 4 * quarter), log)
+def test_measured_scales_follow_the_square_root_of_a_column_and_outliers_all_the_way(seed, headdim, quarter, log):
+    h = with_outliers(seed, (2, 3, headdim, 4 * quarter), log)
     exact = h.double().abs()
+    logs = exact.sum(-2).log2().clamp(-BOUND, BOUND)
+    above = logs - logs.mean(-1, keepdim=True)
+    wanted = ((logs + above - above.clamp(-BAND, BAND)) / 2).clamp(-LIMIT, LIMIT)
     for bits in (8, 4, 2):
         packed, channel_scale, state_scale = quant.quantize_state(h, bits)
         assert channel_scale.dtype == state_scale.dtype == torch.bfloat16
         assert channel_scale.shape == (2, 3, headdim) and state_scale.shape == (2, 3, 4 * quarter)
         mantissa, power = torch.frexp(state_scale.float())
         assert mantissa.eq(0.5).all()
-        wanted = (exact.mean(-2).log2() * float(EXPONENT)).clamp(-LIMIT, LIMIT)
-        # Half a power, and what the logarithm of the sum or that of headdim is off by.
-        assert ((power - 1 - wanted).abs() <= 0.5 + MITCHELL * EXPONENT + 1e-5).all()
+        # Half a power, an outlier's logarithm, half the typical one, and 2^-11 by which that is rounded down twice.
+        assert ((power - 1 - wanted).abs() <= 0.5 + 1.5 * MITCHELL + 2.0**-11 + 1e-5).all()
         relative = exact / state_scale.double()[..., None, :]
         # One rounding to bfloat16; float32 noise is far below it.
-        expected = relative.amax(-1) / LARGEST[bits]
+        expected = (relative.amax(-1) / LARGEST[bits]).clamp(min=TINY)
         torch.testing.assert_close(channel_scale.double(), expected, rtol=BFLOAT16 + 1e-6, atol=0)
         assert packed.shape == (2, 3, headdim, 4 * quarter * bits // 8)
 
 
-@pytest.mark.parametrize("headdim", [1, 2, 3, 5, 7, 64, 80, 127])
-def test_a_measured_scale_changes_at_the_thresholds_of_its_definition(headdim):
-    """One value a column, the rest zeros: at every threshold, and one unit of the last place below it."""
-    powers = [power for power in range(-LIMIT + 1, LIMIT + 1) if 2**23 <= first_total(power, headdim) < 0x7F800000]
-    totals = [float32(first_total(power, headdim) - below) for power in powers for below in (0, 1)]
-    logs = [power - below for power in powers for below in (0, 1)]
-    assert len(powers) > LIMIT and logs == [log2_of_state_scale(total, headdim) for total in totals]
-    h = torch.zeros(1, 1, headdim, len(totals))
-    for column, total in enumerate(totals):
-        h[0, 0, column % headdim, column] = total * (-1) ** column
-    assert quant.dynamic_state_scale(h).tolist() == [[[2.0**log for log in logs]]]
-
-
 @settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 9999), headdim=st.integers(1, 140), log=st.integers(-44, 36))
-def test_measured_scales_are_those_of_integer_arithmetic(seed, headdim, log):
-    h = random_state(seed, (headdim, 8), log)
+@given(seed=st.integers(0, 9999), headdim=st.integers(1, 140), dstate=st.integers(1, 20), log=st.integers(-44, 36))
+def test_measured_scales_are_those_of_integer_arithmetic(seed, headdim, dstate, log):
+    h = with_outliers(seed, (headdim, dstate), log)
     sums = quant.halving_sum(h.abs(), dim=0)  # see test_halving_sum_adds_halves
-    expected = [2.0 ** log2_of_state_scale(total, headdim) for total in sums.tolist()]
-    assert quant.dynamic_state_scale(h).tolist() == expected
+    expected = [
+        2.0**scale if math.isfinite(total) else math.nan
+        for total, scale in zip(sums.tolist(), log2_of_state_scales(sums.tolist()), strict=True)
+    ]
+    torch.testing.assert_close(quant.dynamic_state_scale(h).tolist(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_measured_scales_have_limits_and_subnormal_columns_the_lower_one():
-    smallest, largest = 2.0**-LIMIT, 2.0**LIMIT
-    columns = {0.0: smallest, 1e-45: smallest, 1e-39: smallest, 1e-20: smallest, 1.0: 1.0, 1e20: largest, 3e38: largest}
-    for sign in (1, -1):
-        h = sign * torch.tensor(list(columns))[None]
-        assert quant.dynamic_state_scale(h).tolist() == list(columns.values())
-    # Finite values whose sum is not.
-    assert quant.dynamic_state_scale(torch.tensor([[3e38, 1.0], [3e38, 1.0]])).isnan().tolist() == [True, False]
+@pytest.mark.parametrize("headdim", [1, 3, 64])
+@pytest.mark.parametrize("others", [[], [1.0], [1.0] * 4, [2.0**20, 1.5 * 2.0**22], [0.0, 2.0**-40, 7.0]], ids=str)
+def test_a_measured_scale_changes_at_the_thresholds_of_its_definition(headdim, others):
+    """The last column of a head grows: at the sum where its scale changes, and one unit of the last place below it."""
+
+    def log2_at(bits):
+        return log2_of_state_scales([*others, float32(bits)])[-1]
+
+    lowest, highest = 0, word(2.0**BOUND)
+    powers = range(log2_at(lowest) + 1, log2_at(highest) + 1)
+    assert len(powers) >= 30
+    for power in powers:
+        below, at = lowest, highest
+        while at - below > 1:
+            middle = (below + at) // 2
+            below, at = (below, middle) if log2_at(middle) >= power else (middle, at)
+        for bits in (below, at):
+            totals = [*others, float32(bits)]
+            # One value a column, of either sign, the rest zeros.
+            h = torch.zeros(headdim, len(totals))
+            for column, total in enumerate(totals):
+                h[column % headdim, column] = total * (-1) ** column
+            scales = [2.0**scale for scale in log2_of_state_scales(totals)]
+            assert quant.dynamic_state_scale(h).tolist() == scales and scales[-1] == 2.0 ** (power - (bits == below))
+
+
+@pytest.mark.parametrize("headdim", [1, 2, 7, 80])
+@pytest.mark.parametrize("dstate", [1, 5, 16])
+def test_equal_columns_get_the_square_root_of_their_sum(headdim, dstate):
+    """What is typical is then what each has: from 2^(2p - 1) to below 2^(2p + 1) the scale is 2^p."""
+    for power in range(-BOUND // 2 + 1, BOUND // 2):
+        first = 2.0 ** (2 * power - 1)
+        for total, scale in ((first, 2.0**power), (float32(word(first) - 1), 2.0 ** (power - 1))):
+            h = torch.zeros(headdim, dstate)
+            h[-1] = total
+            assert quant.dynamic_state_scale(h).tolist() == [scale] * dstate
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_follows_a_column_by_half_inside_the_band_and_all_the_way_outside(sign):
+    def scale_of(octaves):
+        h = random_state(0, (64, 1)).repeat(1, 8)
+        h[:, 5] *= 2.0 ** (sign * octaves)
+        return quant.dynamic_state_scale(h)[5].item()
+
+    assert scale_of(2) == scale_of(0) * 2.0 ** (sign * 1)
+    # 16 octaves more, of which what is typical, the mean over 8 columns, takes 2, and half of those count.
+    assert scale_of(24) == scale_of(8) * 2.0 ** (sign * 15)
+
+
+def test_measured_scales_have_limits_and_empty_columns_do_not_decide_what_is_typical():
+    tiny, smallest, largest = 2.0**-BOUND, 2.0**-LIMIT, 2.0**LIMIT
+    for empty in (0.0, 1e-45, -1e-39, 1e-20):
+        assert quant.dynamic_state_scale(torch.full((1, 3), empty)).tolist() == [tiny**0.5] * 3
+        # As far apart as columns can be.
+        assert quant.dynamic_state_scale(torch.tensor([[empty] * 99 + [3e38]]))[-1] == largest
+        assert quant.dynamic_state_scale(torch.tensor([[3e38] * 99 + [empty]])).tolist() == [2.0**30] * 99 + [smallest]
+        # 5 empty columns of 128 move what is typical by 2.3 octaves at most.
+        found = quant.dynamic_state_scale(torch.tensor([[1.0] * 123 + [empty] * 5]))
+        assert found.tolist() == [1.0] * 123 + [smallest] * 5
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 0.0], [math.inf, 1.0], [1.0, -math.inf], [3e38, 3e38]], ids=str)
+def test_only_a_column_that_is_not_finite_gets_nan(bad):
+    """[3e38, 3e38]: finite values whose sum is not."""
+    h = torch.ones(2, 33)
+    h[:, 7] = torch.tensor(bad)
+    others = torch.arange(33) != 7
+    scales = quant.dynamic_state_scale(h)
+    assert scales[7].isnan() and scales[others].eq(2).all()  # of a sum of 2: half an octave, rounded up
 
 
 def test_measured_scales_are_found_by_column_sums_in_halves():
     """Kernels sum in that order: where the sum is next to a threshold, another order gives another scale."""
-    threshold = float32(first_total(0, 16))
+    threshold = 0.5  # of heads of one column: 2^-1 below it, 1 from it on
     magnitude = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0)) * threshold / 8  # columns, as rows
     magnitude[:, 15] = (threshold - magnitude[:, :15].double().sum(-1)).abs().float()
     halves = magnitude
@@ -254,12 +316,10 @@ def test_measured_scales_are_found_by_column_sums_in_halves():
     in_sequence = magnitude[:, :1]
     for column in range(1, 16):
         in_sequence = in_sequence + magnitude[:, column : column + 1]
-    expected, other = (
-        [2.0 ** log2_of_state_scale(total, 16) for total in sums[:, 0].tolist()] for sums in (halves, in_sequence)
-    )
-    assert expected != other
-    _, _, state_scale = quant.quantize_state(magnitude.T[None, None], 8)
-    assert state_scale[0, 0].tolist() == expected
+    expected, other = (torch.where(sums < threshold, 0.5, 1.0) for sums in (halves, in_sequence))
+    assert not torch.equal(expected, other)
+    _, _, state_scale = quant.quantize_state(magnitude[None, ..., None], 8)
+    assert torch.equal(state_scale[0].float(), expected)
 
 
 @settings(max_examples=60, deadline=None)
