@@ -23,7 +23,7 @@ FLOAT_SLACK = 5e-5
 
 # A measured state_scale is from 2^-LIMIT to 2^LIMIT, a column's sum of magnitudes counts as from 2^-BOUND to 2^BOUND,
 # and a column more than BAND octaves from what is typical of its head is an outlier.
-LIMIT, BOUND, BAND = 32, 60, 2
+LIMIT, BOUND, BAND = 32, 60, Fraction(5, 2)
 
 # log2(1 + m) exceeds m, what a float's mantissa adds to it as an integer, by at most this (Mitchell 1962).
 MITCHELL = 0.0861
@@ -204,7 +204,7 @@ def test_measured_scales_follow_the_square_root_of_a_column_and_outliers_all_the
     exact = h.double().abs()
     logs = exact.sum(-2).log2().clamp(-BOUND, BOUND)
     above = logs - logs.mean(-1, keepdim=True)
-    wanted = ((logs + above - above.clamp(-BAND, BAND)) / 2).clamp(-LIMIT, LIMIT)
+    wanted = ((logs + above - above.clamp(-float(BAND), float(BAND))) / 2).clamp(-LIMIT, LIMIT)
     for bits in (8, 4, 2):
         packed, channel_scale, state_scale = quant.quantize_state(h, bits)
         assert channel_scale.dtype == state_scale.dtype == torch.bfloat16

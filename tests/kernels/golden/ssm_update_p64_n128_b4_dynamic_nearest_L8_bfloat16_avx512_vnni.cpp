@@ -381,8 +381,8 @@ inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scal
         for (int j = 0; j < RUN_VECTORS; ++j) {
             const int at = (run * RUN_VECTORS + j) * LANES;
             const Ints total = load<Ints>(totals + at), log2 = clamp(total, LOWEST, HIGHEST), above = log2 - typical;
-            const Ints far = above - clamp(above, -16777216, 16777216);
-            const Ints whole = clamp((log2 + far - 1056964608) >> 24, -32, 32);
+            const Ints far = above - clamp(above, -20971520, 20971520);
+            const Ints whole = clamp((log2 - 1056964608 + far) >> 24, -32, 32);
             const Words scale = (Words)(total < 0x7f800000 ? (whole + 127) << 23 : Ints{} + 0x7fc00000);
             const Floats old = load<Floats>(state_scale + at);
             store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
