@@ -2,19 +2,18 @@
 
 For every linear of a shape and several numbers of rows (tokens). One call runs through as many layers as the model
 has, each with a weight of its own, so that weights are as cold as in a model. What is compiled is called without
-Dynamo (`_inductor`), and memory of outputs is used again (`keep_freed_memory`), for all variants alike.
+Dynamo (`compile_graph`), and memory of outputs is used again (`keep_freed_memory`), for all variants alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
-from torch._inductor.compile_fx import compile_fx
 from torchao.quantization import Int8Tensor
 
 import qmamba_compile.ops  # noqa: F401  (registers qmamba::*)
@@ -22,6 +21,7 @@ from qmamba_compile.cpu_templates.call_site import inductor_options
 from qmamba_compile.passes.int8_weight import quantize_weight
 
 from . import cli
+from .compiled import compile_graph
 from .measure import Gate, Work, keep_freed_memory
 from .record import Record, console
 from .shapes import Linear, shape_named
@@ -159,36 +159,20 @@ def _float_layers(weights: Iterable[Tensor]) -> _AllLayers:
 
 
 def _inductor(module: nn.Module, *, freezing: bool = False, **options: Any) -> Call:
-    """Inductor's code for ``module``, compiled at the first call with an ``x`` of a new shape, and called directly.
-
-    Dynamo's way to it (frame, guards, 48 tensors fetched from their modules) takes 120 microseconds, which a model pays
-    once a step for all that it has. Here it would be 5 microseconds more for each of 24 layers; `FLOAT` has none of it.
-    """
+    """`compile_graph` of ``module`` at the first call with an ``x`` of a new shape, all inputs but ``x`` bound."""
     compiled: dict[torch.Size, Call] = {}
 
     def call(x: Tensor) -> list[Tensor]:
         if x.shape not in compiled:
             # Dynamo asks Inductor's global setting whether weights are to be frozen.
             with torch._inductor.config.patch(freezing=freezing):
-                compiled[x.shape] = _compile(module, x, options)
+                run, inputs = compile_graph(module, x, **options)
+            [position] = [i for i, value in enumerate(inputs) if value is x]
+            before, after = inputs[:position], inputs[position + 1 :]
+            compiled[x.shape] = lambda x: run(*before, x, *after)
         return compiled[x.shape](x)
 
     return call
-
-
-def _compile(module: nn.Module, x: Tensor, options: dict[str, Any]) -> Call:
-    """What Inductor makes of the one graph of ``module``, with all inputs but ``x`` bound."""
-    graphs: list[tuple[Callable[..., Any], list[Any]]] = []
-
-    def backend(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append((cast(Callable[..., Any], compile_fx(graph, inputs, config_patches=options)), inputs))
-        return graphs[-1][0]
-
-    torch.compile(module, backend=backend, dynamic=False)(x)
-    [(run, inputs)] = graphs
-    [position] = [i for i, value in enumerate(inputs) if value is x]
-    before, after = inputs[:position], inputs[position + 1 :]
-    return lambda x: run(*before, x, *after)
 
 
 def _torchao(weights: Iterable[Tensor]) -> Call:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, quantize_
 
-from qmamba_compile import Artifact, DSQState, NonFiniteStateError, SkipReason, backend, report, write_artifact
+from qmamba_compile import Artifact, DSQState, NonFiniteStateError, SkipReason, backend, quant, report, write_artifact
 from qmamba_compile.artifact import Header, fingerprint
 from qmamba_compile.fx_utils import op_name
 from qmamba_compile.passes import PIPELINE
@@ -225,18 +225,19 @@ def test_two_models_with_different_options(make_model, tokens, compiled, decode)
 # --- numbers -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def eager_loop(model, prompt, more, bits, stochastic, seeds, scales):
-    """The model's own code on `DSQState`: prefill in floating point, then one eager step after the other."""
-    cache = model(prompt, use_cache=True).cache_params
-    for layer, seed, scale in zip(cache.layers, seeds, scales, strict=True):
-        layer.recurrent_states[0] = DSQState.from_float(
-            layer.recurrent_states[0], bits, state_scale=scale, stochastic=stochastic, seed=seed
-        )
-    logits = [
-        model(token.contiguous(), cache_params=cache, use_cache=True).logits[:, -1] for token in more.split(1, dim=1)
-    ]
-    return torch.stack(logits, dim=1), cache
+def rows_on_a_tie(found, expected):
+    """How many rows of two states differ, by no more than a channel_scale on a tie of bfloat16 explains.
+
+    Kernels and the model's own code add and approximate in their own ways, so h differs in its last bits. Where
+    channel_scale lies that near the middle of two bfloat16s, it goes either way and the codes of its row with it.
+    """
+    assert torch.equal(found.state_scale, expected.state_scale) and torch.equal(found.rng, expected.rng)
+    apart = (found.channel_scale.view(torch.int16) - expected.channel_scale.view(torch.int16)).abs()
+    assert apart.max() <= 1
+    assert torch.equal(found.packed[apart == 0], expected.packed[apart == 0])
+    codes = [quant.unpack(state.packed[apart == 1], state.bits).int() for state in (found, expected)]
+    assert (codes[0] - codes[1]).abs().le(1).all()
+    return int(apart.sum())
 
 
 def make_artifact(path, model, **tensors):
@@ -280,26 +281,40 @@ def _all_kinds_of_state():
 
 
 @pytest.mark.parametrize("bits, rounding, scales", list(_all_kinds_of_state()))
-def test_decode_equals_an_eager_step_loop(make_model, tokens, compiled, decode, tmp_path, bits, rounding, scales):
+def test_decode_equals_an_eager_step_loop(make_model, tokens, compiled, tmp_path, bits, rounding, scales):
     model, plain = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1)
     prompt, more = tokens(2, 9), tokens(2, 6, seed=2)
     options = {"weights": None, "state_bits": bits, "rounding": rounding, "state_scales": scales, "flush_interval": 1}
-    chosen = [None]
+    chosen = None
     if scales == "calibrated":
         tensors = some_scales(model)
         make_artifact(tmp_path / "a.safetensors", model, tensors=tensors)
-        options["calibration"], chosen = str(tmp_path / "a.safetensors"), list(tensors.values())
-    logits, cache = decode(compiled(model, **options), prompt, more)
+        options["calibration"], (chosen,) = str(tmp_path / "a.safetensors"), tensors.values()
+    fast, ties = compiled(model, **options), 0
+    with torch.no_grad():
+        cache, other = (which(prompt, use_cache=True).cache_params for which in (fast, plain))
+        (state,), (h,) = states(cache), states(other)
+        seed = int(state.rng[0, 0])
+        stored = DSQState.from_float(h, bits, state_scale=chosen, stochastic=rounding == "stochastic", seed=seed)
+        assert all(torch.equal(getattr(state, name), getattr(stored, name)) for name in INNER)
+        for token in more.split(1, dim=1):
+            # The model's own code from the same state: what one step may differ by does not add up.
+            other = copy.deepcopy(cache)
+            found, expected = (
+                which(token.contiguous(), cache_params=before, use_cache=True).logits
+                for which, before in ((fast, cache), (plain, other))
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(cache.layers[0].conv_states[0], other.layers[0].conv_states[0])
+            ties += rows_on_a_tie(*states(cache), *states(other))
     (state,) = states(cache)
-    assert report.recent[-1].rewritten("fuse_ssm_update") and (state.bits, state.dynamic) == (
+    assert report.recent[-1].rewritten("fuse_ssm_update") and (state.bits, state.dynamic, state.stochastic) == (
         bits,
         scales == "dynamic",
+        rounding == "stochastic",
     )
-    expected, other = eager_loop(plain, prompt, more, bits, rounding == "stochastic", [int(state.rng[0, 0])], chosen)
-    # 24,576 codes through the recurrence: at most one in 100,000 may differ, so none.
-    for name in INNER:
-        assert torch.equal(getattr(state, name), getattr(states(other)[0], name)), name
-    torch.testing.assert_close(logits[:, 1:], expected, rtol=1e-4, atol=1e-5)
+    # 1,536 rows; h differs by up to 2^-21 of itself and bfloat16s by 2^-8 or more: 0.2 ties are expected at most.
+    assert ties <= 1
 
 
 def test_groups_biases_and_bfloat16(make_model, tokens, compiled, decode):

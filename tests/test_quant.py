@@ -1,6 +1,8 @@
 """The reference arithmetic against independent float math: nothing expected here comes from the code under test."""
 
 import math
+import struct
+from fractions import Fraction
 
 import pytest
 import torch
@@ -18,6 +20,13 @@ BFLOAT16 = 2.0**-8
 # Steps by which |h| / step may exceed what exact arithmetic gives: scales, reciprocals and products are each rounded to
 # float32 (half of 2^-23, relative), at most six of them, on codes of up to 127: 127 * 6 * 2^-24 < 5e-5.
 FLOAT_SLACK = 5e-5
+
+# A measured state_scale is from 2^-LIMIT to 2^LIMIT, a column's sum of magnitudes counts as from 2^-BOUND to 2^BOUND,
+# and a column more than BAND octaves from what is typical of its head is an outlier.
+LIMIT, BOUND, BAND = 32, 60, Fraction(5, 2)
+
+# log2(1 + m) exceeds m, what a float's mantissa adds to it as an integer, by at most this (Mitchell 1962).
+MITCHELL = 0.0861
 
 bits_of_state = st.sampled_from([8, 4, 2])
 
@@ -53,6 +62,28 @@ def codes_by_hand(packed, bits):
         return packed.long()
     rows = [unpack_by_hand(row, bits) for row in packed.reshape(-1, packed.shape[-1])]
     return torch.tensor(rows).view(*packed.shape[:-1], -1)
+
+
+def float32(word):
+    """The float32 whose bits are ``word``."""
+    return struct.unpack("<f", struct.pack("<i", word))[0]
+
+
+def word(number):
+    """The bits of a float32."""
+    return struct.unpack("<i", struct.pack("<f", number))[0]
+
+
+def log2_of_state_scales(totals):
+    """log2 of the measured state_scales of one head whose columns' magnitudes sum to the float32 ``totals``."""
+    logs = [min(max(Fraction(word(total), 2**23) - 127, -BOUND), BOUND) for total in totals]
+    typical = Fraction(sum(math.floor(log * 2**11) for log in logs) // len(logs), 2**11)
+    follows = []
+    for log in logs:
+        beyond = max(abs(log - typical) - BAND, 0)
+        half = (log + (beyond if log > typical else -beyond)) / 2
+        follows.append(min(max(math.floor(half + Fraction(1, 2)), -LIMIT), LIMIT))
+    return follows
 
 
 def steps(channel_scale, state_scale):
@@ -157,28 +188,127 @@ def test_halving_sum_adds_halves(size, seed):
     assert quant.halving_sum(x, dim=-1)[0].item() == values[0]
 
 
+def with_outliers(seed, shape, log):
+    """A random state of which some columns are larger or smaller by orders of magnitude, and some empty."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.exp2(torch.randint(-20, 21, shape[-1:], generator=generator) * 1.5)
+    kind = torch.rand(shape[-1], generator=generator)
+    columns = torch.where(kind < 0.7, 1.0, columns) * (kind < 0.95)
+    return random_state(seed, shape, log) * columns
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 999), headdim=st.integers(1, 12), quarter=st.integers(1, 16), log=st.integers(-20, 20))
-def test_dynamic_scales_are_equation_7_with_its_vectors_exchanged(seed, headdim, quarter, log):
-    h = random_state(seed, (2, 3, headdim, 4 * quarter), log)
+def test_measured_scales_follow_the_square_root_of_a_column_and_outliers_all_the_way(seed, headdim, quarter, log):
+    h = with_outliers(seed, (2, 3, headdim, 4 * quarter), log)
+    exact = h.double().abs()
+    logs = exact.sum(-2).log2().clamp(-BOUND, BOUND)
+    above = logs - logs.mean(-1, keepdim=True)
+    wanted = ((logs + above - above.clamp(-float(BAND), float(BAND))) / 2).clamp(-LIMIT, LIMIT)
     for bits in (8, 4, 2):
         packed, channel_scale, state_scale = quant.quantize_state(h, bits)
         assert channel_scale.dtype == state_scale.dtype == torch.bfloat16
         assert channel_scale.shape == (2, 3, headdim) and state_scale.shape == (2, 3, 4 * quarter)
-        exact = h.double()
+        mantissa, power = torch.frexp(state_scale.float())
+        assert mantissa.eq(0.5).all()
+        # Half a power, an outlier's logarithm, half the typical one, and 2^-11 by which that is rounded down twice.
+        assert ((power - 1 - wanted).abs() <= 0.5 + 1.5 * MITCHELL + 2.0**-11 + 1e-5).all()
+        relative = exact / state_scale.double()[..., None, :]
         # One rounding to bfloat16; float32 noise is far below it.
-        torch.testing.assert_close(state_scale.double(), exact.abs().mean(-2).sqrt(), rtol=BFLOAT16 + 1e-6, atol=0)
-        relative = exact.abs() / state_scale.double()[..., None, :]
-        expected = relative.amax(-1) / LARGEST[bits]
+        expected = (relative.amax(-1) / LARGEST[bits]).clamp(min=TINY)
         torch.testing.assert_close(channel_scale.double(), expected, rtol=BFLOAT16 + 1e-6, atol=0)
         assert packed.shape == (2, 3, headdim, 4 * quarter * bits // 8)
 
 
-def test_state_scales_are_summed_by_halving():
-    """Kernels sum in that order: where the mean is next to a tie of the 16 bits, another order gives another scale."""
-    # Columns, written as rows, whose mean is close to (363/256)^2, the square of a tie.
-    magnitude = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0))
-    magnitude[:, 15] = (16 * (363 / 256) ** 2 - magnitude[:, :15].double().sum(-1)).float()
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 9999), headdim=st.integers(1, 140), dstate=st.integers(1, 20), log=st.integers(-44, 36))
+def test_measured_scales_are_those_of_integer_arithmetic(seed, headdim, dstate, log):
+    h = with_outliers(seed, (headdim, dstate), log)
+    sums = quant.halving_sum(h.abs(), dim=0)  # see test_halving_sum_adds_halves
+    expected = [
+        2.0**scale if math.isfinite(total) else math.nan
+        for total, scale in zip(sums.tolist(), log2_of_state_scales(sums.tolist()), strict=True)
+    ]
+    torch.testing.assert_close(quant.dynamic_state_scale(h).tolist(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("headdim", [1, 3, 64])
+@pytest.mark.parametrize("others", [[], [1.0], [1.0] * 4, [2.0**20, 1.5 * 2.0**22], [0.0, 2.0**-40, 7.0]], ids=str)
+def test_a_measured_scale_changes_at_the_thresholds_of_its_definition(headdim, others):
+    """The last column of a head grows: at the sum where its scale changes, and one unit of the last place below it."""
+
+    def log2_at(bits):
+        return log2_of_state_scales([*others, float32(bits)])[-1]
+
+    lowest, highest = 0, word(2.0**BOUND)
+    powers = range(log2_at(lowest) + 1, log2_at(highest) + 1)
+    assert len(powers) >= 30
+    for power in powers:
+        below, at = lowest, highest
+        while at - below > 1:
+            middle = (below + at) // 2
+            below, at = (below, middle) if log2_at(middle) >= power else (middle, at)
+        for bits in (below, at):
+            totals = [*others, float32(bits)]
+            # One value a column, of either sign, the rest zeros.
+            h = torch.zeros(headdim, len(totals))
+            for column, total in enumerate(totals):
+                h[column % headdim, column] = total * (-1) ** column
+            scales = [2.0**scale for scale in log2_of_state_scales(totals)]
+            assert quant.dynamic_state_scale(h).tolist() == scales and scales[-1] == 2.0 ** (power - (bits == below))
+
+
+@pytest.mark.parametrize("headdim", [1, 2, 7, 80])
+@pytest.mark.parametrize("dstate", [1, 5, 16])
+def test_equal_columns_get_the_square_root_of_their_sum(headdim, dstate):
+    """What is typical is then what each has: from 2^(2p - 1) to below 2^(2p + 1) the scale is 2^p."""
+    for power in range(-BOUND // 2 + 1, BOUND // 2):
+        first = 2.0 ** (2 * power - 1)
+        for total, scale in ((first, 2.0**power), (float32(word(first) - 1), 2.0 ** (power - 1))):
+            h = torch.zeros(headdim, dstate)
+            h[-1] = total
+            assert quant.dynamic_state_scale(h).tolist() == [scale] * dstate
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_follows_a_column_by_half_inside_the_band_and_all_the_way_outside(sign):
+    def scale_of(octaves):
+        h = random_state(0, (64, 1)).repeat(1, 8)
+        h[:, 5] *= 2.0 ** (sign * octaves)
+        return quant.dynamic_state_scale(h)[5].item()
+
+    assert scale_of(2) == scale_of(0) * 2.0 ** (sign * 1)
+    # 16 octaves more, of which what is typical, the mean over 8 columns, takes 2, and half of those count.
+    assert scale_of(24) == scale_of(8) * 2.0 ** (sign * 15)
+
+
+def test_measured_scales_have_limits_and_empty_columns_do_not_decide_what_is_typical():
+    tiny, smallest, largest = 2.0**-BOUND, 2.0**-LIMIT, 2.0**LIMIT
+    for empty in (0.0, 1e-45, -1e-39, 1e-20):
+        assert quant.dynamic_state_scale(torch.full((1, 3), empty)).tolist() == [tiny**0.5] * 3
+        # As far apart as columns can be.
+        assert quant.dynamic_state_scale(torch.tensor([[empty] * 99 + [3e38]]))[-1] == largest
+        assert quant.dynamic_state_scale(torch.tensor([[3e38] * 99 + [empty]])).tolist() == [2.0**30] * 99 + [smallest]
+        # 5 empty columns of 128 move what is typical by 2.3 octaves at most.
+        found = quant.dynamic_state_scale(torch.tensor([[1.0] * 123 + [empty] * 5]))
+        assert found.tolist() == [1.0] * 123 + [smallest] * 5
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 0.0], [math.inf, 1.0], [1.0, -math.inf], [3e38, 3e38]], ids=str)
+def test_only_a_column_that_is_not_finite_gets_nan(bad):
+    """[3e38, 3e38]: finite values whose sum is not."""
+    h = torch.ones(2, 33)
+    h[:, 7] = torch.tensor(bad)
+    others = torch.arange(33) != 7
+    scales = quant.dynamic_state_scale(h)
+    assert scales[7].isnan() and scales[others].eq(2).all()  # of a sum of 2: half an octave, rounded up
+
+
+def test_measured_scales_are_found_by_column_sums_in_halves():
+    """Kernels sum in that order: where the sum is next to a threshold, another order gives another scale."""
+    threshold = 0.5  # of heads of one column: 2^-1 below it, 1 from it on
+    magnitude = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0)) * threshold / 8  # columns, as rows
+    magnitude[:, 15] = (threshold - magnitude[:, :15].double().sum(-1)).abs().float()
     halves = magnitude
     while halves.shape[-1] > 1:
         first, second = halves.reshape(1000, 2, -1).unbind(1)
@@ -186,11 +316,10 @@ def test_state_scales_are_summed_by_halving():
     in_sequence = magnitude[:, :1]
     for column in range(1, 16):
         in_sequence = in_sequence + magnitude[:, column : column + 1]
-    # Division by 16 is exact, and both torch and hardware round the square root correctly.
-    expected, other = (halves / 16).sqrt().bfloat16(), (in_sequence / 16).sqrt().bfloat16()
-    assert expected.ne(other).any()
-    _, _, state_scale = quant.quantize_state(magnitude.T[None, None], 8)
-    assert torch.equal(state_scale[0, 0], expected[:, 0])
+    expected, other = (torch.where(sums < threshold, 0.5, 1.0) for sums in (halves, in_sequence))
+    assert not torch.equal(expected, other)
+    _, _, state_scale = quant.quantize_state(magnitude[None, ..., None], 8)
+    assert torch.equal(state_scale[0].float(), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -277,28 +406,30 @@ def test_ties_go_to_even():
     assert quant.quantize_codes(h * 100, *ones, 4).tolist() == [[-7] * 4 + [7] * 8]
 
 
-def test_reciprocals_are_applied_one_after_the_other_state_scale_first():
-    """Codes feed back, so kernels need the order: float32 products rounded one by one, computed here in float64."""
+def float32_product(a, b):
+    """Exact in float64 (24 + 24 bits), then rounded once."""
+    return (a.double() * b.double()).float()
+
+
+def test_reciprocals_are_applied_state_scale_first_and_the_second_product_is_exact():
+    """Codes feed back, so kernels need the order and the roundings: all computed here in float64."""
     generator = torch.Generator().manual_seed(3)
     channel_scale = (torch.rand(64, generator=generator) + 0.5).bfloat16()
     state_scale = (torch.rand(512, generator=generator) + 0.5).bfloat16()
-
-    def product(a, b):  # exact in float64 (24 + 24 bits), then rounded once
-        return (a.double() * b.double()).float()
-
     per_channel = (1 / channel_scale.double()).float()[:, None]
     per_state = (1 / state_scale.double()).float()[None, :]
-    # Right at the ties, where the order decides. |h| stays below the largest code.
+    # Right at the ties, where all this decides. |h| stays below the largest code.
     codes = torch.randint(-5, 5, (64, 512), generator=generator) + 0.5
     h = (codes.double() * channel_scale.double()[:, None] * state_scale.double()).float()
-    channel_first = product(product(h, per_channel), per_state).round().to(torch.int8)
-    state_first = product(product(h, per_state), per_channel).round().to(torch.int8)
-    assert not torch.equal(channel_first, state_first)
-    assert torch.equal(quant.quantize_codes(h, channel_scale, state_scale, 4), state_first)
+    expected = (float32_product(h, per_state).double() * per_channel.double()).round()
+    channel_first = (float32_product(h, per_channel).double() * per_state.double()).round()
+    rounded_twice = float32_product(float32_product(h, per_state), per_channel).round()
+    assert expected.ne(channel_first).any() and expected.ne(rounded_twice).any()
+    assert torch.equal(quant.quantize_codes(h, channel_scale, state_scale, 4), expected.to(torch.int8))
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_quantize_state_uses_that_order(calibrated):
+def test_quantize_state_rounds_likewise(calibrated):
     """The same through the whole function, on values moved to the ties of the scales that they had."""
     h = random_state(0, (4, 2, 64, 64))
     scale = (random_state(1, (2, 64)).abs() + 0.1).bfloat16() if calibrated else None
@@ -309,13 +440,43 @@ def test_quantize_state_uses_that_order(calibrated):
     packed, channel_scale, state_scale = quant.quantize_state(h, 8, state_scale=scale)
     per_channel = (1 / channel_scale.double()).float()[..., None]
     per_state = (1 / state_scale.double()).float()[..., None, :]
+    scaled = float32_product(h, per_state)
+    # A measured scale rounds nothing: a kernel may keep h in units of it.
+    assert torch.equal(scaled.double(), h.double() * per_state) != calibrated
+    expected = scaled.double() * per_channel
+    channel_first = float32_product(h, per_channel).double() * per_state
+    assert channel_first.round().ne(expected.round()).any()
+    assert expected.float().round().ne(expected.round()).any()
+    assert torch.equal(codes_by_hand(packed, 8), expected.round().clamp(-127, 127).long())
 
-    def codes(first, second):
-        return ((h.double() * first).float().double() * second).float().round().clamp(-127, 127).long()
 
-    channel_first, state_first = codes(per_channel, per_state), codes(per_state, per_channel)
-    assert channel_first.ne(state_first).any()
-    assert torch.equal(codes_by_hand(packed, 8), state_first)
+@settings(max_examples=100, deadline=None)
+@given(
+    code=st.integers(-7, 6),
+    scale=st.integers(128, 255),
+    power=st.integers(-40, 40),
+    ulps=st.integers(-2, 2),
+    state_power=st.integers(-30, 30),
+)
+def test_rounding_next_to_a_tie_is_that_of_the_exact_product(code, scale, power, ulps, state_power):
+    """On fractions: the reciprocal of a channel_scale of 8 significant bits, times h in units of state_scale."""
+    channel_scale = scale * 2.0**power
+    inverse = float32(word(1 / channel_scale))
+    scaled = float32(word((code + 0.5) / inverse) + ulps)
+    h = torch.tensor([[scaled * 2.0**state_power]])
+    scales = torch.tensor([channel_scale]).bfloat16(), torch.tensor([2.0**state_power]).bfloat16()
+    assert quant.quantize_codes(h, *scales, 4).item() == round(Fraction(scaled) * Fraction(inverse))
+
+
+def test_a_product_whose_float32_is_a_tie_is_not_one():
+    # 1 / 1.5 in float32 is above 2/3, and the products are above and below the ties 0.5 and 1.5 by less than 2^-25.
+    inverse = float32(word(1 / 1.5))
+    above, below = 0.75, float32(word(2.25) - 1)
+    assert 0.5 < above * inverse < 0.5 + 2**-25 and 1.5 - 2**-23 < below * inverse < 1.5
+    assert float32(word(above * inverse)) == 0.5 and float32(word(below * inverse)) < 1.5
+    scales = torch.tensor([1.5]).bfloat16(), torch.ones(4).bfloat16()
+    h = torch.tensor([[above, -above, below, -below]])
+    assert quant.quantize_codes(h, *scales, 4).tolist() == [[1, -1, 1, -1]]
 
 
 def test_zero_rows_and_zero_states_come_back_as_zeros():

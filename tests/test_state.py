@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qmamba_compile import quant, recurrence
 from qmamba_compile.errors import StateError
-from qmamba_compile.recurrence import new_ring
+from qmamba_compile.recurrence import Ring, new_ring
 from qmamba_compile.state import DSQState, require_packable
 
 BATCH, NHEADS, HEADDIM, DSTATE = 4, 2, 8, 16
@@ -276,6 +276,34 @@ def test_zero_makes_an_empty_state(state):
             tensor.zero_()
     fresh.copy_(make_float(2))
     assert_same_bytes(state.copy_(make_float(2)), fresh)
+
+
+@pytest.mark.parametrize("log2", [-40, 0, 40])
+def test_a_step_from_a_reset_state_is_that_of_a_new_one(state, log2):
+    """A reset leaves other scales than zeros do: no code and no output may depend on them."""
+    reset, scale = state.zero_(), None if state.dynamic else state.state_scale
+    ring = None if state.ring is None else Ring(*(None if t is None else torch.zeros_like(t) for t in state.ring))
+    new = DSQState.from_float(
+        torch.zeros(state.shape), state.bits, state_scale=scale, stochastic=state.stochastic, ring=ring
+    )
+    new.rng.copy_(reset.rng)
+    generator = torch.Generator().manual_seed(0)
+    x, dt, B, C = (
+        torch.randn(shape, generator=generator)
+        for shape in ((BATCH, NHEADS, HEADDIM), (BATCH, NHEADS), *[(BATCH, NGROUPS, DSTATE)] * 2)
+    )
+    x, A = x * 2.0**log2, -torch.ones(NHEADS)
+    for _ in range(FLUSH_INTERVAL + 1):
+        outputs = [
+            torch.ops.qmamba.ssm_update(
+                *(each.packed, each.channel_scale, each.state_scale if each.dynamic else None, each.rng),
+                *(x, dt, A, B, C, None, None, scale, True, each.bits, each.stochastic, *(each.ring or ())),
+            )
+            for each in (reset, new)
+        ]
+        assert torch.equal(*outputs) and outputs[0].ne(0).any()
+        assert torch.equal(reset.dequantize(), new.dequantize())
+    assert_same_bytes(reset, new)
 
 
 def test_zeros_like_is_an_empty_state_of_the_same_kind(state):

@@ -196,6 +196,9 @@ def _constants(spec: Spec) -> dict[str, object]:
         "runs": runs,
         "run": run,
         "by_table": False,
+        "log2_bounds": quant.LOG2_BOUNDS,
+        "outlier_log2": quant.OUTLIER_LOG2,
+        "scale_limit": quant.STATE_SCALE_LIMIT,
         # Half of headdim, rounded up to a power of two.
         "half_headdim": max(1, (1 << (spec.headdim - 1).bit_length()) // 2),
         "rotations": _rotations(lanes),

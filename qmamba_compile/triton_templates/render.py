@@ -344,7 +344,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "lifted": spec.lifted,
         "int8_ring": spec.ring_bits == 8,
         "padded_headdim": padded(spec.headdim),
-        # Codes by the reference's own roundings, not by a fused product of g = h / state_scale.
+        # Stochastic codes by the reference's own roundings, not by a fused product of g = h / state_scale.
         "exact": spec.dynamic or spec.kernel != "ssm_update",
     }
     if spec.bits is None:
@@ -406,7 +406,16 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "octant": octant,
         "shares_philox": is_power_of_two(spec.dstate) and spec.dstate >= 8,
         "halves": [2**power for power in reversed(range(spec.rows.bit_length() - 1))],
-        "power_of_two": is_power_of_two(spec.headdim),
+        **state_scale_constants(),
+    }
+
+
+def state_scale_constants() -> dict[str, Any]:
+    """What quant.dynamic_state_scale needs."""
+    return {
+        "log2_bounds": quant.LOG2_BOUNDS,
+        "outlier_log2": quant.OUTLIER_LOG2,
+        "scale_limit": quant.STATE_SCALE_LIMIT,
     }
 
 
@@ -431,6 +440,7 @@ def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
                 "bias": f"{2**23 + (offset << position)}.0",
                 "unscaled": _unscaled(f"field({source}, 0x{(2**spec.bits - 1) << position:X})", position, offset),
                 "times_unit": f" * {2.0**-position!r}" if position else "",
+                "scaled": _scaled(f"field({source}, 0x{(2**spec.bits - 1) << position:X})", position, offset),
                 "column": f"{run * run_length + byte}",
             }
         )
@@ -442,6 +452,15 @@ def _unscaled(field: str, position: int, offset: int) -> str:
     if position == 0:
         return f"{field} - {2**23 + offset}.0"
     return f"tl.fma({field}, {2.0**-position!r}, -{2.0 ** (23 - position) + offset!r})"
+
+
+def _scaled(field: str, position: int, offset: int) -> str:
+    """The code in a field of bits at ``position`` times old_scale, a bfloat16, exactly."""
+    worth, bias = 2.0**-position, 2.0 ** (23 - position) + offset
+    if 23 - position - (offset.bit_length() - 1) < 16:
+        # The bias has 16 bits, and its product with old_scale is exact: one fused multiply-add.
+        return f"tl.fma({field}, old_scale * {worth!r}, old_scale * -{bias!r})"
+    return f"({field} - {2**position * bias!r}) * (old_scale * {worth!r})"
 
 
 def splits(width: int, whole: str = "columns", part: str = "c", first: int = 0) -> list[dict[str, Any]]:

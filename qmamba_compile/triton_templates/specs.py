@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from .. import quant
 from ..errors import ConfigError
-from .render import TARGETS, LayerSpec, Spec, is_power_of_two, padded, splits
+from .render import TARGETS, LayerSpec, Spec, is_power_of_two, padded, splits, state_scale_constants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ class SsmScanSpec(LayerSpec):
             "rounder": 3 * 2**22,
             "ring": 0,
             "halves": [2**power for power in reversed(range(self.rows.bit_length() - 1))],
-            "power_of_two": is_power_of_two(self.headdim),
+            **state_scale_constants(),
         }
 
 

@@ -9,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from ties import assert_tied, tied_state
 from torch import Tensor
 
 from qmamba_compile import ops, quant
@@ -83,6 +84,23 @@ def test_every_instruction_set(
     monkeypatch.setenv("QMAMBA_CPU_ISA", isa)
     launch.kernel.cache_clear()
     check(adversarial_state(), bits, dynamic, stochastic, None if dynamic else calibrated_scale())
+    launch.kernel.cache_clear()
+
+
+@pytest.mark.parametrize("isa", build.available_isas())
+@pytest.mark.parametrize("bits, dynamic", list(itertools.product(quant.STATE_BITS, (True, False))))
+def test_ties_are_those_of_the_exact_product(
+    isa: str, bits: int, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QMAMBA_CPU_ISA", isa)
+    launch.kernel.cache_clear()
+    scale = None if dynamic else (torch.rand(NHEADS, DSTATE, generator=torch.Generator().manual_seed(1)) + 0.5)
+    if scale is not None:
+        scale[:, ::2] = 0.5
+        scale = scale.to(quant.SCALE_DTYPE)
+    h = tied_state((BATCH, NHEADS, 16, DSTATE), bits, scale)
+    assert_tied(h, *quant.quantize_state(h, bits, state_scale=scale)[1:])
+    check(h, bits, dynamic, False, scale)
     launch.kernel.cache_clear()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ties import assert_tied, tied_state
 from torch import Tensor
 
 from qmamba_compile import ops, quant, recurrence, scan_ops
@@ -211,6 +212,19 @@ def test_every_instruction_set(isa: str, single_step: bool) -> None:
             names, grads, gradients(scan_ops.ssm_scan_quantized_reference, arguments)[1], strict=True
         ):
             assert (grad - wanted).abs().max() <= GRADIENT_TOLERANCE * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("bits", quant.STATE_BITS)
+def test_ties_are_those_of_the_exact_product(isa: str, bits: int) -> None:
+    """What a single step of length 0 stores is the initial state."""
+    arguments = problem(bits=bits, seqlen=1, single_step=True, dt_bias=False, dt_softplus=False)
+    h = tied_state(tuple(arguments["initial_state"].shape), bits, None)
+    packed, *scales = quant.quantize_state(h, bits)
+    assert_tied(h, *scales)
+    arguments |= {"initial_state": h, "dt": torch.zeros_like(arguments["dt"])}
+    found = qmamba.ssm_scan_quantized(**arguments)
+    assert torch.equal(found[1], packed)
+    assert_same(found, scan_ops.ssm_scan_quantized_reference(**arguments))
 
 
 def test_a_single_step_begins_at_the_float_state_quantized() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ties import assert_tied
 from torch import Tensor
 
 from qmamba_compile import ops, quant, recurrence
@@ -145,6 +146,29 @@ def test_equals_reference(change: dict[str, Any]) -> None:
 def test_every_instruction_set(isa: str) -> None:
     Problem().check(steps=3)
     Problem(bits=8, dynamic=False, stochastic=True, dstate=33).check(steps=3)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_ties_are_those_of_the_exact_product(isa: str, dynamic: bool) -> None:
+    """A state at rest, of codes 1 and 2: stored again, 2 becomes 7, and 1 comes to 3.5 or next to it."""
+    problem = Problem(dynamic=dynamic, dt_bias=False, dt_softplus=False)
+    packed, channel_scale, state_scale, _ = problem.state
+    p, n = torch.arange(8)[:, None], torch.arange(64)
+    codes = (1 + (p + n) % 2) * torch.where(torch.rand(2, 4, 8, 64) < 0.5, -1, 1)
+    packed.copy_(quant.pack(codes.to(torch.int8), 4))
+    # 2/7 of it has 8 bits, too. Alike in two rows that follow each other, so that all columns have the same mean.
+    pairs = torch.arange(2 * 4 * 4).view(2, 4, 4) + 1
+    channel_scale.copy_(pairs.repeat_interleave(2, dim=-1) * 7 / 64)
+    if not dynamic:
+        problem.calibrated[:, ::2] = 0.5
+    state_scale = state_scale.fill_(1) if dynamic else problem.calibrated
+    h = quant.dequantize_state(packed, channel_scale, state_scale, 4)
+    assert_tied(h, *quant.quantize_state(h, 4, state_scale=problem.calibrated)[1:])
+    x, dt, *rest = problem.inputs()
+    expected = [None if tensor is None else tensor.clone() for tensor in problem.state]
+    for function, state in ((launch.ssm_update, problem.state), (ops.ssm_update_reference, expected)):
+        problem.step(function, state, (x, torch.zeros_like(dt), *rest))
+    assert all(a is None or torch.equal(a, b) for a, b in zip(problem.state, expected, strict=True))
 
 
 @pytest.mark.parametrize(

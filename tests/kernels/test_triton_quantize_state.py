@@ -175,9 +175,10 @@ def test_spec_refuses(kind: Any, change: dict[str, Any], named: str) -> None:
 
 
 # Instructions an element, as compiled by Triton 3.6 and 3.9 when the bound was set: the larger one plus 2 to 5 percent.
+# Of nearest rounding: by 3.9 alone.
 BOUNDS = {
-    ("quantize", "calibrated"): {"sm_80": 11.0, "sm_90": 10.7, "sm_100": 9.5, "gfx942": 18.3},
-    ("quantize", "dynamic"): {"sm_80": 13.3, "sm_90": 13.2, "sm_100": 12.0, "gfx942": 26.7},
+    ("quantize", "calibrated"): {"sm_80": 9.7, "sm_90": 9.5, "sm_100": 9.0, "gfx942": 16.5},
+    ("quantize", "dynamic"): {"sm_80": 11.4, "sm_90": 11.3, "sm_100": 9.8, "gfx942": 22.0},
     ("quantize", "stochastic"): {"sm_90": 33.7},
     ("dequantize", "calibrated"): {"sm_80": 7.6, "sm_90": 7.6, "sm_100": 6.6, "gfx942": 7.0},
 }

@@ -329,11 +329,11 @@ def test_gradients_compile_without_spills(scales: str, single_step: bool, target
 
 
 def test_nothing_that_decides_a_code_is_fused() -> None:
-    """A fused multiply-add would round once where the reference rounds twice: the six products of an element and its
-    three sums stand alone."""
+    """A fused multiply-add would round once where the reference rounds twice: five products of an element and two sums
+    stand alone. The sixth product and the third sum are the rounding to a code, which is fused in the reference."""
     spec = tuning.ssm_scan("sm_90", 64, 128, 4, False, False)
     mix = compile_scan(spec, keeps=True).mix
     elements = spec.rows * spec.columns // (32 * spec.warps)
-    assert mix["FMUL"] >= 6 * elements and mix["FADD"] >= 3 * elements
-    # What is fused is for rows and columns.
-    assert mix["FFMA"] < 2 * elements
+    assert mix["FMUL"] >= 5 * elements and mix["FADD"] >= 2 * elements
+    # What else is fused is for rows and columns.
+    assert elements <= mix["FFMA"] < 2.5 * elements

@@ -64,7 +64,8 @@ inline Halves narrow_to_halves(Words words) {
     const __m256i low_halves = (__m256i)(words & 0xffff), pairs = _mm256_packus_epi32(low_halves, low_halves);
     return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
 }
-inline Floats square_root(Floats x) { return _mm256_sqrt_ps(x); }
+inline Floats round_product(Floats a, Floats b, float base) { return multiply_add(a, b, Floats{} + base); }
+inline Ints larger_magnitude(Ints most, Floats x) { return larger(most, (Ints)x & 0x7fffffff); }
 
 // A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
 // is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
@@ -145,6 +146,21 @@ inline float sum_lanes(Floats x) {
     x += ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1);
     x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0);
     return x[0];
+}
+
+inline int sum_lanes(Ints x) {
+    x += ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0);
+    return x[0];
+}
+
+// The largest of all lanes, in every lane.
+inline Ints max_lanes(Ints x) {
+    x = larger(x, ROTATED(x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 0, 1));
+    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 0));
+    return x;
 }
 
 // Lane i of the result is vector i reduced over its lanes; merge(a, b) reduces two lanes.
@@ -330,14 +346,14 @@ inline void read_calibrated(const Input& calibrated, int64_t head, float* state_
 // Rows of the block of LANES that begins at row p.
 inline int rows_from(int p) { return HEADDIM % LANES == 0 || HEADDIM - p > LANES ? LANES : HEADDIM - p; }
 
-// `count` rows become h / state_scale, whose reciprocals are `inverse`; `largest` gets the magnitudes of each.
-inline void scale_rows(float* rows, int count, const float* inverse, Ints* largest) {
+// `count` rows become h / state_scale by `factor`; `largest` gets the magnitudes of each.
+inline void scale_rows(float* rows, int count, const float* factor, Ints* largest) {
     for (int i = 0; i < count; ++i) {
         float* row = rows + i * ROW;
         Ints most = {};
 #pragma GCC unroll 16
         for (int at = 0; at < ROW; at += LANES) {
-            const Floats scaled = load<Floats>(row + at) * load<Floats>(inverse + at);
+            const Floats scaled = load<Floats>(row + at) * load<Floats>(factor + at);
             // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
             most = larger(most, (Ints)magnitude(scaled));
             store(row + at, scaled);
@@ -430,8 +446,7 @@ inline Ints round_codes(Floats scaled, Floats noise) {
     return smaller(larger(round_down(scaled + noise), Ints{} - LARGEST), Ints{} + LARGEST);
 }
 
-// Pack a row of scaled values. GUARDED gives what is not finite the code 0.
-template <bool GUARDED>
+// Pack a row of scaled values.
 inline void pack_row(const float* row, float inverse, const float* noise, uint8_t* packed) {
 #pragma GCC unroll 16
     for (int j = 0; j < RUN_VECTORS; ++j) {
@@ -439,9 +454,8 @@ inline void pack_row(const float* row, float inverse, const float* noise, uint8_
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            Floats scaled = load<Floats>(row + at) * inverse;
-            if (GUARDED) scaled = (Ints)magnitude(scaled) < 0x7f800000 ? scaled : Floats{};
-            bytes += round_codes(scaled, load<Floats>(noise + run * RUN + j * LANES)) << (run * BITS);
+            const Floats scaled = load<Floats>(row + at);
+            bytes += round_codes(scaled * inverse, load<Floats>(noise + run * RUN + j * LANES)) << (run * BITS);
         }
         store_run(packed, j, narrow(bytes));
     }
@@ -462,9 +476,9 @@ inline void pack_rows(
 ) {
     for (int i = 0; i < count; ++i) {
         if (inverses[i] == inverses[i]) {
-            pack_row<false>(rows + i * ROW, inverses[i], noise[i], packed + i * WIDTH);
+            pack_row(rows + i * ROW, inverses[i], noise[i], packed + i * WIDTH);
         } else {
-            pack_row<true>(rows + i * ROW, inverses[i], noise[i], packed + i * WIDTH);
+            memset(packed + i * WIDTH, 170, WIDTH);  // what is not finite shows in the scale
         }
     }
 }
@@ -493,9 +507,14 @@ struct Arguments : Call {
     explicit Arguments(const Call& call) : Call(call), steps(call.batch, call.nheads) {}
 };
 
-struct alignas(64) Scratch {
-    float B[ROW], C[ROW], dB[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
-    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
+// What the columns of a state are multiplied by.
+struct Operands {
+    float dB[ROW], C[ROW];
+};
+
+struct alignas(64) Scratch : Operands {
+    float B[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
+    float state_scale[ROW], factor[ROW];  // factor: what makes rows h / state_scale
     float noise[LANES][NOISE];
     float rows[2 * LANES * ROW];
     float channel_inverse[HEADDIM + LANES];
@@ -508,6 +527,7 @@ inline void update_rows(
     const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows,
     Floats* y, Ints* largest
 ) {
+    const Operands& columns = s;
     Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
     Ints most[COUNT] = {};
 #pragma GCC unroll 2
@@ -523,19 +543,18 @@ inline void update_rows(
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            const Floats state_scale = load<Floats>(s.state_scale + at);
             Floats h[COUNT];
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
-                // code * state_scale * channel_scale is exact in float32, in any order.
-                h[r] = unpack(bytes[r], run) * state_scale * channel[r] * decay;
+                // A code times its scales is exact in float32, in any order.
+                h[r] = unpack(bytes[r], run) * load<Floats>(s.state_scale + at) * channel[r] * decay;
             }
-            const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
+            const Floats dB = load<Floats>(columns.dB + at), C = load<Floats>(columns.C + at);
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
                 h[r] += dB * x[r];
                 sums[r] = multiply_add(h[r], C, sums[r]);
-                h[r] *= load<Floats>(s.inverse + at);
+                h[r] *= load<Floats>(s.factor + at);
                 most[r] = larger(most[r], (Ints)magnitude(h[r]));
                 store(rows + r * ROW + at, h[r]);
             }
@@ -575,7 +594,7 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     for (int i = 0; i < ROW; ++i) s.dB[i] = s.B[i] * a.steps.dt[b * a.steps.stride + head];
     uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
-    read_calibrated(a.state_scale, head, s.state_scale, s.inverse);
+    read_calibrated(a.state_scale, head, s.state_scale, s.factor);
     // A block is packed while the scales of the next one are found: they end in long chains of dependent operations.
     for (int p = 0; p < HEADDIM + LANES; p += LANES) {
         if (p < HEADDIM) {

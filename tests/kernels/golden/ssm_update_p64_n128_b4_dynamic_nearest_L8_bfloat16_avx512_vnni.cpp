@@ -21,6 +21,7 @@
 // A sequence whose ring has room only reads its codes: y is their product with C, in integers, and what the ring adds.
 // At the others, once in 8 steps, the ring is folded into the state, which is quantized again:
 // A head's new state waits in 32768 bytes of scratch, since its state scales are known only after its last row.
+// It is h / state_scale, by the scales that it had: powers of two, with which nothing rounds.
 //
 // A byte holds columns c, c + 64, lowest bits first, each code plus 8.
 //
@@ -54,7 +55,10 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_p
 inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
 inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
 inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
-inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
+// base + a * b rounded to an integer, half to even; base is 1.5 * 2^23 and something even and small.
+inline Floats round_product(Floats a, Floats b, float base) { return multiply_add(a, b, Floats{} + base); }
+// The larger magnitude, as an integer; of NaN and a number, the number.
+inline Ints larger_magnitude(Ints most, Floats x) { return (Ints)_mm512_range_ps((Floats)most, x, 0x0b); }
 inline Ints multiply_add_pairs(Shorts a, Shorts b, Ints sum) {
     return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 }
@@ -143,6 +147,23 @@ inline float sum_lanes(Floats x) {
     x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
     x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
     return x[0];
+}
+
+inline int sum_lanes(Ints x) {
+    x += ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3);
+    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
+    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
+    return x[0];
+}
+
+// The largest of all lanes, in every lane.
+inline Ints max_lanes(Ints x) {
+    x = larger(x, ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = larger(x, ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
+    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+    return x;
 }
 
 // Lane i of the result is vector i reduced over its lanes; merge(a, b) reduces two lanes.
@@ -335,44 +356,68 @@ inline Floats sum_rows(const float* column) {
     }
 }
 
-// quant.dynamic_state_scale of a head's rows: the scales as stored and as read, and their reciprocals.
-inline void scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* inverse) {
+inline Ints clamp(Ints x, int low, int high) {
+    x = x < low ? Ints{} + low : x;
+    return x > high ? Ints{} + high : x;
+}
+
+// quant.dynamic_state_scale of a head's rows, which are in units of `state_scale`, the old ones. That becomes the new
+// ones; `ratio` what the rows are multiplied by to be in units of them, and zero in pads. False if a value is not finite.
+inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* ratio) {
+    constexpr int LOWEST = 562036736, HIGHEST = 1568669696;
+    alignas(64) int32_t totals[ROW] = {};  // the bits of floats; zero in pads
+    Ints most = {}, logs = {};
     for (int run = 0; run < RUNS; ++run) {
         for (int j = 0; j < RUN_VECTORS; ++j) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            const Words scale = store_scales(square_root(sum_rows<0, 1>(rows + at) / (float)HEADDIM));
-            store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
-            store_run(state_scale + run * RUN_VECTORS * LANES, j, (Floats)scale);
-            store_run(inverse + run * RUN_VECTORS * LANES, j, 1.0f / (Floats)scale);
+            const Floats total = sum_rows<0, 1>(rows + at) * load<Floats>(state_scale + at);
+            store_run(totals + run * RUN_VECTORS * LANES, j, (Ints)total);
+            most = larger(most, load<Ints>(totals + at));
+            logs += clamp(load<Ints>(totals + at), LOWEST, HIGHEST) >> 12;
         }
     }
+    const int typical = (sum_lanes(logs) - (ROW - DSTATE) * (LOWEST >> 12)) / DSTATE << 12;
+    for (int run = 0; run < RUNS; ++run) {
+        for (int j = 0; j < RUN_VECTORS; ++j) {
+            const int at = (run * RUN_VECTORS + j) * LANES;
+            const Ints total = load<Ints>(totals + at), log2 = clamp(total, LOWEST, HIGHEST), above = log2 - typical;
+            const Ints far = above - clamp(above, -20971520, 20971520);
+            const Ints whole = clamp((log2 - 1056964608 + far) >> 24, -32, 32);
+            const Words scale = (Words)(total < 0x7f800000 ? (whole + 127) << 23 : Ints{} + 0x7fc00000);
+            const Floats old = load<Floats>(state_scale + at);
+            store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
+            store_run(state_scale + run * RUN_VECTORS * LANES, j, (Floats)scale);
+            store_run(ratio + run * RUN_VECTORS * LANES, j, old / (Floats)scale);
+        }
+    }
+    return max_lanes(most)[0] < 0x7f800000;
 }
 
 // Rows of the block of LANES that begins at row p.
 inline int rows_from(int p) { return HEADDIM % LANES == 0 || HEADDIM - p > LANES ? LANES : HEADDIM - p; }
 
-// `count` rows become h / state_scale, whose reciprocals are `inverse`; `largest` gets the magnitudes of each.
-inline void scale_rows(float* rows, int count, const float* inverse, Ints* largest) {
+// `count` rows become h / state_scale by `factor`; `largest` gets the magnitudes of each, NaN unless `finite`.
+inline void scale_rows(float* rows, int count, const float* factor, bool finite, Ints* largest) {
     for (int i = 0; i < count; ++i) {
         float* row = rows + i * ROW;
         Ints most = {};
 #pragma GCC unroll 16
         for (int at = 0; at < ROW; at += LANES) {
-            const Floats scaled = load<Floats>(row + at) * load<Floats>(inverse + at);
-            // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
-            most = larger(most, (Ints)magnitude(scaled));
+            const Floats scaled = load<Floats>(row + at) * load<Floats>(factor + at);
+            most = larger_magnitude(most, scaled);
             store(row + at, scaled);
         }
-        largest[i] = most;
+        largest[i] = finite ? most : Ints{} + 0x7fc00000;
     }
 }
 
-// Codes plus OFFSET in the low bits of each lane. Adding 1.5 * 2^23 rounds half to even, and the sum's low bits are the
-// rounded value. No clamp: bfloat16 rounds a scale down by 2^-9 at most, which lifts LARGEST by less than a half.
-inline Ints round_codes(Floats scaled) { return (Ints)(scaled + (12582912.0f + OFFSET)); }
+// Codes plus OFFSET in the low bits of each lane.
+// No clamp: bfloat16 rounds a scale down by 2^-9 at most, which lifts LARGEST by less than a half.
+inline Ints round_codes(Floats scaled, float inverse) {
+    return (Ints)round_product(scaled, splat(inverse), 12582912.0f + OFFSET);
+}
 
-// Pack a row of scaled values. GUARDED gives what is not finite the code 0.
-template <bool GUARDED>
+// Pack a row of scaled values.
 inline void pack_row(const float* row, float inverse, uint8_t* packed) {
 #pragma GCC unroll 16
     for (int j = 0; j < RUN_VECTORS; ++j) {
@@ -380,9 +425,8 @@ inline void pack_row(const float* row, float inverse, uint8_t* packed) {
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            Floats scaled = load<Floats>(row + at) * inverse;
-            if (GUARDED) scaled = (Ints)magnitude(scaled) < 0x7f800000 ? scaled : Floats{};
-            bytes += round_codes(scaled) << (run * BITS);
+            const Floats scaled = load<Floats>(row + at);
+            bytes += round_codes(scaled, inverse) << (run * BITS);
         }
         store_run(packed, j, narrow(bytes));
     }
@@ -403,9 +447,9 @@ inline void pack_rows(
 ) {
     for (int i = 0; i < count; ++i) {
         if (inverses[i] == inverses[i]) {
-            pack_row<false>(rows + i * ROW, inverses[i], packed + i * WIDTH);
+            pack_row(rows + i * ROW, inverses[i], packed + i * WIDTH);
         } else {
-            pack_row<true>(rows + i * ROW, inverses[i], packed + i * WIDTH);
+            memset(packed + i * WIDTH, 136, WIDTH);  // what is not finite shows in the scale
         }
     }
 }
@@ -451,30 +495,50 @@ struct Prepared {
     int64_t head;
 };
 
-struct alignas(64) Scratch {
-    float B[ROW], C[ROW], dB[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
-    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the new state scales
+// What the columns of a state are multiplied by.
+struct Operands {
+    float dB[ROW], C[ROW];
+    float ring_B[SLOTS][ROW];
+};
+
+struct alignas(64) Scratch : Operands {
+    float B[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
+    float state_scale[ROW], factor[ROW];  // factor: what makes rows h / state_scale
+    Operands unit;  // of a head, in units of its state scales
     float rows[HEADDIM * ROW];
     float channel_inverse[HEADDIM + LANES];
-    float ring_B[SLOTS][ROW], ring_x[SLOTS][HEADDIM + LANES];
+    float ring_x[SLOTS][HEADDIM + LANES];
     float ring_BC[SLOTS], BC, B_scale;
     Prepared prepared[2];  // of this head and of the next one
     uint16_t B_stored[DSTATE];
     int64_t group = -1;  // the sequence and group that B, C and ring_B belong to
 };
 
+// s.unit of a head whose state scales are in scratch.
+inline void to_units(Scratch& s) {
+    for (int at = 0; at < ROW; at += LANES) {
+        const Floats scale = load<Floats>(s.state_scale + at), inverse = 1.0f / scale;
+        store(s.unit.dB + at, load<Floats>(s.dB + at) * inverse);
+        store(s.unit.C + at, load<Floats>(s.C + at) * scale);
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            store(s.unit.ring_B[slot] + at, load<Floats>(s.ring_B[slot] + at) * inverse);
+        }
+    }
+}
+
 // Unpack and update COUNT rows from p on; `y` gets the products C . h of each, to be summed.
-// They are left in `rows`.
+// They are left in `rows` as h / state_scale.
 template <int COUNT>
 inline void update_rows(
     const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows,
     Floats* y
 ) {
+    const Operands& columns = s.unit;
     Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
     Floats ring_x[COUNT][SLOTS];
 #pragma GCC unroll 2
     for (int r = 0; r < COUNT; ++r) {
-        channel[r] = CODES * splat(from_bfloat16(channel_scale[p + r]));
+        channel[r] = CODES * splat(from_bfloat16(channel_scale[p + r])) * decay;
         x[r] = splat(s.x[p + r]);
 #pragma GCC unroll 7
         for (int slot = 0; slot < SLOTS; ++slot) ring_x[r][slot] = splat(s.ring_x[slot][p + r]);
@@ -487,20 +551,19 @@ inline void update_rows(
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            const Floats state_scale = load<Floats>(s.state_scale + at);
             Floats h[COUNT];
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
-                // code * state_scale * channel_scale is exact in float32, in any order.
-                h[r] = look_up(channel[r], widen(bytes[r]) >> (run * BITS)) * state_scale * decay;
+                // A code times its scales is exact in float32, in any order.
+                h[r] = look_up(channel[r], widen(bytes[r]) >> (run * BITS));
             }
 #pragma GCC unroll 7
             for (int slot = 0; slot < SLOTS; ++slot) {
-                const Floats B = load<Floats>(s.ring_B[slot] + at);
+                const Floats B = load<Floats>(columns.ring_B[slot] + at);
 #pragma GCC unroll 2
                 for (int r = 0; r < COUNT; ++r) h[r] = multiply_add(B, ring_x[r][slot], h[r]);
             }
-            const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
+            const Floats dB = load<Floats>(columns.dB + at), C = load<Floats>(columns.C + at);
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
                 h[r] += dB * x[r];
@@ -551,14 +614,6 @@ inline Floats ring_floats(RingVector stored) {
 
 inline float ring_float(uint16_t stored) {
     return from_bfloat16(stored);
-}
-
-inline Ints max_lanes(Ints x) {
-    x = larger(x, ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    x = larger(x, ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
-    x = larger(x, ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
-    x = larger(x, ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
-    return x;
 }
 
 // As the ring keeps a row of `count` values times `factor`; returns what a stored one is worth.
@@ -645,14 +700,6 @@ inline void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, f
     }
 }
 
-inline int sum_ints(Ints x) {
-    x += ROTATED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x += ROTATED(x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3);
-    x += ROTATED(x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
-    x += ROTATED(x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
-    return x[0];
-}
-
 // C * state_scale of a head as integers of 16 bits, laid out for multiply_row.
 void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     Prepared& to = s.prepared[head % 2];
@@ -661,7 +708,7 @@ void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     Ints largest = {};
     for (int i = 0; i < ROW; i += LANES) {
         const Floats product = load<Floats>(s.C + i) * load<Floats>(s.state_scale + i);
-        store(s.inverse + i, product);
+        store(s.factor + i, product);
         largest = larger(largest, (Ints)magnitude(product));
     }
     const float unit = ((Floats)max_lanes(largest))[0] / 32639.0f, floor = unit < TINY_SCALE ? TINY_SCALE : unit;
@@ -670,7 +717,7 @@ void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     for (int run = 0; run < RUNS; ++run) {
         for (int j = 0; j < RUN_VECTORS; ++j) {
             // As in round_codes: the low half of the sum is the rounded value.
-            const Floats scaled = load<Floats>(s.inverse + (run * RUN_VECTORS + j) * LANES) * inverse;
+            const Floats scaled = load<Floats>(s.factor + (run * RUN_VECTORS + j) * LANES) * inverse;
             const Ints rounded = (Ints)(scaled + 12582912.0f) - 0x4b400000;
             total += rounded;
             // A signed low byte, and what is left of the number: 256 * high + low.
@@ -679,7 +726,7 @@ void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
             store(digits + UNITS * UNIT, narrow((rounded + 128) >> 8));
         }
     }
-    to.sum = sum_ints(total);
+    to.sum = sum_lanes(total);
     to.unit = floor * a.steps.decay[b * a.steps.stride + head];
 }
 
@@ -763,16 +810,17 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     uint16_t* state_scale = a.state_scale + item * DSTATE;
     Input{state_scale, 1, 0, 0}.read_columns(0, s.state_scale);
+    to_units(s);
     for (int p = 0; p < HEADDIM; p += LANES) {
         update_block(packed, channel_scale, decay, p, rows_from(p), s, s.rows + p * ROW);
     }
-    scale_columns(s.rows, state_scale, s.state_scale, s.inverse);
+    const bool finite = scale_columns(s.rows, state_scale, s.state_scale, s.factor);
     // A block is packed while the scales of the next one are found: they end in long chains of dependent operations.
     for (int p = 0; p < HEADDIM + LANES; p += LANES) {
         if (p < HEADDIM) {
             const int count = rows_from(p);
             Ints largest[LANES];
-            scale_rows(s.rows + p * ROW, count, s.inverse, largest);
+            scale_rows(s.rows + p * ROW, count, s.factor, finite, largest);
             scale_channels(largest, count, channel_scale + p, s.channel_inverse + p);
         }
         if (p >= LANES) {
@@ -818,6 +866,7 @@ extern "C" void ssm_update_p64_n128_b4_dynamic_nearest_L8_bfloat16_avx512_vnni(c
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         Scratch scratch = {};
+        for (float& scale : scratch.state_scale) scale = 1.0f;  // pads, which no head writes
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < items; ++item) update_head(a, item, scratch);
     }
