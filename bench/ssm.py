@@ -3,9 +3,9 @@
 One call runs through as many states as the model has layers, so that each is as cold as in a model. The float
 variants run the function of transformers that the model's own decode step runs; the packed ones call our operator from
 one graph compiled by Inductor, as a model does. Timed is Inductor's code for that graph, called without Dynamo
-(`compile_graph`), and memory of outputs is used again (`keep_freed_memory`), for all variants alike. The layers of
-``flush8`` variants are at different positions of their rings, as in a model, so that one call stores an eighth of all
-states.
+(`compile_graph`), for all variants alike. libc is left as it is: that it maps a large tensor anew for each of
+Inductor's temporaries is what Inductor's code costs its user. The layers of ``flush8`` variants are at different
+positions of their rings, as in a model, so that one call stores an eighth of all states.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qmamba_compile.recurrence import RING_DTYPES, new_ring
 
 from . import cli
 from .compiled import compile_graph
-from .measure import Gate, Work, keep_freed_memory
+from .measure import Gate, Work
 from .record import Record, console
 from .shapes import Shape, shape_named
 
@@ -76,7 +76,6 @@ def main(
     chosen = list(dict.fromkeys([EAGER, *cli.choose(variants, VARIANTS)]))
     arguments = {"shape": shape, "batch": batches, "variants": chosen, "repeats": repeats}
     torch._dynamo.config.recompile_limit = 64
-    keep_freed_memory()
     with torch.no_grad(), cli.recording("ssm", arguments, threads=threads, json=json, plot=plot) as found:
         for size in batches:
             _measure(found, dimensions, size, chosen, repeats)

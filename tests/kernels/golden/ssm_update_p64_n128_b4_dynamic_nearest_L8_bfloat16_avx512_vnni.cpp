@@ -362,7 +362,7 @@ inline Ints clamp(Ints x, int low, int high) {
 }
 
 // quant.dynamic_state_scale of a head's rows, which are in units of `state_scale`, the old ones. That becomes the new
-// ones; `ratio` what the rows are multiplied by to be in units of them, and zero in pads. False if a value is not finite.
+// ones; `ratio` is what brings the rows into units of them, and zero in pads. False if a value is not finite.
 inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* ratio) {
     constexpr int LOWEST = 562036736, HIGHEST = 1568669696;
     alignas(64) int32_t totals[ROW] = {};  // the bits of floats; zero in pads
