@@ -361,7 +361,7 @@ def _zero_(state: DSQState) -> DSQState:
     state.packed.fill_(quant.zero_byte(state.bits))
     state.channel_scale.fill_(quant.TINY_SCALE)
     if state.dynamic:
-        state.state_scale.fill_(1.0)
+        state.state_scale.fill_(1.0)  # any that a kernel can divide by: all codes are zero
     state.rng[:, 1] = 0
     for tensor in state.ring or ():
         if tensor is not None:

@@ -68,7 +68,7 @@ CALIBRATED = {"state_scales": "calibrated", "calibration": str(DEMO / "tiny-mamb
     ("options", "limit"),
     [
         ({}, 0.0025),
-        ({"flush_interval": 1, "rounding": "stochastic"}, 0.006),
+        ({"flush_interval": 1, "rounding": "stochastic"}, 0.0055),
         ({"flush_interval": 1} | CALIBRATED, 0.015),
     ],
     ids=["default", "every step, stochastic", "every step, nearest, calibrated"],
