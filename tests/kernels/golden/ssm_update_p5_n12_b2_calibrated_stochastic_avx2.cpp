@@ -19,7 +19,8 @@
 // A byte holds columns c, c + 3, c + 6, c + 9, lowest bits first, each code plus 2.
 //
 // Promises: the operations of quant.py and recurrence.py in their order, none fused but rounding: codes and scales are
-// the reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused multiply-adds.
+// the reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused
+// multiply-adds.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

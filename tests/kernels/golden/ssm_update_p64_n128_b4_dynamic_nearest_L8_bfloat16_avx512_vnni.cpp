@@ -26,8 +26,8 @@
 // A byte holds columns c, c + 64, lowest bits first, each code plus 8.
 //
 // Promises: the operations of quant.py and recurrence.py in their order, none fused but rounding: codes and scales are
-// the reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused multiply-adds,
-// and a step that only reads rounds C to 16 bits.
+// the reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused
+// multiply-adds, and a step that only reads rounds C to 16 bits.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
