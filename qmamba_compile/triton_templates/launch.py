@@ -210,13 +210,15 @@ def _launch(
         *(z.stride() if z is not None else (0, 0, 0)),
         dt_softplus,
     )
-    kernel = load(spec).ssm_update[grid]
+    kernel = load(spec).ssm_update
     if spec.flush_interval > 1:
         # Each sequence is served by one of these and left alone by the other.
-        for stores in (False, True):
-            kernel(*arguments, stores, num_warps=spec.warps_of(stores), enable_fp_fusion=False)
+        walking = tuning.walking_programs(spec, grid[0] * grid[1], batch)
+        for stores, programs in ((False, batch), (True, walking)):
+            options = {"num_warps": spec.warps_of(stores), "enable_fp_fusion": False}
+            kernel[*grid[:2], programs](*arguments[:-1], batch, dt_softplus, stores, **options)
     else:
-        kernel(*arguments, num_warps=spec.warps, enable_fp_fusion=False)
+        kernel[grid](*arguments, num_warps=spec.warps, enable_fp_fusion=False)
 
 
 def advance(rng: Tensor, slots: Tensor | None) -> None:

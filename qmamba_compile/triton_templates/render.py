@@ -49,6 +49,10 @@ the loads in the loop."""
 NOT_PREFETCHED = ("sm_100", "gfx942")
 """Targets whose compilers spill four tiles, or where nothing was measured."""
 
+WALKING = ("sm_90", "interpreter")
+"""Targets where few programs walk over the batch to find what is to be stored. Elsewhere, one a sequence: nothing was
+measured there, and the loop takes registers (sm_90: 190 to 230)."""
+
 STATE_DTYPES = ("float32", "bfloat16")
 
 _HIGHEST_FIELD = 23
@@ -341,6 +345,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "tile_mask_store": tile_mask,
         "padded_columns": padded(spec.dstate),
         "ring": spec.flush_interval - 1,
+        "walks": spec.target in WALKING,
         "lifted": spec.lifted,
         "int8_ring": spec.ring_bits == 8,
         "padded_headdim": padded(spec.headdim),
