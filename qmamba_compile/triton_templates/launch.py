@@ -130,9 +130,7 @@ def ssm_update(
     if ring is not None and interval > 1:
         state += tuple(part for part in ring if part is not None)
     _launch(spec, state, slots, x, dt, A, B, C, D, dt_bias, z, y, dt_softplus, dt_min, dt_max)
-    if ring is not None and interval > 1:
-        load(spec).advance[batch,](rng, slots, ring.position, num_warps=1)
-    elif stochastic:
+    if stochastic and interval == 1:
         advance(rng, slots)
     return y
 
@@ -208,17 +206,18 @@ def _launch(
         *B.stride(),
         *C.stride(),
         *(z.stride() if z is not None else (0, 0, 0)),
-        dt_softplus,
     )
-    kernel = load(spec).ssm_update
-    if spec.flush_interval > 1:
-        # Each sequence is served by one of these and left alone by the other.
-        walking = tuning.walking_programs(spec, grid[0] * grid[1], batch)
-        for stores, programs in ((False, batch), (True, walking)):
-            options = {"num_warps": spec.warps_of(stores), "enable_fp_fusion": False}
-            kernel[*grid[:2], programs](*arguments[:-1], batch, dt_softplus, stores, **options)
-    else:
-        kernel[grid](*arguments, num_warps=spec.warps, enable_fp_fusion=False)
+    module = load(spec)
+    if spec.flush_interval == 1:
+        module.ssm_update[grid](*arguments, dt_softplus, num_warps=spec.warps, enable_fp_fusion=False)
+        return
+    launches = tuning.launches(spec, grid[0] * grid[1], batch)
+    for stores, programs in launches.items():
+        options = {"num_warps": spec.warps_of(stores), "enable_fp_fusion": False}
+        module.ssm_update[*grid[:2], programs](*arguments, batch, dt_softplus, stores, **options)
+    if None not in launches:
+        _, _, _, rng, *_, position = state[:8]
+        module.advance[batch,](rng, slots, position, num_warps=1)
 
 
 def advance(rng: Tensor, slots: Tensor | None) -> None:

@@ -179,7 +179,7 @@ class Spec:
         return -(-self.headdim // self.rows)
 
     def warps_of(self, stores: bool | None) -> int:
-        """Warps of a program that stores a checkpointed state or (False) only reads it."""
+        """Warps of a program that stores a checkpointed state or (False) only reads it; None: either."""
         return 1 if stores is False else self.warps
 
 
@@ -346,6 +346,8 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "padded_columns": padded(spec.dstate),
         "ring": spec.flush_interval - 1,
         "walks": spec.target in WALKING,
+        # Programs that have done their part of a step are counted in a position's high bits meanwhile.
+        "arrival": 2**8,
         "lifted": spec.lifted,
         "int8_ring": spec.ring_bits == 8,
         "padded_headdim": padded(spec.headdim),

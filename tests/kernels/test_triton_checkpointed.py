@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,12 @@ from qmamba_compile import ops, recurrence
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch, tuning
 from qmamba_compile.triton_templates.render import Spec, render
+
+
+def in_one_launch(function: Callable[..., None], *arguments: Any) -> None:
+    """As a step runs whose programs are all resident at once. Two launches and `advance` otherwise."""
+    with mock.patch.object(tuning, "launches", lambda spec, programs, batch: {None: batch}):
+        function(*arguments)
 
 
 def check(change: dict[str, Any], flush_interval: int, steps: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -60,6 +67,7 @@ def check(change: dict[str, Any], flush_interval: int, steps: int, dtype: torch.
 )
 def test_equals_reference(interpreted: Callable[..., Any], change: dict[str, Any], flush_interval: int) -> None:
     interpreted(check, change, flush_interval, 2 * flush_interval + 1)
+    interpreted(in_one_launch, check, change, flush_interval, 2 * flush_interval + 1)
 
 
 def test_float32_ring(interpreted: Callable[..., Any]) -> None:
@@ -99,6 +107,18 @@ def check_pool() -> None:
 
 def test_slots_of_a_pool(interpreted: Callable[..., Any]) -> None:
     interpreted(check_pool)
+    interpreted(in_one_launch, check_pool)
+
+
+def test_few_programs_take_one_launch() -> None:
+    """And many take two, of which the one that stores is about as many programs as are resident."""
+    spec = tuning.ssm_update("sm_90", 80, 64, 128, 4, False, False, flush_interval=8)
+    assert tuning.launches(spec, 320, 1) == {None: 1}
+    many = tuning.launches(spec, 80, 128)
+    resident = tuning.GPUS["sm_90"].units * tuning.PLANNED_WARPS["other"]
+    assert many[False] == 128 and 0.9 * resident <= 80 * many[True] <= resident
+    assert compiled.ssm_update_facts(spec, True).registers <= tuning.GPUS["sm_90"].registers // (8 * 32)
+    assert compiled.ssm_update_facts(spec, None).spills == 0
 
 
 @pytest.mark.parametrize(
