@@ -574,7 +574,9 @@ def ssm_speedups(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
             one = times.get((model, batch, state, f"ours, a step that {kind}"))
             if one is not None:
                 row[f"us, {kind}"] = one * 1e6
-        stored_each_step = times.get((model, batch, state.partition(" every")[0] + " calibrated", "ours"))
+        scheme = state.partition(" every")[0]
+        scheme = scheme if "dynamic" in scheme else f"{scheme} calibrated"
+        stored_each_step = times.get((model, batch, scheme, "ours"))
         if " every" in state and stored_each_step is not None:
             row["over L=1"] = stored_each_step / seconds
         for base in ("bfloat16", "float32"):

@@ -51,6 +51,7 @@ VARIANTS = {
         Variant("int4 dynamic", 4, dynamic=True),
         Variant("int4 stochastic", 4, stochastic=True),
         Variant("int4 every 8", 4, flush_interval=8),
+        Variant("int4 dynamic every 8", 4, dynamic=True, flush_interval=8),
     )
 }
 
