@@ -274,8 +274,8 @@ def w8a8_linear(
     module = load(spec)
     options = {"num_warps": spec.warps, "enable_fp_fusion": False}
     grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m))
-    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows, outputs)
-    module.w8a8_linear[grid](*arguments, flat.stride(0), k, **options)
+    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows)
+    module.w8a8_linear[grid](*arguments, flat.stride(0), outputs, k, **options)
     if spec.splits > 1:
         combining = (rows, -(-outputs // COMBINE_BLOCK))
         module.combine[combining](partial, row_scale, scale, bias, y, rows, outputs, **options)

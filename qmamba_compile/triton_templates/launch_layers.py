@@ -77,9 +77,7 @@ def w8a8_linear(
     y = launch.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
     if y is not None or x.numel() == 0:
         return y
-    rows = x.reshape(-1, qdata.shape[1])
-    quantized = quantize_rows(rows, act_pre_scale, act_scale)
-    return None if quantized is None else _product(*quantized, x.shape, x.dtype, qdata, scale, bias)
+    return _quantize_and_multiply(x, x.dtype, qdata, scale, bias, act_pre_scale, act_scale, None)
 
 
 def norm_w8a8_linear(
@@ -99,32 +97,36 @@ def norm_w8a8_linear(
         return None
     k = qdata.shape[1]
     norm = (None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size)
-    quantized = quantize_rows(x.reshape(-1, k), act_pre_scale, act_scale, norm)
-    if quantized is None:
-        return None
-    return _product(*quantized, x.shape, torch.promote_types(x.dtype, norm_weight.dtype), qdata, scale, bias)
+    dtype = torch.promote_types(x.dtype, norm_weight.dtype)
+    return _quantize_and_multiply(x, dtype, qdata, scale, bias, act_pre_scale, act_scale, norm)
 
 
-def _product(
-    codes: Tensor,
-    row_scale: Tensor,
-    shape: torch.Size,
+def _quantize_and_multiply(
+    x: Tensor,
     dtype: torch.dtype,
     qdata: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-) -> Tensor:
-    """y [..., o] of quantized rows."""
-    architecture = launch.target(codes.device.type, codes.device.index)
-    assert architecture is not None
-    rows, k = codes.shape
-    outputs = qdata.shape[0]
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+    norm: tuple[Tensor | None, Tensor, float, int] | None,
+) -> Tensor | None:
+    """y [..., o] of ``dtype``."""
+    outputs, k = qdata.shape
+    # Copies, if any, come before `quantize_rows`: the product must follow it, whose end it may not wait for.
     qdata, scale = qdata.contiguous(), scale.contiguous()
-    y = torch.empty((*shape[:-1], outputs), dtype=dtype, device=codes.device)
+    quantized = quantize_rows(x.reshape(-1, k), act_pre_scale, act_scale, norm)
+    if quantized is None:
+        return None
+    codes, row_scale = quantized
+    rows = codes.shape[0]
+    architecture = launch.target(x.device.type, x.device.index)
+    assert architecture is not None
+    y = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device)
     spec = dataclasses.replace(tuning.w8a8_linear(architecture, rows, outputs, k), prequantized=True)
     partial = None
     if spec.splits > 1:
-        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=codes.device)
+        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=x.device)
     grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m))
     load(spec).w8a8_linear[grid](
         codes,
@@ -139,6 +141,7 @@ def _product(
         k,
         num_warps=spec.warps,
         enable_fp_fusion=False,
+        **({"launch_pdl": True} if spec.overlaps else {}),
     )
     if partial is not None:
         combining = (rows, -(-outputs // COMBINE_BLOCK))

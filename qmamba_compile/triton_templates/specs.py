@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from .. import quant
 from ..errors import ConfigError
-from .render import TARGETS, LayerSpec, Spec, is_power_of_two, padded, splits, state_scale_constants
+from .render import OVERLAPPING, TARGETS, LayerSpec, Spec, is_power_of_two, padded, splits, state_scale_constants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ class RowsSpec(LayerSpec):
             "padded_features": padded(features),
             "padded_groups": padded(self.k // features),
             "tiny_scale": quant.TINY_SCALE,
+            "overlaps": self.target in OVERLAPPING,
         }
 
 
