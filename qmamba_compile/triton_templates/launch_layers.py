@@ -73,7 +73,7 @@ def w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
 ) -> Tensor | None:
-    """`ops.w8a8_linear` on a GPU: one kernel for few rows, which quantizes on the way."""
+    """`ops.w8a8_linear` on a GPU: one kernel for a small x, which quantizes on the way."""
     y = launch.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
     if y is not None or x.numel() == 0:
         return y
@@ -123,7 +123,7 @@ def _quantize_and_multiply(
     architecture = launch.target(x.device.type, x.device.index)
     assert architecture is not None
     y = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device)
-    spec = dataclasses.replace(tuning.w8a8_linear(architecture, rows, outputs, k), prequantized=True)
+    spec = dataclasses.replace(tuning.w8a8_linear(architecture, rows, outputs, k), block_x=None)
     partial = None
     if spec.splits > 1:
         partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=x.device)

@@ -191,8 +191,8 @@ class LinearSpec:
         splits: programs that share one block of outputs, each with a part of k.
         warps, stages: of a program, and loads of weights under way.
         target: one of `TARGETS`.
-        prequantized: x comes as the codes and scales of `quantize_rows`.
-        block_x: rows of a floating x, padded to a power of two.
+        block_x: rows of x, padded to a power of two, which a program quantizes on the way; ``None``: x comes as the
+            codes and scales of `quantize_rows`.
     """
 
     block_o: int = 32
@@ -201,17 +201,16 @@ class LinearSpec:
     warps: int = 4
     stages: int = 4
     target: str = "sm_90"
-    prequantized: bool = False
     block_m: int = 16
-    block_x: int = 16
+    block_x: int | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
-        extents = (self.block_m, self.block_o, self.block_k, self.block_x, self.warps)
+        extents = (self.block_m, self.block_o, self.block_k, self.block_x or 1, self.warps)
         if not all(is_power_of_two(n) for n in extents):
             raise ConfigError(f"{self}: block_m, block_o, block_k, block_x and warps must be powers of two")
-        if self.block_x > self.block_m:
+        if self.block_x is not None and self.block_x > self.block_m:
             raise ConfigError(f"{self}: a program takes no more than block_m rows of x")
         if min(self.block_m, self.block_o) < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
             raise ConfigError(
@@ -223,6 +222,11 @@ class LinearSpec:
         name = "w8a8_linear_prequantized" if self.prequantized else f"w8a8_linear_x{self.block_x}"
         tile = f"m{self.block_m}_o{self.block_o}_k{self.block_k}"
         return f"{name}_{tile}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
+
+    @property
+    def prequantized(self) -> bool:
+        """x comes as codes and scales."""
+        return self.block_x is None
 
     @property
     def overlaps(self) -> bool:

@@ -113,12 +113,16 @@ def ssm_update(
     return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 
 
-MOST_ROWS_QUANTIZED_ON_THE_WAY = 16
-"""Rows of a `w8a8_linear` that takes floats: every program quantizes all of them anew, so they must be few."""
+MOST_QUANTIZED_ON_THE_WAY = 8192
+"""Elements of x, rows padded to a power of two, that a `w8a8_linear` quantizes itself. Every program does so anew: a
+warp issues 750 instructions for 1 row of 768, 2700 for 8 and 4700 for 16, where the product of codes takes 450; beyond,
+`quantize_rows` before it is faster."""
 
 
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
     """The kernel for x [rows, k] and weights [outputs, k].
+
+    x is quantized on the way where it is small, by `MOST_QUANTIZED_ON_THE_WAY`.
 
     Up to 16 rows the weights are read once, so what counts is bytes under way: 32 to 64 KiB a program. Beyond, tiles
     are as large as still give each unit one. k is split only where it is long and few programs would share it: the
@@ -152,7 +156,9 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpe
         block_o, block_k, stages = 64, 256, 3
     if architecture.startswith("gfx"):
         stages = 2  # its shared memory is 64 KiB
-    return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m=block_m)
+    padded_rows = padded(rows)
+    block_x = padded_rows if rows <= 16 and padded_rows * k <= MOST_QUANTIZED_ON_THE_WAY else None
+    return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m, block_x)
 
 
 def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:

@@ -183,8 +183,7 @@ def check_product(rows: int, k: int, outputs: int, splits: int, dtype: torch.dty
     choice = tuning.w8a8_linear
     tuning.w8a8_linear = lambda *_: LinearSpec(16, 64, splits, target="interpreter")
     try:
-        codes, row_scale = poisoned_rows(x, None, None)
-        y = poisoned(launch_layers._product, codes, row_scale, x.shape, dtype, qdata, scale, bias_values)
+        y = poisoned(launch_layers.w8a8_linear, x, qdata, scale, bias_values, None, None)
     finally:
         tuning.w8a8_linear = choice
     expected = ops.w8a8_linear_reference(x, qdata, scale, bias_values, None, None)
@@ -256,7 +255,7 @@ def test_spec_refuses(change: dict[str, Any], named: str) -> None:
         RowsSpec(**{"k": 64} | change)
 
 
-GOLDEN_SPECS = [RowsSpec(5120, 640), LinearSpec(prequantized=True, splits=2)]
+GOLDEN_SPECS = [RowsSpec(5120, 640), LinearSpec(splits=2), LinearSpec(block_x=2)]
 
 
 @pytest.mark.parametrize("spec", GOLDEN_SPECS, ids=lambda spec: spec.slug())
@@ -270,7 +269,7 @@ def test_golden_text(spec: RowsSpec | LinearSpec) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [RowsSpec(768, target="interpreter"), LinearSpec(prequantized=True), LinearSpec(), LinearSpec(splits=2)],
+    [RowsSpec(768, target="interpreter"), LinearSpec(), LinearSpec(block_x=16), LinearSpec(splits=2, block_x=4)],
     ids=lambda spec: spec.slug(),
 )
 def test_rendered_text_is_readable(spec: RowsSpec | LinearSpec) -> None:
@@ -299,10 +298,12 @@ def test_rows_compile_without_spills(target: str, k: int, group_size: int | None
 @pytest.mark.parametrize("outputs, k", [(768, 1536), (10576, 2560)])
 @pytest.mark.parametrize("rows", [1, 40, 512, 4096])
 def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: int, k: int, rows: int) -> None:
-    spec = dataclasses.replace(tuning.w8a8_linear(target, rows, outputs, k), prequantized=True)
+    spec = dataclasses.replace(tuning.w8a8_linear(target, rows, outputs, k), block_x=None)
     types = dict.fromkeys(("codes", "qdata"), "*i8") | {"scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
-    types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32", "outputs": "i32"}
-    kernels = [("w8a8_linear", {"K": k})] + ([("combine", {})] if spec.splits > 1 else [])
+    types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32"}
+    kernels = [("w8a8_linear", {"OUTPUTS": outputs, "K": k})]
+    if spec.splits > 1:
+        kernels.append(("combine", {"OUTPUTS": outputs}))
     for name, constants in kernels:
         kernel = compiled.compile_kernel(load(spec), name, types, constants, target, spec.warps)
         found = compiled.facts(kernel)
