@@ -295,7 +295,7 @@ def test_rows_compile_without_spills(target: str, k: int, group_size: int | None
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("outputs, k", [(768, 1536), (10576, 2560)])
+@pytest.mark.parametrize("outputs, k", [(768, 1536), (3352, 768), (10576, 2560)])
 @pytest.mark.parametrize("rows", [1, 40, 512, 4096])
 def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: int, k: int, rows: int) -> None:
     spec = dataclasses.replace(tuning.w8a8_linear(target, rows, outputs, k), block_x=None)
@@ -314,3 +314,24 @@ def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: 
             # Many rows: the matrix units of a whole warp group, where there are such.
             many = {"sm_90": "IGMMA", "sm_100": "UTCIMMA"} if spec.block_m >= 64 and rows > 1 else {}
             assert ("v_mfma_i32" if target == "gfx942" else many.get(target, "IMMA")) in text
+        if rows > 16 and target != "gfx942":
+            # 3352 outputs are a multiple of 8: a row of results is written at least 16 bytes at a time.
+            assert min(width for kind, width in found.accesses if kind == "store") >= 16, found.accesses
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_the_product_asks_for_its_weights_while_rows_are_quantized(target: str) -> None:
+    types = {"x": "*bf16", "codes": "*i8", "row_scale": "*fp32", "x_stride": "i32"}
+    rows = tuning.quantize_rows(target, 768, None)
+    constants: dict[str, Any] = {"pre_scale": None, "static_scale": None}
+    kernel = compiled.compile_kernel(load(rows), "quantize_rows", types, constants, target, rows.warps)
+    text = compiled.disassemble(kernel)
+    assert 0 < text.index("PREEXIT") < text.index("LDG")
+    spec = dataclasses.replace(tuning.w8a8_linear(target, 1, 3352, 768), block_x=None)
+    types = {"codes": "*i8", "qdata": "*i8", "scale": "*fp32", "y": "*bf16", "row_scale": "*fp32", "rows": "i32"}
+    constants = {"bias": None, "partial": None, "OUTPUTS": 3352, "K": 768}
+    text = compiled.disassemble(
+        compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
+    )
+    # Nothing that quantize_rows writes is read before the wait for its end.
+    assert 0 < text.index("CCTL.E.PF2") < text.index("ACQBULK") < text.index("LDGSTS")
