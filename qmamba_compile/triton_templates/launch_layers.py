@@ -1,7 +1,8 @@
 """Call the kernels around the recurrence, as `launch` calls those of a step and under the same promises.
 
 A linear is two or three launches: `quantize_rows`, with the norm where there is one in front; the int8 product with its
-scales and bias; their sum over the parts of k, where it is split.
+scales and bias; their sum over the parts of k, where it is split. From Hopper on, the product starts while rows are
+quantized, and has its weights brought to the L2 cache.
 """
 
 from __future__ import annotations
