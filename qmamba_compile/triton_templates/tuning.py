@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from .render import NOT_PREFETCHED, PREFETCHED_TILES, LinearSpec, ScanSpec, Spec, padded
-from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
+from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec, WgmmaSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +159,18 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpe
     padded_rows = padded(rows)
     block_x = padded_rows if rows <= 16 and padded_rows * k <= MOST_QUANTIZED_ON_THE_WAY else None
     return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m, block_x)
+
+
+def wgmma_linear(architecture: str, rows: int, outputs: int, k: int) -> WgmmaSpec | None:
+    """The kernel that takes the place of `w8a8_linear`'s on Hopper, where there are more tiles than units.
+
+    Tensor memory access needs rows of whole 16 bytes.
+    """
+    if architecture != "sm_90" or k % 16 or outputs % 8:
+        return None
+    spec = WgmmaSpec()
+    tiles = -(-rows // spec.block_m) * -(-outputs // spec.block_o)
+    return spec if tiles > GPUS[architecture].units else None
 
 
 def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from qmamba_compile import ops, quant
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
 from qmamba_compile.triton_templates.render import LinearSpec, load, render
-from qmamba_compile.triton_templates.specs import RowsSpec
+from qmamba_compile.triton_templates.specs import RowsSpec, WgmmaSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 Interpreted = Callable[..., Any]
@@ -269,10 +270,16 @@ def test_golden_text(spec: RowsSpec | LinearSpec) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [RowsSpec(768, target="interpreter"), LinearSpec(), LinearSpec(block_x=16), LinearSpec(splits=2, block_x=4)],
+    [
+        RowsSpec(768, target="interpreter"),
+        LinearSpec(),
+        LinearSpec(block_x=16),
+        LinearSpec(splits=2, block_x=4),
+        WgmmaSpec(),
+    ],
     ids=lambda spec: spec.slug(),
 )
-def test_rendered_text_is_readable(spec: RowsSpec | LinearSpec) -> None:
+def test_rendered_text_is_readable(spec: RowsSpec | LinearSpec | WgmmaSpec) -> None:
     text = render(spec)
     compile(text, "rendered", "exec")
     assert max(len(line) for line in text.splitlines()) <= 120 and "\n\n\n\n" not in text
@@ -317,6 +324,21 @@ def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: 
         if rows > 16 and target != "gfx942":
             # 3352 outputs are a multiple of 8: a row of results is written at least 16 bytes at a time.
             assert min(width for kind, width in found.accesses if kind == "store") >= 16, found.accesses
+
+
+@pytest.mark.parametrize("outputs, k, bias", [(3352, 768, False), (10576, 2560, True)])
+def test_a_product_of_warp_groups_stays_in_flight(outputs: int, k: int, bias: bool) -> None:
+    spec = tuning.wgmma_linear("sm_90", 4096, outputs, k)
+    assert spec is not None and tuning.wgmma_linear("sm_90", 64, outputs, k) is None
+    kernel = compiled.compile_wgmma_linear(spec, outputs, k, bias)
+    found = compiled.facts(kernel)
+    assert found.spills == 0 and found.local_accesses == 0 and found.shared_bytes <= 227 * 1024
+    text = compiled.disassemble(kernel)
+    assert "UTMALDG" in text and "UTMASTG" in text and "STG" not in text.replace("UTMASTG", "")
+    # In the loop one product may be under way; after it none.
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text)
+    assert waits == ["1", "0"]
+    assert text.index("ACQBULK") < text.index("UTMALDG")
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
