@@ -255,18 +255,18 @@ def w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
 ) -> Tensor | None:
-    """`ops.w8a8_linear` for few rows, quantized on the way."""
+    """`ops.w8a8_linear` of an x small enough to be quantized on the way."""
     architecture = target(x.device.type, x.device.index)
     outputs, k = qdata.shape
     rows = x.numel() // k
-    if architecture is None or not 0 < rows <= tuning.MOST_ROWS_QUANTIZED_ON_THE_WAY:
+    if architecture is None or rows == 0:
         return None
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    spec = tuning.w8a8_linear(architecture, rows, outputs, k)
+    if spec.prequantized or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     flat = x.reshape(rows, k)
     if flat.stride(1) != 1 or not qdata.is_contiguous():
         return None
-    spec = tuning.w8a8_linear(architecture, rows, outputs, k)
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     partial = row_scale = None
     if spec.splits > 1:
@@ -275,8 +275,8 @@ def w8a8_linear(
     module = load(spec)
     options = {"num_warps": spec.warps, "enable_fp_fusion": False}
     grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m))
-    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows, outputs)
-    module.w8a8_linear[grid](*arguments, flat.stride(0), k, **options)
+    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows)
+    module.w8a8_linear[grid](*arguments, flat.stride(0), outputs, k, **options)
     if spec.splits > 1:
         combining = (rows, -(-outputs // COMBINE_BLOCK))
         module.combine[combining](partial, row_scale, scale, bias, y, rows, outputs, **options)

@@ -1,7 +1,8 @@
 """Call the kernels around the recurrence, as `launch` calls those of a step and under the same promises.
 
 A linear is two or three launches: `quantize_rows`, with the norm where there is one in front; the int8 product with its
-scales and bias; their sum over the parts of k, where it is split.
+scales and bias; their sum over the parts of k, where it is split. From Hopper on, the product starts while rows are
+quantized, and has its weights brought to the L2 cache.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from . import launch, tuning
 from .render import COMBINE_BLOCK, load
-from .specs import ConvSpec, RowsSpec
+from .specs import ConvSpec, RowsSpec, WgmmaSpec
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +75,11 @@ def w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
 ) -> Tensor | None:
-    """`ops.w8a8_linear` on a GPU: one kernel for few rows, which quantizes on the way."""
+    """`ops.w8a8_linear` on a GPU: one kernel for a small x, which quantizes on the way."""
     y = launch.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
     if y is not None or x.numel() == 0:
         return y
-    rows = x.reshape(-1, qdata.shape[1])
-    quantized = quantize_rows(rows, act_pre_scale, act_scale)
-    return None if quantized is None else _product(*quantized, x.shape, x.dtype, qdata, scale, bias)
+    return _quantize_and_multiply(x, x.dtype, qdata, scale, bias, act_pre_scale, act_scale, None)
 
 
 def norm_w8a8_linear(
@@ -99,32 +99,40 @@ def norm_w8a8_linear(
         return None
     k = qdata.shape[1]
     norm = (None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size)
-    quantized = quantize_rows(x.reshape(-1, k), act_pre_scale, act_scale, norm)
-    if quantized is None:
-        return None
-    return _product(*quantized, x.shape, torch.promote_types(x.dtype, norm_weight.dtype), qdata, scale, bias)
+    dtype = torch.promote_types(x.dtype, norm_weight.dtype)
+    return _quantize_and_multiply(x, dtype, qdata, scale, bias, act_pre_scale, act_scale, norm)
 
 
-def _product(
-    codes: Tensor,
-    row_scale: Tensor,
-    shape: torch.Size,
+def _quantize_and_multiply(
+    x: Tensor,
     dtype: torch.dtype,
     qdata: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-) -> Tensor:
-    """y [..., o] of quantized rows."""
-    architecture = launch.target(codes.device.type, codes.device.index)
-    assert architecture is not None
-    rows, k = codes.shape
-    outputs = qdata.shape[0]
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+    norm: tuple[Tensor | None, Tensor, float, int] | None,
+) -> Tensor | None:
+    """y [..., o] of ``dtype``."""
+    outputs, k = qdata.shape
+    # Copies, if any, come before `quantize_rows`: the product must follow it, whose end it may not wait for.
     qdata, scale = qdata.contiguous(), scale.contiguous()
-    y = torch.empty((*shape[:-1], outputs), dtype=dtype, device=codes.device)
-    spec = dataclasses.replace(tuning.w8a8_linear(architecture, rows, outputs, k), prequantized=True)
+    quantized = quantize_rows(x.reshape(-1, k), act_pre_scale, act_scale, norm)
+    if quantized is None:
+        return None
+    codes, row_scale = quantized
+    rows = codes.shape[0]
+    architecture = launch.target(x.device.type, x.device.index)
+    assert architecture is not None
+    y = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device)
+    wgmma = tuning.wgmma_linear(architecture, rows, outputs, k)
+    if wgmma is not None and dtype.itemsize == 2 and qdata.data_ptr() % 16 == 0:
+        _wgmma_linear(wgmma, codes, row_scale, qdata, scale, bias, y.view(rows, outputs))
+        return y
+    spec = dataclasses.replace(tuning.w8a8_linear(architecture, rows, outputs, k), block_x=None)
     partial = None
     if spec.splits > 1:
-        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=codes.device)
+        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=x.device)
     grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m))
     load(spec).w8a8_linear[grid](
         codes,
@@ -139,6 +147,7 @@ def _product(
         k,
         num_warps=spec.warps,
         enable_fp_fusion=False,
+        **({"launch_pdl": True} if spec.overlaps else {}),
     )
     if partial is not None:
         combining = (rows, -(-outputs // COMBINE_BLOCK))
@@ -146,6 +155,42 @@ def _product(
             partial, row_scale, scale, bias, y, rows, outputs, num_warps=spec.warps, enable_fp_fusion=False
         )
     return y
+
+
+def _wgmma_linear(
+    spec: WgmmaSpec,
+    codes: Tensor,
+    row_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Write y [m, o] of quantized rows, on Hopper."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    def tiles(tensor: Tensor, *extents: int) -> Any:
+        dtype = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[tensor.dtype]
+        layout = gl.NVMMASharedLayout.get_default_for(list(extents), dtype)
+        return TensorDescriptor.from_tensor(tensor, list(extents), layout)
+
+    (rows, k), outputs = codes.shape, qdata.shape[0]
+    programs = min(tuning.GPUS[spec.target].units, -(-rows // spec.block_m) * -(-outputs // spec.block_o))
+    load(spec).w8a8_linear[programs,](
+        tiles(codes, spec.block_m, spec.block_k),
+        tiles(qdata, spec.block_o, spec.block_k),
+        tiles(y, spec.block_m, spec.block_o),
+        scale,
+        bias,
+        row_scale,
+        rows,
+        outputs,
+        k,
+        num_warps=spec.warps,
+        enable_fp_fusion=False,
+        launch_pdl=True,
+    )
 
 
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:

@@ -41,6 +41,9 @@ def target_of(architecture: str) -> str:
     raise ConfigError(f"architecture {architecture!r} has no kernels; they are written for {TARGETS}")
 
 
+OVERLAPPING = ("sm_90", "sm_100", "sm_103", "sm_120")
+"""Architectures where a kernel may start before the one in front has ended (programmatic dependent launch)."""
+
 PREFETCHED_TILES = 4
 """Most tiles of a program that are loaded before it computes: 64 bytes of each thread under way. Microseconds on an
 H100, 2.7B shape, batch 128, 4 bits: 49.0 with 4 tiles; 54 with 2, and 50 with 8, which take more registers; 58.6 with
@@ -192,7 +195,8 @@ class LinearSpec:
         splits: programs that share one block of outputs, each with a part of k.
         warps, stages: of a program, and loads of weights under way.
         target: one of `TARGETS`.
-        prequantized: x comes as the codes and scales of `quantize_rows`.
+        block_x: rows of x, padded to a power of two, which a program quantizes on the way; ``None``: x comes as the
+            codes and scales of `quantize_rows`.
     """
 
     block_o: int = 32
@@ -201,14 +205,17 @@ class LinearSpec:
     warps: int = 4
     stages: int = 4
     target: str = "sm_90"
-    prequantized: bool = False
     block_m: int = 16
+    block_x: int | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
-        if not all(is_power_of_two(n) for n in (self.block_m, self.block_o, self.block_k, self.warps)):
-            raise ConfigError(f"{self}: block_m, block_o, block_k and warps must be powers of two")
+        extents = (self.block_m, self.block_o, self.block_k, self.block_x or 1, self.warps)
+        if not all(is_power_of_two(n) for n in extents):
+            raise ConfigError(f"{self}: block_m, block_o, block_k, block_x and warps must be powers of two")
+        if self.block_x is not None and self.block_x > self.block_m:
+            raise ConfigError(f"{self}: a program takes no more than block_m rows of x")
         if min(self.block_m, self.block_o) < 16 or self.block_k < 32 or self.splits < 1 or self.stages < 1:
             raise ConfigError(
                 f"{self}: int8 products need block_m, block_o >= 16, block_k >= 32, and at least 1 split and stage"
@@ -216,9 +223,26 @@ class LinearSpec:
 
     def slug(self) -> str:
         """Name of the kernel, and the beginning of its file's name."""
-        name = "w8a8_linear_prequantized" if self.prequantized else "w8a8_linear"
+        name = "w8a8_linear_prequantized" if self.prequantized else f"w8a8_linear_x{self.block_x}"
         tile = f"m{self.block_m}_o{self.block_o}_k{self.block_k}"
         return f"{name}_{tile}_s{self.splits}_w{self.warps}_st{self.stages}_{self.target}"
+
+    @property
+    def prequantized(self) -> bool:
+        """x comes as codes and scales."""
+        return self.block_x is None
+
+    @property
+    def overlaps(self) -> bool:
+        """The kernel may start before `quantize_rows` has ended."""
+        return self.prequantized and self.target in OVERLAPPING
+
+    @property
+    def prefetched(self) -> bool:
+        """A program has all of its weights brought to the L2 cache while it waits for x."""
+        waits = self.overlaps or (not self.prequantized and self.target.startswith("sm_"))
+        # Beyond 64 rows many programs share weights.
+        return waits and self.splits == 1 and self.block_m <= 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +302,7 @@ def render(spec: AnySpec) -> str:
         name, constants = spec.template, _constants(spec)
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
-        constants = {"combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
+        constants = {"combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE, "lines": 32 * spec.warps}
     elif isinstance(spec, LayerSpec):
         name, constants = spec.kernel, spec.constants()
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from .render import NOT_PREFETCHED, PREFETCHED_TILES, WALKING, LinearSpec, ScanSpec, Spec, padded
-from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
+from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec, WgmmaSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +129,16 @@ def launches(spec: Spec, programs: int, batch: int) -> dict[bool | None, int]:
     return {False: batch, True: -(-batch // turns) if spec.target in WALKING else batch}
 
 
-MOST_ROWS_QUANTIZED_ON_THE_WAY = 16
-"""Rows of a `w8a8_linear` that takes floats: every program quantizes all of them anew, so they must be few."""
+MOST_QUANTIZED_ON_THE_WAY = 8192
+"""Elements of x, rows padded to a power of two, that a `w8a8_linear` quantizes itself. Every program does so anew: with
+k = 768 a warp issues 750 instructions for 1 row, 1550 for 4, 2650 for 8 and 4670 for 16, and 560 where it takes codes
+(sm_90, 2 warps). Where the two cross was not timed: `quantize_rows` alone takes 2.0 us, in part beside the product."""
 
 
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
     """The kernel for x [rows, k] and weights [outputs, k].
+
+    x is quantized on the way where it is small, by `MOST_QUANTIZED_ON_THE_WAY`.
 
     Up to 16 rows the weights are read once, so what counts is bytes under way: 32 to 64 KiB a program. Beyond, tiles
     are as large as still give each unit one. k is split only where it is long and few programs would share it: the
@@ -168,7 +172,21 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpe
         block_o, block_k, stages = 64, 256, 3
     if architecture.startswith("gfx"):
         stages = 2  # its shared memory is 64 KiB
-    return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m=block_m)
+    padded_rows = padded(rows)
+    block_x = padded_rows if rows <= 16 and padded_rows * k <= MOST_QUANTIZED_ON_THE_WAY else None
+    return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m, block_x)
+
+
+def wgmma_linear(architecture: str, rows: int, outputs: int, k: int) -> WgmmaSpec | None:
+    """The kernel that takes the place of `w8a8_linear`'s on Hopper, where there are more tiles than units.
+
+    Tensor memory access needs rows of whole 16 bytes.
+    """
+    if architecture != "sm_90" or k % 16 or outputs % 8:
+        return None
+    spec = WgmmaSpec()
+    tiles = -(-rows // spec.block_m) * -(-outputs // spec.block_o)
+    return spec if tiles > GPUS[architecture].units else None
 
 
 def chunk_scan(architecture: str, heads: int, headdim: int, dstate: int) -> ScanSpec:

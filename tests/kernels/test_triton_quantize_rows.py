@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from qmamba_compile import ops, quant
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
 from qmamba_compile.triton_templates.render import LinearSpec, load, render
-from qmamba_compile.triton_templates.specs import RowsSpec
+from qmamba_compile.triton_templates.specs import RowsSpec, WgmmaSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 Interpreted = Callable[..., Any]
@@ -183,8 +184,7 @@ def check_product(rows: int, k: int, outputs: int, splits: int, dtype: torch.dty
     choice = tuning.w8a8_linear
     tuning.w8a8_linear = lambda *_: LinearSpec(16, 64, splits, target="interpreter")
     try:
-        codes, row_scale = poisoned_rows(x, None, None)
-        y = poisoned(launch_layers._product, codes, row_scale, x.shape, dtype, qdata, scale, bias_values)
+        y = poisoned(launch_layers.w8a8_linear, x, qdata, scale, bias_values, None, None)
     finally:
         tuning.w8a8_linear = choice
     expected = ops.w8a8_linear_reference(x, qdata, scale, bias_values, None, None)
@@ -256,7 +256,7 @@ def test_spec_refuses(change: dict[str, Any], named: str) -> None:
         RowsSpec(**{"k": 64} | change)
 
 
-GOLDEN_SPECS = [RowsSpec(5120, 640), LinearSpec(prequantized=True, splits=2)]
+GOLDEN_SPECS = [RowsSpec(5120, 640), LinearSpec(splits=2), LinearSpec(block_x=2)]
 
 
 @pytest.mark.parametrize("spec", GOLDEN_SPECS, ids=lambda spec: spec.slug())
@@ -270,10 +270,16 @@ def test_golden_text(spec: RowsSpec | LinearSpec) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [RowsSpec(768, target="interpreter"), LinearSpec(prequantized=True), LinearSpec(), LinearSpec(splits=2)],
+    [
+        RowsSpec(768, target="interpreter"),
+        LinearSpec(),
+        LinearSpec(block_x=16),
+        LinearSpec(splits=2, block_x=4),
+        WgmmaSpec(),
+    ],
     ids=lambda spec: spec.slug(),
 )
-def test_rendered_text_is_readable(spec: RowsSpec | LinearSpec) -> None:
+def test_rendered_text_is_readable(spec: RowsSpec | LinearSpec | WgmmaSpec) -> None:
     text = render(spec)
     compile(text, "rendered", "exec")
     assert max(len(line) for line in text.splitlines()) <= 120 and "\n\n\n\n" not in text
@@ -296,13 +302,15 @@ def test_rows_compile_without_spills(target: str, k: int, group_size: int | None
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("outputs, k", [(768, 1536), (10576, 2560)])
+@pytest.mark.parametrize("outputs, k", [(768, 1536), (3352, 768), (10576, 2560)])
 @pytest.mark.parametrize("rows", [1, 40, 512, 4096])
 def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: int, k: int, rows: int) -> None:
-    spec = dataclasses.replace(tuning.w8a8_linear(target, rows, outputs, k), prequantized=True)
+    spec = dataclasses.replace(tuning.w8a8_linear(target, rows, outputs, k), block_x=None)
     types = dict.fromkeys(("codes", "qdata"), "*i8") | {"scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
-    types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32", "outputs": "i32"}
-    kernels = [("w8a8_linear", {"K": k})] + ([("combine", {})] if spec.splits > 1 else [])
+    types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32"}
+    kernels = [("w8a8_linear", {"OUTPUTS": outputs, "K": k})]
+    if spec.splits > 1:
+        kernels.append(("combine", {"OUTPUTS": outputs}))
     for name, constants in kernels:
         kernel = compiled.compile_kernel(load(spec), name, types, constants, target, spec.warps)
         found = compiled.facts(kernel)
@@ -313,3 +321,39 @@ def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: 
             # Many rows: the matrix units of a whole warp group, where there are such.
             many = {"sm_90": "IGMMA", "sm_100": "UTCIMMA"} if spec.block_m >= 64 and rows > 1 else {}
             assert ("v_mfma_i32" if target == "gfx942" else many.get(target, "IMMA")) in text
+        if rows > 16 and target != "gfx942":
+            # 3352 outputs are a multiple of 8: a row of results is written at least 16 bytes at a time.
+            assert min(width for kind, width in found.accesses if kind == "store") >= 16, found.accesses
+
+
+@pytest.mark.parametrize("outputs, k, bias", [(3352, 768, False), (10576, 2560, True)])
+def test_a_product_of_warp_groups_stays_in_flight(outputs: int, k: int, bias: bool) -> None:
+    spec = tuning.wgmma_linear("sm_90", 4096, outputs, k)
+    assert spec is not None and tuning.wgmma_linear("sm_90", 64, outputs, k) is None
+    kernel = compiled.compile_wgmma_linear(spec, outputs, k, bias)
+    found = compiled.facts(kernel)
+    assert found.spills == 0 and found.local_accesses == 0 and found.shared_bytes <= 227 * 1024
+    text = compiled.disassemble(kernel)
+    assert "UTMALDG" in text and "UTMASTG" in text and "STG" not in text.replace("UTMASTG", "")
+    # In the loop one product may be under way; after it none.
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text)
+    assert waits == ["1", "0"]
+    assert text.index("ACQBULK") < text.index("UTMALDG")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_the_product_asks_for_its_weights_while_rows_are_quantized(target: str) -> None:
+    types = {"x": "*bf16", "codes": "*i8", "row_scale": "*fp32", "x_stride": "i32"}
+    rows = tuning.quantize_rows(target, 768, None)
+    constants: dict[str, Any] = {"pre_scale": None, "static_scale": None}
+    kernel = compiled.compile_kernel(load(rows), "quantize_rows", types, constants, target, rows.warps)
+    text = compiled.disassemble(kernel)
+    assert 0 < text.index("PREEXIT") < text.index("LDG")
+    spec = dataclasses.replace(tuning.w8a8_linear(target, 1, 3352, 768), block_x=None)
+    types = {"codes": "*i8", "qdata": "*i8", "scale": "*fp32", "y": "*bf16", "row_scale": "*fp32", "rows": "i32"}
+    constants = {"bias": None, "partial": None, "OUTPUTS": 3352, "K": 768}
+    text = compiled.disassemble(
+        compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
+    )
+    # Nothing that quantize_rows writes is read before the wait for its end.
+    assert 0 < text.index("CCTL.E.PF2") < text.index("ACQBULK") < text.index("LDGSTS")

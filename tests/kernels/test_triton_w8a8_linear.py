@@ -38,7 +38,8 @@ def check(change: dict[str, Any]) -> None:
     static = torch.tensor(0.02) if row["static"] else None
     arguments = (x, qdata, scale, bias, smooth, static)
     choice = tuning.w8a8_linear
-    tuning.w8a8_linear = lambda *_: LinearSpec(16, 64, row["splits"], target="interpreter")
+    block_x = 1 << (row["rows"] - 1).bit_length()
+    tuning.w8a8_linear = lambda *_: LinearSpec(16, 64, row["splits"], target="interpreter", block_x=block_x)
     try:
         y = launch.w8a8_linear(*arguments)
     finally:
@@ -82,10 +83,13 @@ def test_same_bits_as_the_op(interpreted: Callable[..., Any], change: dict[str, 
     interpreted(check, change)
 
 
-def test_many_rows_are_quantized_once_before(interpreted: Callable[..., Any]) -> None:
+def test_a_large_x_is_quantized_once_before(interpreted: Callable[..., Any]) -> None:
     x, qdata = torch.randn(17, 64), torch.ones(32, 64, dtype=torch.int8)
     assert interpreted(launch.w8a8_linear, x, qdata, torch.ones(32, 1), None, None, None) is None
     assert interpreted(launch.w8a8_linear, x[:16], qdata, torch.ones(32, 1), None, None, None) is not None
+    long = tuning.MOST_QUANTIZED_ON_THE_WAY // 4
+    assert tuning.w8a8_linear("sm_90", 3, 768, long).block_x == 4
+    assert tuning.w8a8_linear("sm_90", 3, 768, 2 * long).prequantized
 
 
 # in_proj and out_proj of 130M and 2.7B, and a head.
@@ -93,12 +97,13 @@ SHAPES = [(3352, 768), (768, 1536), (10576, 2560), (2560, 5120), (50288, 768)]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("outputs, k", [(768, 1536), (10576, 2560)])
-def test_compiles_to_wide_loads_and_int8_products(target: str, outputs: int, k: int) -> None:
-    spec = tuning.w8a8_linear(target, 1, outputs, k)
+@pytest.mark.parametrize("rows, outputs, k", [(1, 768, 1536), (4, 768, 1536), (1, 10576, 2560)])
+def test_compiles_to_wide_loads_and_int8_products(target: str, rows: int, outputs: int, k: int) -> None:
+    spec = tuning.w8a8_linear(target, rows, outputs, k)
+    assert spec.block_x == rows
     types = dict.fromkeys(("x", "bias", "y"), "*bf16") | {"qdata": "*i8", "scale": "*fp32"}
-    types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32", "outputs": "i32", "x_stride": "i32"}
-    constants: dict[str, Any] = {"pre_scale": None, "static_scale": None, "K": k}
+    types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32", "x_stride": "i32"}
+    constants: dict[str, Any] = {"pre_scale": None, "static_scale": None, "OUTPUTS": outputs, "K": k}
     kernel = compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
     found = compiled.facts(kernel)
     assert found.spills == 0 and found.local_accesses == 0
