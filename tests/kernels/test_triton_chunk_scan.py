@@ -30,6 +30,8 @@ BASE: dict[str, Any] = {
     "initial": False,
     "limits": (0.0, float("inf")),
     "dtype": torch.float32,
+    "dtype_of_C": None,
+    "by_channels": False,
 }
 
 
@@ -42,9 +44,13 @@ def arguments(change: dict[str, Any]) -> tuple[Any, ...]:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    # As in the model: views of one projection.
+    # As in the model: views of one projection, or of a convolution's output [b, d, l].
     sizes = [nheads * headdim, groups * dstate, groups * dstate, nheads]
-    x, B, C, dt = randn(batch, seqlen, sum(sizes)).to(row["dtype"]).split(sizes, dim=-1)
+    projection = randn(batch, seqlen, sum(sizes)).to(row["dtype"])
+    if row["by_channels"]:
+        projection = projection.transpose(1, 2).contiguous().transpose(1, 2)
+    x, B, C, dt = projection.split(sizes, dim=-1)
+    C = C.to(row["dtype_of_C"] or C.dtype)
     dt = dt if row["dt_softplus"] else dt.abs() / 4
     return (
         x.unflatten(-1, (nheads, headdim)),
@@ -89,6 +95,10 @@ def check(change: dict[str, Any]) -> None:
         {"initial": True},
         {"limits": (0.05, 0.2)},
         {"dtype": torch.bfloat16},
+        {"by_channels": True},
+        {"by_channels": True, "seqlen": 77, "headdim": 40, "dstate": 24, "ngroups": 2, "nheads": 4, "batch": 2},
+        {"by_channels": True, "dtype": torch.bfloat16, "initial": True},
+        {"dtype": torch.bfloat16, "dtype_of_C": torch.float32},
     ],
     ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()) or "base",
 )
