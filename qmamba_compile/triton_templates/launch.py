@@ -4,7 +4,8 @@ Each function returns ``None`` when it cannot serve its arguments, having writte
 reference: no GPU that the kernels are written for, no Triton, an extent or a layout that the kernels do not take. On a
 GPU each such reason is logged once.
 
-A call reads nothing back from the device, and allocates only its result: it can be captured in a CUDA graph.
+A call reads nothing back from the device, and allocates only its result (a scan in parts, their states as well): it can
+be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -303,6 +304,10 @@ def w8a8_linear(
 
 # --- prefill -------------------------------------------------------------------------------------------------------
 
+SCAN_STAGES = 2
+"""Chunks of a scan that are under way from memory or in use. A chunk is computed for longer than a load takes; a third
+would cost shared memory and 7 percent of instructions (sm_90)."""
+
 MAMBA_SSM_CHUNK = 256
 """mamba-ssm's own default of chunk_size."""
 
@@ -358,7 +363,7 @@ def chunk_scan(
     batch, seqlen, nheads, headdim = x.shape
     ngroups, dstate = B.shape[2:]
     try:
-        spec = tuning.chunk_scan(architecture, batch * nheads, headdim, dstate)
+        spec = tuning.chunk_scan(architecture, headdim, dstate)
     except ConfigError as error:
         return refuse("chunk_scan", str(error))
     if B.dtype != C.dtype:
@@ -367,28 +372,27 @@ def chunk_scan(
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     final_state = torch.empty((batch, nheads, headdim, dstate), dtype=torch.float32, device=x.device)
     A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))  # type: ignore[assignment]
-    load(spec).chunk_scan[-(-headdim // spec.block_p), nheads, batch](
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        initial_state,
-        y,
-        final_state,
-        seqlen,
-        nheads // ngroups,
-        dt_min,
-        dt_max,
-        *x.stride()[:3],
-        *dt.stride(),
-        *B.stride()[:3],
-        *C.stride()[:3],
-        dt_softplus,
-        # Products of 16-bit inputs lose nothing by TF32's 11 bits; a float32 model asked for float32.
-        "ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=spec.warps,
-    )
+    chunks = -(-seqlen // spec.chunk)
+    part_chunks = -(-chunks // tuning.scan_parts(architecture, batch * nheads * spec.row_blocks, chunks))
+    parts = -(-chunks // part_chunks)
+    part_states = part_decays = None
+    if parts > 1:
+        part_states = torch.empty((parts - 1, *final_state.shape), dtype=torch.float32, device=x.device)
+        part_decays = torch.empty((parts - 1, batch, nheads), dtype=torch.float32, device=x.device)
+
+    def run(parts: int, *tensors: Tensor | None) -> None:
+        load(spec).chunk_scan[parts * spec.row_blocks, nheads, batch](
+            *(x, dt, A, B, C, D, dt_bias, *tensors, part_states, part_decays),
+            *(seqlen, part_chunks * spec.chunk, nheads // ngroups, dt_min, dt_max),
+            *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], dt_softplus),
+            # Products of 16-bit inputs lose nothing by TF32's 11 bits; a float32 model asked for float32.
+            "ieee" if x.dtype == torch.float32 else "tf32",
+            num_warps=spec.warps,
+            num_stages=SCAN_STAGES,
+            enable_fp_fusion=False,
+        )
+
+    if parts > 1:
+        run(parts - 1, None, None, None)
+    run(parts, initial_state, y, final_state)
     return y, final_state
