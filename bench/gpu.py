@@ -222,8 +222,8 @@ def check_linear(rows: int, outputs: int, inputs: int, device: str) -> dict[str,
     return {"y_error": error, "correct": error <= 1e-6}
 
 
-def check_scan(model: Shape, device: str, tokens: int = 300) -> dict[str, Any]:
-    """Our scan kernel against the recurrence, token by token."""
+def check_scan(model: Shape, device: str, tokens: int = 1000) -> dict[str, Any]:
+    """Our scan kernel against the recurrence, token by token, over enough of them for several parts."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:

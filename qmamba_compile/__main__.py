@@ -206,7 +206,7 @@ def _render_triton(
         ),
         "quantize_state": lambda: tuning.quantize_state(target, heads, *scheme),
         "dequantize_state": lambda: tuning.dequantize_state(target, heads, headdim, dstate, bits),
-        "chunk_scan": lambda: tuning.chunk_scan(target, heads, headdim, dstate),
+        "chunk_scan": lambda: tuning.chunk_scan(target, headdim, dstate),
         "w8a8_linear": lambda: tuning.w8a8_linear(target, *linear),
         "quantize_rows": lambda: tuning.quantize_rows(target, linear[2], None),
         "norm_quantize_rows": lambda: tuning.quantize_rows(target, linear[2], linear[2]),

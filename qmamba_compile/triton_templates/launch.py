@@ -1,9 +1,11 @@
 """Call the generated kernels on tensors.
 
 Each function returns ``None`` when it cannot serve its arguments, having written nothing, and the caller runs the torch
-reference: no GPU that the kernels are written for, no Triton, an extent or a layout that the kernels do not take.
+reference: no GPU that the kernels are written for, no Triton, an extent or a layout that the kernels do not take. On a
+GPU each such reason is logged once.
 
-A call reads nothing back from the device, and allocates only its result: it can be captured in a CUDA graph.
+A call reads nothing back from the device, and allocates only its result (a scan in parts, their states as well): it can
+be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -25,6 +27,12 @@ from . import tuning
 from .render import COMBINE_BLOCK, Spec, load, target_of
 
 log = logging.getLogger(__name__)
+
+
+@functools.cache
+def refuse(operator: str, reason: object) -> None:
+    """Log, once, that ``operator`` runs as torch reference where kernels are expected, and why."""
+    log.warning("%s: no Triton kernel, the torch reference runs instead: %s", operator, reason)
 
 
 @functools.cache
@@ -76,8 +84,7 @@ def _chosen(
             ring_bits=ring_bits,
         )
     except ConfigError as error:
-        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
-        return None
+        return refuse("ssm_update", str(error))
 
 
 def ssm_update(
@@ -113,8 +120,10 @@ def ssm_update(
         dt_min, dt_max: limits of dt after softplus.
     """
     architecture = target(x.device.type, x.device.index)
-    if architecture is None or not states_fit(packed, channel_scale, state_scale_out, rng, ring):
+    if architecture is None:
         return None
+    if unfit := unfit_state(packed, channel_scale, state_scale_out, rng, ring):
+        return refuse("ssm_update", unfit)
     batch, nheads, headdim = x.shape
     dstate = quant.unpacked_width(packed.shape[-1], bits)
     dynamic = state_scale_out is not None
@@ -123,8 +132,12 @@ def ssm_update(
     scheme = (bits, dynamic, stochastic, "float32", interval, ring_bits)
     spec = _chosen(architecture, batch * nheads, headdim, dstate, *scheme)
     scale = state_scale_out if state_scale_out is not None else state_scale
-    if spec is None or scale is None or not scale.is_contiguous():
+    if spec is None:
         return None
+    if scale is None:
+        return refuse("ssm_update", "neither state_scale nor state_scale_out is there")
+    # One that is written was found contiguous above; one that is only read may be copied.
+    scale = scale.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state: tuple[Tensor, ...] = (packed.view(torch.int32), channel_scale, scale, rng)
     if ring is not None and interval > 1:
@@ -228,20 +241,27 @@ def advance(rng: Tensor, slots: Tensor | None) -> None:
         rng[:, 1].index_add_(0, slots.clamp(min=0).long(), (slots >= 0).to(rng.dtype))
 
 
-def states_fit(
+def unfit_state(
     packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None
-) -> bool:
-    """The kernels write in place, so these cannot be copied into a layout that suits them."""
+) -> str | None:
+    """Why the kernels, which write these in place and so cannot copy them into another layout, do not take them."""
     written = (packed, channel_scale, state_scale_out, rng, *(() if ring is None else ring))
-    return (
-        all(t is None or t.is_contiguous() for t in written)
-        and (ring is None or ring.x.dtype in (torch.bfloat16, torch.float32, torch.int8))
-        and (ring is None or (ring.x.dtype is torch.int8) == (ring.scale is not None))
-        and channel_scale.dtype is quant.SCALE_DTYPE
-        and (state_scale_out is None or state_scale_out.dtype is quant.SCALE_DTYPE)
-        and packed.shape[-1] % 4 == 0
-        and packed.storage_offset() % 4 == 0
-    )
+    if not all(t is None or t.is_contiguous() for t in written):
+        return "a tensor of the packed state is not contiguous"
+    if ring is not None and ring.x.dtype not in (torch.bfloat16, torch.float32, torch.int8):
+        return f"the ring's x is {ring.x.dtype}; bfloat16, float32 and int8 are allowed"
+    if ring is not None and (ring.x.dtype is torch.int8) != (ring.scale is not None):
+        return "a ring of int8 comes with its scale, and no other does"
+    if any(t is not None and t.dtype is not quant.SCALE_DTYPE for t in (channel_scale, state_scale_out)):
+        return f"scales must be {quant.SCALE_DTYPE}"
+    return unfit_words(packed)
+
+
+def unfit_words(packed: Tensor) -> str | None:
+    """Why ``packed`` cannot be read in words of 32 bits."""
+    if packed.shape[-1] % 4:
+        return f"{packed.shape[-1]} bytes of a packed row do not fill words of 32 bits; use other state_bits"
+    return "the packed state does not begin at a word of 32 bits" if packed.storage_offset() % 4 else None
 
 
 # --- linears -------------------------------------------------------------------------------------------------------
@@ -284,6 +304,10 @@ def w8a8_linear(
 
 
 # --- prefill -------------------------------------------------------------------------------------------------------
+
+SCAN_STAGES = 2
+"""Chunks of a scan that are under way from memory or in use. A chunk is computed for longer than a load takes; a third
+would cost shared memory and 7 percent of instructions (sm_90)."""
 
 MAMBA_SSM_CHUNK = 256
 """mamba-ssm's own default of chunk_size."""
@@ -337,40 +361,39 @@ def chunk_scan(
             return_final_states=True,
         )
         return y.float(), state.float().contiguous()
-    if any(tensor.stride(-1) != 1 for tensor in (x, B, C)) or B.dtype != C.dtype:
-        return None
     batch, seqlen, nheads, headdim = x.shape
     ngroups, dstate = B.shape[2:]
     try:
-        spec = tuning.chunk_scan(architecture, batch * nheads, headdim, dstate)
+        spec = tuning.chunk_scan(architecture, headdim, dstate)
     except ConfigError as error:
-        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
-        return None
+        return refuse("chunk_scan", str(error))
+    if B.dtype != C.dtype:
+        B, C = (tensor.to(torch.promote_types(B.dtype, C.dtype)) for tensor in (B, C))
+    x, B, C = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, B, C))
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     final_state = torch.empty((batch, nheads, headdim, dstate), dtype=torch.float32, device=x.device)
     A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))  # type: ignore[assignment]
-    load(spec).chunk_scan[-(-headdim // spec.block_p), nheads, batch](
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        initial_state,
-        y,
-        final_state,
-        seqlen,
-        nheads // ngroups,
-        dt_min,
-        dt_max,
-        *x.stride()[:3],
-        *dt.stride(),
-        *B.stride()[:3],
-        *C.stride()[:3],
-        dt_softplus,
-        # Products of 16-bit inputs lose nothing by TF32's 11 bits; a float32 model asked for float32.
-        "ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=spec.warps,
-    )
+    chunks = -(-seqlen // spec.chunk)
+    part_chunks = -(-chunks // tuning.scan_parts(architecture, batch * nheads * spec.row_blocks, chunks))
+    parts = -(-chunks // part_chunks)
+    part_states = part_decays = None
+    if parts > 1:
+        part_states = torch.empty((parts - 1, *final_state.shape), dtype=torch.float32, device=x.device)
+        part_decays = torch.empty((parts - 1, batch, nheads), dtype=torch.float32, device=x.device)
+
+    def run(parts: int, *tensors: Tensor | None) -> None:
+        load(spec).chunk_scan[parts * spec.row_blocks, nheads, batch](
+            *(x, dt, A, B, C, D, dt_bias, *tensors, part_states, part_decays),
+            *(seqlen, part_chunks * spec.chunk, nheads // ngroups, dt_min, dt_max),
+            *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], dt_softplus),
+            # Products of 16-bit inputs lose nothing by TF32's 11 bits; a float32 model asked for float32.
+            "ieee" if x.dtype == torch.float32 else "tf32",
+            num_warps=spec.warps,
+            num_stages=SCAN_STAGES,
+            enable_fp_fusion=False,
+        )
+
+    if parts > 1:
+        run(parts - 1, None, None, None)
+    run(parts, initial_state, y, final_state)
     return y, final_state

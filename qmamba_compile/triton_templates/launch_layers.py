@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from . import launch, tuning
 from .render import COMBINE_BLOCK, load
 from .specs import ConvSpec, RowsSpec, WgmmaSpec
 
-log = logging.getLogger(__name__)
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,8 +27,7 @@ def _rows_spec(architecture: str, k: int, group_size: int | None) -> RowsSpec | 
     try:
         return tuning.quantize_rows(architecture, k, group_size)
     except ConfigError as error:
-        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
-        return None
+        return launch.refuse("quantize_rows", str(error))
 
 
 def quantize_rows(
@@ -48,8 +44,10 @@ def quantize_rows(
     architecture = launch.target(x.device.type, x.device.index)
     gate, norm_weight, epsilon, group_size = norm or (None, None, 0.0, None)
     floats = [t for t in (x, gate, norm_weight, act_pre_scale) if t is not None]
-    if architecture is None or any(t.dtype not in _FLOATS for t in floats):
+    if architecture is None:
         return None
+    if unfit := _unfit_dtype(*floats):
+        return launch.refuse("quantize_rows", unfit)
     spec = _rows_spec(architecture, x.shape[1], group_size)
     if spec is None:
         return None
@@ -95,8 +93,10 @@ def norm_w8a8_linear(
     act_scale: Tensor | None,
 ) -> Tensor | None:
     """`ops.norm_w8a8_linear` on a GPU."""
-    if x.numel() == 0 or (gate is not None and gate.shape != x.shape):
+    if x.numel() == 0:
         return None
+    if gate is not None and gate.shape != x.shape:
+        return launch.refuse("norm_w8a8_linear", "gate and x differ in shape")
     k = qdata.shape[1]
     norm = (None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size)
     dtype = torch.promote_types(x.dtype, norm_weight.dtype)
@@ -196,13 +196,19 @@ def _wgmma_linear(
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
     """`ops.conv_update` on a GPU: y [b, d, 1], the state shifted in place."""
     architecture = launch.target(xBC.device.type, xBC.device.index)
-    if architecture is None or not conv_state.is_contiguous():
+    if architecture is None:
         return None
-    if any(t is not None and t.dtype not in _FLOATS for t in (conv_state, xBC, weight, bias)):
-        return None
+    if not conv_state.is_contiguous():
+        return launch.refuse("conv_update", "conv_state is not contiguous")
+    if unfit := _unfit_dtype(conv_state, xBC, weight, bias):
+        return launch.refuse("conv_update", unfit)
     batch, channels, length = conv_state.shape
+    if xBC.shape != (batch, channels, 1):
+        return launch.refuse("conv_update", "xBC is not one token of conv_state's batch and channels")
+    if batch > _MOST_BATCH:
+        return launch.refuse("conv_update", f"a batch above {_MOST_BATCH}")
     spec = _conv_spec(architecture, batch * channels, length, weight.shape[-1])
-    if spec is None or xBC.shape != (batch, channels, 1) or batch > _MOST_BATCH:
+    if spec is None:
         return None
     y = torch.empty((batch, channels, 1), dtype=weight.dtype, device=xBC.device)
     if y.numel() == 0:
@@ -223,6 +229,12 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
     return y
 
 
+def _unfit_dtype(*tensors: Tensor | None) -> str | None:
+    """Why the kernels do not take one of ``tensors``."""
+    wrong = [str(t.dtype) for t in tensors if t is not None and t.dtype not in _FLOATS]
+    return f"{wrong[0]}; float32, bfloat16 and float16 are allowed" if wrong else None
+
+
 _MOST_BATCH = 65535
 """CUDA's limit of a grid's second extent."""
 
@@ -232,5 +244,4 @@ def _conv_spec(architecture: str, channels: int, length: int, taps: int) -> Conv
     try:
         return tuning.conv_update(architecture, channels, length, taps)
     except ConfigError as error:
-        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
-        return None
+        return launch.refuse("conv_update", str(error))

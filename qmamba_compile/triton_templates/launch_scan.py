@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Sequence
 
@@ -17,11 +16,9 @@ from torch import Tensor
 from .. import quant
 from ..errors import ConfigError
 from . import tuning
-from .launch import target
+from .launch import refuse, target
 from .render import load
 from .specs import SsmScanBackwardSpec, SsmScanSpec
-
-log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -32,8 +29,7 @@ def _chosen(
         scan = tuning.ssm_scan(architecture, headdim, dstate, bits, dynamic, stochastic)
         return scan, tuning.ssm_scan_backward(architecture, headdim, dstate)
     except ConfigError as error:
-        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
-        return None
+        return refuse("ssm_scan", str(error))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from . import launch, tuning
 from .render import load
 from .specs import DequantizeSpec, QuantizeSpec
 
-log = logging.getLogger(__name__)
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,8 +22,7 @@ def _spec_to_pack(*choice: Any) -> QuantizeSpec | None:
     try:
         return tuning.quantize_state(*choice)
     except ConfigError as error:
-        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
-        return None
+        return launch.refuse("quantize_state", str(error))
 
 
 @functools.cache
@@ -34,8 +30,7 @@ def _spec_to_unpack(*choice: Any) -> DequantizeSpec | None:
     try:
         return tuning.dequantize_state(*choice)
     except ConfigError as error:
-        log.warning("no Triton kernel, the torch reference runs instead: %s", error)
-        return None
+        return launch.refuse("dequantize_state", str(error))
 
 
 def quantize_state_(
@@ -50,13 +45,19 @@ def quantize_state_(
 ) -> bool:
     """`ops.quantize_state_` on a GPU; False where it cannot serve. The ring, if any, is the caller's to empty."""
     architecture = launch.target(state.device.type, state.device.index)
-    if architecture is None or not launch.states_fit(packed, channel_scale, state_scale_out, rng, None):
+    if architecture is None:
+        return False
+    if unfit := launch.unfit_state(packed, channel_scale, state_scale_out, rng, None):
+        launch.refuse("quantize_state", unfit)
         return False
     batch, nheads, headdim, dstate = state.shape
     dynamic = state_scale_out is not None
     spec = _spec_to_pack(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic)
     scale = state_scale_out if state_scale_out is not None else state_scale
-    if spec is None or scale is None:
+    if spec is None:
+        return False
+    if scale is None:
+        launch.refuse("quantize_state", "neither state_scale nor state_scale_out is there")
         return False
     if state.dtype not in _FLOATS:
         state = state.float()
@@ -80,16 +81,19 @@ def quantize_state_(
 def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int) -> Tensor | None:
     """`ops.dequantize_state` on a GPU, without the ring."""
     architecture = launch.target(packed.device.type, packed.device.index)
-    if architecture is None or packed.dim() != 4 or packed.shape[-1] % 4:
+    if architecture is None:
         return None
+    if packed.dim() != 4:
+        return launch.refuse("dequantize_state", f"packed has {packed.dim()} dimensions, expected [b, h, p, bytes]")
+    if not packed.is_contiguous() or packed.storage_offset() % 4:
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    if unfit := launch.unfit_words(packed):
+        return launch.refuse("dequantize_state", unfit)
     batch, nheads, headdim, width = packed.shape
     dstate = quant.unpacked_width(width, bits)
     spec = _spec_to_unpack(architecture, batch * nheads, headdim, dstate, bits)
     if spec is None:
         return None
-    packed = packed.contiguous()
-    if packed.storage_offset() % 4:
-        packed = packed.clone()
     state = torch.empty((batch, nheads, headdim, dstate), dtype=torch.float32, device=packed.device)
     load(spec).dequantize_state[spec.row_blocks, nheads, batch](
         packed.view(torch.int32),

@@ -277,6 +277,11 @@ class ScanSpec:
         """Name of the kernel, and the beginning of its file's name."""
         return f"chunk_scan_p{self.headdim}_n{self.dstate}_c{self.chunk}_r{self.block_p}_w{self.warps}_{self.target}"
 
+    @property
+    def row_blocks(self) -> int:
+        """Programs of one head."""
+        return -(-self.headdim // self.block_p)
+
 
 class LayerSpec:
     """What `render` needs of a spec in specs.py that is not of a state: its template's name and numbers."""
@@ -307,7 +312,8 @@ def render(spec: AnySpec) -> str:
         name, constants = spec.kernel, spec.constants()
     else:
         name = "chunk_scan"
-        constants = {"padded_n": max(16, padded(spec.dstate))}
+        state_size = spec.headdim * spec.dstate
+        constants = {"padded_n": max(16, padded(spec.dstate)), "row_blocks": spec.row_blocks, "state_size": state_size}
     return _environment().get_template(f"{name}.py.jinja").render(spec=spec, exp=EXP_CONSTANTS, **constants)
 
 

@@ -30,6 +30,9 @@ BASE: dict[str, Any] = {
     "initial": False,
     "limits": (0.0, float("inf")),
     "dtype": torch.float32,
+    "dtype_of_C": None,
+    "by_channels": False,
+    "parts": 1,
 }
 
 
@@ -42,9 +45,13 @@ def arguments(change: dict[str, Any]) -> tuple[Any, ...]:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    # As in the model: views of one projection.
+    # As in the model: views of one projection, or of a convolution's output [b, d, l].
     sizes = [nheads * headdim, groups * dstate, groups * dstate, nheads]
-    x, B, C, dt = randn(batch, seqlen, sum(sizes)).to(row["dtype"]).split(sizes, dim=-1)
+    projection = randn(batch, seqlen, sum(sizes)).to(row["dtype"])
+    if row["by_channels"]:
+        projection = projection.transpose(1, 2).contiguous().transpose(1, 2)
+    x, B, C, dt = projection.split(sizes, dim=-1)
+    C = C.to(row["dtype_of_C"] or C.dtype)
     dt = dt if row["dt_softplus"] else dt.abs() / 4
     return (
         x.unflatten(-1, (nheads, headdim)),
@@ -62,12 +69,13 @@ def arguments(change: dict[str, Any]) -> tuple[Any, ...]:
 
 def check(change: dict[str, Any]) -> None:
     inputs = arguments(change)
-    empty = torch.empty
+    empty, parts = torch.empty, tuning.scan_parts
     torch.empty = lambda *a, **k: empty(*a, **k).fill_(torch.nan)
+    tuning.scan_parts = lambda *_: (BASE | change)["parts"]
     try:
         found = launch.chunk_scan(*inputs)
     finally:
-        torch.empty = empty
+        torch.empty, tuning.scan_parts = empty, parts
     assert found is not None
     for result, expected in zip(found, ops.chunk_scan(*inputs), strict=True):
         assert result.dtype == expected.dtype and result.shape == expected.shape
@@ -89,6 +97,14 @@ def check(change: dict[str, Any]) -> None:
         {"initial": True},
         {"limits": (0.05, 0.2)},
         {"dtype": torch.bfloat16},
+        {"by_channels": True},
+        {"by_channels": True, "seqlen": 77, "headdim": 40, "dstate": 24, "ngroups": 2, "nheads": 4, "batch": 2},
+        {"by_channels": True, "dtype": torch.bfloat16, "initial": True},
+        {"dtype": torch.bfloat16, "dtype_of_C": torch.float32},
+        {"parts": 2},
+        {"parts": 3, "seqlen": 129, "initial": True, "batch": 2, "ngroups": 2, "nheads": 4},
+        {"parts": 4, "seqlen": 128, "headdim": 80, "dstate": 24, "initial": True},
+        {"parts": 3, "seqlen": 70, "headdim": 40, "dstate": 24, "by_channels": True, "dtype": torch.bfloat16},
     ],
     ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()) or "base",
 )
@@ -108,19 +124,45 @@ def test_a_scan_in_two_parts_is_one_scan(interpreted: Callable[..., Any]) -> Non
     assert (end - state).abs().max() <= TOLERANCE * state.abs().max()
 
 
+# What is None in the only launch of a whole sequence, and in the first and second of one in parts.
+LAUNCHES = {
+    "whole": ("part_states", "part_decays"),
+    "states": ("y", "initial_state", "final_state"),
+    "parts": (),
+}
+
+
+@pytest.mark.parametrize("absent", LAUNCHES.values(), ids=LAUNCHES)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_compiles_without_spills(target: str) -> None:
-    spec = tuning.chunk_scan(target, 320, 64, 128)
-    types_ = dict.fromkeys(("x", "dt", "B", "C"), "*bf16") | dict.fromkeys(("A", "D", "dt_bias"), "*fp32")
-    types_ |= dict.fromkeys(("y", "final_state"), "*fp32") | dict.fromkeys(("dt_min", "dt_max"), "fp32")
-    types_ |= dict.fromkeys(("seqlen", "heads_per_group"), "i32")
+def test_compiles_without_spills(target: str, absent: tuple[str, ...]) -> None:
+    spec = tuning.chunk_scan(target, 64, 128)
+    states = ("initial_state", "final_state", "part_states")
+    types_ = dict.fromkeys(("x", "dt", "B", "C"), "*bf16")
+    types_ |= dict.fromkeys(("A", "D", "dt_bias", "y", "part_decays", *states), "*fp32")
+    types_ |= dict.fromkeys(("dt_min", "dt_max"), "fp32")
+    types_ |= dict.fromkeys(("seqlen", "part_length", "heads_per_group"), "i32")
     module = load(spec)
     types_ |= {name: "i32" for name in module.chunk_scan.arg_names if "stride" in name}
-    constants = {"initial_state": None, "dt_stride_h": 1, "DT_SOFTPLUS": True, "PRECISION": "tf32"}
-    kernel = compiled.compile_kernel(module, "chunk_scan", types_, constants, target, spec.warps)
+    constants = {"dt_stride_h": 1, "DT_SOFTPLUS": True, "PRECISION": "tf32"} | dict.fromkeys(absent)
+    kernel = compiled.compile_kernel(
+        module, "chunk_scan", types_, constants, target, spec.warps, stages=launch.SCAN_STAGES
+    )
     found = compiled.facts(kernel)
     assert found.spills == 0 and found.local_accesses == 0
     assert found.shared_bytes <= (64 if target == "gfx942" else 99) * 1024
+    if target.startswith("sm_"):
+        # As many programs at once as `scan_parts` counts on.
+        registers = -(-found.registers // 8) * 8 * 32 * spec.warps
+        assert tuning.SCAN_PROGRAMS * registers <= tuning.GPUS[target].registers
+        assert tuning.SCAN_PROGRAMS * (found.shared_bytes + 1024) <= 164 * 1024
+
+
+def test_parts_fill_a_gpu_and_no_more() -> None:
+    # One sequence of 4096 tokens and 80 heads on 132 units; of 24 heads; a batch that fills it; a short prompt.
+    assert tuning.scan_parts("sm_90", 80, 128) == 3
+    assert tuning.scan_parts("sm_90", 24, 128) == 11
+    assert tuning.scan_parts("sm_90", 640, 128) == 1
+    assert tuning.scan_parts("sm_90", 24, 7) == 1
 
 
 def test_mamba_ssm_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
