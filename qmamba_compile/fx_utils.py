@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils.weak import TensorWeakRef
@@ -236,33 +237,30 @@ def retarget_guards(guards: dict[int, list[dict[str, Any]]], old: Tensor, new: T
         keywords["value"] = TensorWeakRef(new)
 
 
-def narrow_guards(accepts: Mapping[str, Callable[[Any], bool]]) -> None:
-    """Let ``accepts`` be all that guards of the graph being compiled ask of the metadata of tensor subclasses.
+def narrow_guards(asked: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let attributes be all that guards of the graph being compiled ask of the metadata of tensor subclasses.
 
-    Dynamo compares everything that ``__tensor_flatten__`` returns, and calls it twice at each step. For the 49 torchao
-    weights of the 130M shape, of which the graph needs little, that takes 0.36 ms of a step. Type, dtype, sizes and
-    each inner tensor remain guarded by themselves.
+    Dynamo compares everything that ``__tensor_flatten__`` returns, and calls it twice at each step, in Python; an
+    attribute it compares without. Type, dtype, sizes and each inner tensor not named here remain guarded by themselves.
 
     Args:
-        accepts: by Dynamo's expression for a tensor, `source_name`: called with what the expression evaluates to, of
-            whatever type; no exception may leave it. Nothing happens where no guard knows the expression.
+        asked: by Dynamo's expression for a tensor, `source_name`: its attributes with their values of now. Constants
+            and None have to stay equal, of anything else the type has to stay. Nothing happens where no guard knows
+            the expression.
     """
     guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
-    flattened = set()
+    replaced: set[Any] = set()
+    instead = []
     for guard in guards:
-        if guard.name in accepts and guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH":
-            guard.create_fn = functools.partial(_accepted, accepts[guard.name])
-            flattened.add(f"{guard.name}.__tensor_flatten__()[0]")
-    if flattened:
-        guards.inner = type(guards.inner)(guard for guard in guards if guard.name not in flattened)
-
-
-def _accepted(accepts: Callable[[Any], bool], builder: Any, guard: Any) -> None:
-    """Create the guard of `narrow_guards`; called by Dynamo after the backend returned."""
-    from torch._dynamo.guards import get_verbose_code_parts
-
-    description = get_verbose_code_parts(f"{accepts}({guard.name})", guard)
-    builder.get_guard_manager(guard).add_lambda_guard(accepts, description, guard.user_stack)
+        if guard.name in asked and guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH":
+            replaced |= {guard, f"{guard.name}.__tensor_flatten__()[0]"}
+            for name, value in asked[guard.name].items():
+                constant = value is None or isinstance(value, tuple)
+                source = AttrSource(guard.originating_source, name)
+                instead.append(source.make_guard(GuardBuilder.CONSTANT_MATCH if constant else GuardBuilder.TYPE_MATCH))
+                replaced.add(f"{guard.name}.{name}")
+    kept = [guard for guard in guards if guard not in replaced and guard.name not in replaced]
+    guards.inner = type(guards.inner)([*kept, *instead])
 
 
 def _fake_mode(values: Any) -> FakeTensorMode:

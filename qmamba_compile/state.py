@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,14 @@ aten = torch.ops.aten
 RING_TENSORS = tuple(f"ring_{name}" for name in Ring._fields)
 """Names of a ring's tensors among those that a state is made of."""
 
+Form = tuple[tuple[str, ...], tuple[int, bool]]
+
+
+@functools.cache
+def _shared(form: Form) -> Form:
+    """The same object for equal forms: a guard of Dynamo then compares addresses."""
+    return form
+
 
 class DSQState(torch.Tensor):
     """SSM state [batch, nheads, headdim, dstate], float32 to look at, packed codes and two scale vectors inside.
@@ -35,6 +44,7 @@ class DSQState(torch.Tensor):
         rng: int64 [b, 2], the key and the number of stores so far of each sequence.
         bits: bits of a code.
         stochastic: rounding of the next store.
+        form: all that is constant: names of the inner tensors; bits and stochastic.
         ring_x, ring_B, ...: of a checkpointed state, what `ring` is made of.
     """
 
@@ -44,6 +54,7 @@ class DSQState(torch.Tensor):
     rng: Tensor
     bits: int
     stochastic: bool
+    form: Form
 
     @staticmethod
     def __new__(
@@ -67,9 +78,12 @@ class DSQState(torch.Tensor):
         )
         self.packed, self.channel_scale, self.state_scale, self.rng = packed, channel_scale, state_scale, rng
         self.bits, self.stochastic = bits, stochastic
+        names: tuple[str, ...] = ("packed", "channel_scale", "state_scale", "rng")
         if ring is not None:
             for name, tensor in zip(RING_TENSORS, ring, strict=True):
                 setattr(self, name, tensor)
+            names += tuple(name for name in RING_TENSORS if getattr(self, name) is not None)
+        self.form = _shared((names, (bits, stochastic)))
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -150,8 +164,8 @@ class DSQState(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool]]:
-        ring = [name for name in RING_TENSORS if getattr(self, name, None) is not None]
-        return ["packed", "channel_scale", "state_scale", "rng", *ring], (self.bits, self.stochastic)
+        names, meta = self.form
+        return list(names), meta
 
     @staticmethod
     def __tensor_unflatten__(

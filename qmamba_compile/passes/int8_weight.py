@@ -63,18 +63,12 @@ def has_row_scales(value: Any) -> bool:
     )
 
 
-Form = tuple[bool, ...]
-
-
-def form_of(weight: Int8Tensor) -> Form:
-    """What of `has_row_scales`, and of the parts that a kernel takes, sizes and dtypes do not tell."""
-    parts = weight.act_quant_kwargs, weight.act_quant_scale, weight.act_pre_scale, weight.zero_point
-    return tuple([part is None for part in parts])
-
-
-def has_form(form: Form, value: Any) -> bool:
-    """True for an int8 weight of that form; asked for each weight at each step."""
-    return isinstance(value, Int8Tensor) and form_of(value) == form
+def form_of(weight: Int8Tensor) -> dict[str, Any]:
+    """What of `has_row_scales`, and of the parts that a kernel takes, guards on those parts do not tell."""
+    names = ["act_quant_kwargs", "act_quant_scale", "zero_point"]
+    if weight.act_pre_scale is None:
+        names.append("act_pre_scale")
+    return {name: getattr(weight, name) for name in names}
 
 
 def held_nbytes(model: nn.Module) -> int:

@@ -32,7 +32,7 @@ from ..fx_utils import (
 )
 from ..report import Report
 from .base import GraphPass
-from .int8_weight import form_of, has_form, has_row_scales, quantize_for_layer
+from .int8_weight import form_of, has_row_scales, quantize_for_layer
 from .parameter_forms import FindBeside
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -147,11 +147,7 @@ class QuantizeLinear(GraphPass):
         """Of weights of which only the inner tensors are read, ask no more than `form_of`."""
         values = {weight: self.context.example_inputs[weight.meta["qmamba_input"].index] for weight in weights}
         narrow_guards(
-            {
-                source_name(weight): functools.partial(has_form, form_of(value))
-                for weight, value in values.items()
-                if isinstance(value, Int8Tensor)
-            }
+            {source_name(weight): form_of(value) for weight, value in values.items() if isinstance(value, Int8Tensor)}
         )
 
     def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:

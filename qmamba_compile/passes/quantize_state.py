@@ -19,11 +19,13 @@ from ..fx_utils import (
     iter_calls,
     layer_of,
     mutates,
+    narrow_guards,
     nbytes_of,
     op_name,
     output_node,
     placeholders,
     shape_of,
+    source_name,
     strip,
     value_of,
 )
@@ -55,9 +57,10 @@ class QuantizeState(GraphPass):
     """
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
-        for node in placeholders(graph):
-            if isinstance(value_of(node), DSQState):
-                self._unpack_input(graph, node, report)
+        states = {node: value_of(node) for node in placeholders(graph) if isinstance(value_of(node), DSQState)}
+        narrow_guards({source_name(node): {"form": state.form} for node, state in states.items()})
+        for node in states:
+            self._unpack_input(graph, node, report)
         if self.config.state_bits is None:
             return
         for copy in iter_calls(graph, "copy_"):

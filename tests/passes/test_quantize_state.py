@@ -10,6 +10,7 @@ from qmamba_compile.backend import _make_state
 from qmamba_compile.errors import ArtifactError, SkipReason, StrictError
 from qmamba_compile.fx_utils import iter_calls, layer_of, op_name, placeholders, value_of
 from qmamba_compile.passes import FuseChunkScan, QuantizeState
+from qmamba_compile.recurrence import new_ring
 from qmamba_compile.state import DSQState
 
 PACK, STORE, READ = "qmamba.quantize_state", "qmamba.quantize_state_", "qmamba.dequantize_state"
@@ -70,6 +71,56 @@ def test_step_equals_the_subclass_without_any_pass(capture, bits, calibrated, st
     assert (backend.only.after[READ], backend.only.after[STORE]) == (1, 1)
     writes = next(iter_calls(backend.only.gm.graph, STORE)).args
     assert (writes[2] is None, writes[5] is None) == (calibrated, not calibrated)
+
+
+def state_of(batch=2, bits=4, ring=None, **options):
+    return DSQState.from_float(torch.randn(batch, 4, 8, 16), bits, ring=ring, **options)
+
+
+def ring_of(flush_interval=8, dtype=torch.bfloat16):
+    return new_ring(2, 4, 8, 1, 16, flush_interval, dtype=dtype)
+
+
+REPLACEMENTS = {
+    "the same form, other values": (state_of, 0),
+    "a clone": (lambda: state_of().clone(), 0),
+    "another rounding": (lambda: state_of(stochastic=True), 1),
+    "other bits": (lambda: state_of(bits=8), 1),
+    "calibrated scales": (lambda: state_of(state_scale=torch.rand(4, 16) + 0.5), 1),
+    "with a ring": (lambda: state_of(ring=ring_of()), 1),
+    "with a ring of scaled inputs": (lambda: state_of(ring=ring_of(dtype=torch.int8)), 1),
+    "a part that is not contiguous": (lambda: state_of(batch=4)[::2], 1),
+    "float": (lambda: torch.randn(2, 4, 8, 16), 1),
+}
+
+
+@pytest.mark.parametrize("change", REPLACEMENTS)
+def test_guards_on_a_state_are_no_calls_of_python_and_another_form_compiles_again(capture, monkeypatch, change):
+    replace, compilations = REPLACEMENTS[change]
+    step, backend, guards = Step(), capture(QuantizeState), []
+    compiled = backend.compile(step)
+    monkeypatch.setattr(
+        torch._dynamo.guards, "guard_manager_testing_hook_fn", lambda manager, *_: guards.append(str(manager))
+    )
+    compiled(state_of(), *step_inputs())
+    assert "__tensor_flatten__" not in guards[0] and "___check_metadata" not in guards[0], "these call Python"
+    assert guards[0].count("EQUALS_MATCH: L['state'].form") == 1
+    state = replace()
+    expected, inputs = copy.deepcopy(state), step_inputs(seed=1)
+    backend.graphs.clear()
+    assert torch.equal(compiled(state, *inputs), step(expected, *inputs))
+    assert len(backend.graphs) == compilations
+    if isinstance(state, DSQState):
+        assert_same_state(state, expected)
+
+
+@pytest.mark.parametrize("first, then", [(ring_of(4), None), (ring_of(4), ring_of(4, torch.int8)), (None, ring_of(4))])
+def test_a_ring_that_comes_or_goes_compiles_again(capture, first, then):
+    backend = capture(QuantizeState)
+    compiled = backend.compile(Step())
+    for ring, compilations in ((first, 1), (first, 1), (then, 2)):
+        compiled(state_of(ring=copy.deepcopy(ring)), *step_inputs())
+        assert len(backend.graphs) == compilations
 
 
 def test_conv_state_is_still_written(make_model, tokens, capture, decode):
