@@ -145,7 +145,7 @@ class Spec:
     def tile(self) -> int:
         """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state. Of a
         checkpointed one 64 elements a thread, and no fewer than a product of matrices has."""
-        if self.dynamic:
+        if self.dynamic and self.template != "ssm_update":
             return self.rows
         lanes = 64 if self.target.startswith("gfx") else 32
         if self.flush_interval > 1:
