@@ -145,7 +145,7 @@ class Spec:
     def tile(self) -> int:
         """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state. Of a
         checkpointed one 64 elements a thread, and no fewer than a product of matrices has."""
-        if self.dynamic and self.template != "ssm_update":
+        if self.dynamic and self.kernel == "quantize_state":
             return self.rows
         lanes = 64 if self.target.startswith("gfx") else 32
         if self.flush_interval > 1:
@@ -455,12 +455,12 @@ def _unscaled(field: str, position: int, offset: int) -> str:
 
 
 def _scaled(field: str, position: int, offset: int) -> str:
-    """The code in a field of bits at ``position`` times old_scale, a bfloat16, exactly."""
-    worth, bias = 2.0**-position, 2.0 ** (23 - position) + offset
+    """The code in a field of bits at ``position`` times old_scale, a bfloat16, and 2**position, exactly."""
+    bias = 2.0**23 + (offset << position)
     if 23 - position - (offset.bit_length() - 1) < 16:
         # The bias has 16 bits, and its product with old_scale is exact: one fused multiply-add.
-        return f"tl.fma({field}, old_scale * {worth!r}, old_scale * -{bias!r})"
-    return f"({field} - {2**position * bias!r}) * (old_scale * {worth!r})"
+        return f"tl.fma({field}, old_scale, old_scale * -{bias!r})"
+    return f"({field} - {bias!r}) * old_scale"
 
 
 def splits(width: int, whole: str = "columns", part: str = "c", first: int = 0) -> list[dict[str, Any]]:
