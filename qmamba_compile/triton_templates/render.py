@@ -151,7 +151,8 @@ class Spec:
         if self.flush_interval > 1:
             return min(self.rows, max(16, lanes * self.warps * 64 // padded(self.dstate)))
         row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4
-        return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
+        access = 8 if self.dynamic and self.bits == 2 else 16
+        return max(1, min(self.rows, lanes * self.warps * access // row_bytes))
 
     @property
     def lifted(self) -> bool:

@@ -56,6 +56,10 @@ def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
     return PLANNED_WARPS["other" if dynamic or stochastic or bits in (2, 4) else "float or 8"]
 
 
+MEASURED_BY_A_THREAD = 256
+"""Most elements of a thread of a kernel with dynamic scales."""
+
+
 def ssm_update(
     architecture: str,
     heads: int,
@@ -91,8 +95,7 @@ def ssm_update(
     lanes = LANES.get(architecture, 32)
     rows, warps = padded, 1
     if dynamic:
-        held = 64 if stochastic or bits == 2 or lanes == 64 else 128
-        while warps < 16 and padded * dstate > held * lanes * warps:
+        while warps < 16 and padded * dstate > MEASURED_BY_A_THREAD * lanes * warps:
             warps *= 2
     else:
         gpu = GPUS.get(architecture)
@@ -106,7 +109,7 @@ def ssm_update(
             rows //= 2
     if flush_interval > 1:
         rows, tile = max(16, rows), max(16, padded if dynamic else 16)
-        held = 32 if stochastic or (dynamic and bits == 2) else 128 if dynamic and lanes == 32 else 64
+        held = MEASURED_BY_A_THREAD if dynamic else 32 if stochastic else 64
         while warps < 16 and tile * dstate > held * lanes * warps:
             warps *= 2
     extents = (headdim, dstate, bits, dynamic, stochastic)
@@ -180,7 +183,13 @@ def quantize_state(
         ConfigError: no kernel serves these extents.
     """
     spec = ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic, loads_ahead=False)
-    return QuantizeSpec(headdim, dstate, bits, dynamic, stochastic, spec.rows, spec.warps, architecture)
+    warps = spec.warps
+    if dynamic:
+        lanes = LANES.get(architecture, 32)
+        held = 64 if stochastic or bits == 2 or lanes == 64 else 128
+        while warps < 16 and spec.rows * dstate > held * lanes * warps:
+            warps *= 2
+    return QuantizeSpec(headdim, dstate, bits, dynamic, stochastic, spec.rows, warps, architecture)
 
 
 def dequantize_state(architecture: str, heads: int, headdim: int, dstate: int, bits: int) -> DequantizeSpec:
