@@ -390,6 +390,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "slots": (slots := _slots(spec, run_length, offset)),
         "shift": _SHIFT[spec.bits],
         "uses_shifted": any(slot["source"] == "shifted" for slot in slots),
+        "uses_raised": any(slot["source"] == "raised" for slot in slots),
         "runs": runs,
         "byte_columns": ", ".join(["c"] + [f"c + {index * run_length}" for index in range(1, runs)]),
         "column_of_place": "4 * word[:, None] + place[None, :]"
@@ -433,6 +434,8 @@ def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
         position, source = index * spec.bits, "words"
         if position + spec.bits > _HIGHEST_FIELD:
             position, source = position - 16 if spec.bits == 8 else position - 12, "shifted"
+        elif spec.dynamic and spec.bits < 8 and not _exact_bias(position, offset):
+            position, source = position + 12, "raised"
         found.append(
             {
                 "index": index,
@@ -455,11 +458,16 @@ def _unscaled(field: str, position: int, offset: int) -> str:
     return f"tl.fma({field}, {2.0**-position!r}, -{2.0 ** (23 - position) + offset!r})"
 
 
+def _exact_bias(position: int, offset: int) -> bool:
+    """The bias of a field at ``position`` has 16 bits, so that its product with a bfloat16 is exact."""
+    return 23 - position - (offset.bit_length() - 1) < 16
+
+
 def _scaled(field: str, position: int, offset: int) -> str:
     """The code in a field of bits at ``position`` times old_scale, a bfloat16, and 2**position, exactly."""
     bias = 2.0**23 + (offset << position)
-    if 23 - position - (offset.bit_length() - 1) < 16:
-        # The bias has 16 bits, and its product with old_scale is exact: one fused multiply-add.
+    if _exact_bias(position, offset):
+        # One fused multiply-add.
         return f"tl.fma({field}, old_scale, old_scale * -{bias!r})"
     return f"({field} - {bias!r}) * old_scale"
 
