@@ -152,13 +152,14 @@ class Spec:
     def tile(self) -> int:
         """Rows that a program holds in registers at a time: one 16-byte access a thread, four of a float state. Of a
         checkpointed one 64 elements a thread, and no fewer than a product of matrices has."""
-        if self.dynamic:
+        if self.dynamic and self.kernel == "quantize_state":
             return self.rows
         lanes = 64 if self.target.startswith("gfx") else 32
         if self.flush_interval > 1:
             return min(self.rows, max(16, lanes * self.warps * 64 // padded(self.dstate)))
         row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4
-        return max(1, min(self.rows, lanes * self.warps * 16 // row_bytes))
+        access = 8 if self.dynamic and self.bits == 2 else 16
+        return max(1, min(self.rows, lanes * self.warps * access // row_bytes))
 
     @property
     def lifted(self) -> bool:
@@ -426,6 +427,7 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "slots": (slots := _slots(spec, run_length, offset)),
         "shift": _SHIFT[spec.bits],
         "uses_shifted": any(slot["source"] == "shifted" for slot in slots),
+        "uses_raised": any(slot["source"] == "raised" for slot in slots),
         "runs": runs,
         "byte_columns": ", ".join(["c"] + [f"c + {index * run_length}" for index in range(1, runs)]),
         "column_of_place": "4 * word[:, None] + place[None, :]"
@@ -469,6 +471,8 @@ def _slots(spec: Spec, run_length: int, offset: int) -> list[dict[str, Any]]:
         position, source = index * spec.bits, "words"
         if position + spec.bits > _HIGHEST_FIELD:
             position, source = position - 16 if spec.bits == 8 else position - 12, "shifted"
+        elif spec.dynamic and spec.bits < 8 and not _exact_bias(position, offset):
+            position, source = position + 12, "raised"
         found.append(
             {
                 "index": index,
@@ -491,13 +495,18 @@ def _unscaled(field: str, position: int, offset: int) -> str:
     return f"tl.fma({field}, {2.0**-position!r}, -{2.0 ** (23 - position) + offset!r})"
 
 
+def _exact_bias(position: int, offset: int) -> bool:
+    """The bias of a field at ``position`` has 16 bits, so that its product with a bfloat16 is exact."""
+    return 23 - position - (offset.bit_length() - 1) < 16
+
+
 def _scaled(field: str, position: int, offset: int) -> str:
-    """The code in a field of bits at ``position`` times old_scale, a bfloat16, exactly."""
-    worth, bias = 2.0**-position, 2.0 ** (23 - position) + offset
-    if 23 - position - (offset.bit_length() - 1) < 16:
-        # The bias has 16 bits, and its product with old_scale is exact: one fused multiply-add.
-        return f"tl.fma({field}, old_scale * {worth!r}, old_scale * -{bias!r})"
-    return f"({field} - {2**position * bias!r}) * (old_scale * {worth!r})"
+    """The code in a field of bits at ``position`` times old_scale, a bfloat16, and 2**position, exactly."""
+    bias = 2.0**23 + (offset << position)
+    if _exact_bias(position, offset):
+        # One fused multiply-add.
+        return f"tl.fma({field}, old_scale, old_scale * -{bias!r})"
+    return f"({field} - {bias!r}) * old_scale"
 
 
 def splits(width: int, whole: str = "columns", part: str = "c", first: int = 0) -> list[dict[str, Any]]:

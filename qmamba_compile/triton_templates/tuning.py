@@ -56,6 +56,10 @@ def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
     return PLANNED_WARPS["other" if dynamic or stochastic or bits in (2, 4) else "float or 8"]
 
 
+MEASURED_BY_A_THREAD = 256
+"""Most elements of a head, with dynamic scales, for each thread of its program: a head of 64 x 128 has one warp."""
+
+
 def ssm_update(
     architecture: str,
     heads: int,
@@ -76,13 +80,16 @@ def ssm_update(
     the preparation of B / state_scale and C * state_scale weighs more: 11.3 instructions an element with 32 rows, 13.8
     with 16 (sm_90, 64 x 128, 4 bits); so a head is split further only where the GPU would stay empty.
 
-    Dynamic: the head's float32 state waits in registers until its scales are known, and every thread needs the scales
-    of all columns that it holds: 18 instructions an element with 128 elements a thread, 25 with 64 (sm_90, 64 x 128, 4
-    bits). 64 where 128 spill, at 2 bits and with stochastic rounding, and on AMD, where 128 halve the waves of a unit.
+    Dynamic: one warp owns the head, so that a column's sum is of its own threads. Microseconds when h still waited in
+    registers for its scales (H100, 2.7B shape, batch 128, 4 bits): 133 with one warp, which spilled; 267 with two, 679
+    with four. What warps exchange through shared memory collides in its banks, 11 to 14 accesses at a time. Now h is
+    computed twice, from words read twice: 20.5 instructions an element, 18 barriers and room for 12 warps of a unit,
+    where two warps took 20.5, 58 and 8 (sm_90, triton 3.6). 85 us by 2.5 instructions a cycle; not yet timed.
 
     Checkpointed: what only reads has one warp a head. Programs of several heads, which shared the products of C with
     ring_B, took 3.0 instructions an element for one head's 3.5, and the same time. What stores has 64 elements a
-    thread; 32 of stochastic rounding; 128 of dynamic scales on NVIDIA, 26 instructions an element where 64 take 39.
+    thread; 32 of stochastic rounding; of dynamic scales one warp a head, as above: 32 instructions an element, where two
+    warps and one pass took 26, and 375 us.
 
     Raises:
         ConfigError: no kernel serves these extents.
@@ -91,8 +98,7 @@ def ssm_update(
     lanes = LANES.get(architecture, 32)
     rows, warps = padded, 1
     if dynamic:
-        held = 64 if stochastic or bits == 2 or lanes == 64 else 128
-        while warps < 16 and padded * dstate > held * lanes * warps:
+        while warps < 16 and padded * dstate > MEASURED_BY_A_THREAD * lanes * warps:
             warps *= 2
     else:
         gpu = GPUS.get(architecture)
@@ -106,7 +112,7 @@ def ssm_update(
             rows //= 2
     if flush_interval > 1:
         rows, tile = max(16, rows), max(16, padded if dynamic else 16)
-        held = 32 if stochastic or (dynamic and bits == 2) else 128 if dynamic and lanes == 32 else 64
+        held = MEASURED_BY_A_THREAD if dynamic else 32 if stochastic else 64
         while warps < 16 and tile * dstate > held * lanes * warps:
             warps *= 2
     extents = (headdim, dstate, bits, dynamic, stochastic)
@@ -227,13 +233,20 @@ def scan_parts(architecture: str, programs: int, chunks: int) -> int:
 def quantize_state(
     architecture: str, heads: int, headdim: int, dstate: int, bits: int, dynamic: bool, stochastic: bool
 ) -> QuantizeSpec:
-    """Rows and warps as `ssm_update` has them: what decides is the same, a tile of float32 elements in registers.
+    """Rows as `ssm_update` has them, and its warps but for dynamic scales: here the whole head waits in registers, 128
+    elements a thread, or 64 where 128 spill.
 
     Raises:
         ConfigError: no kernel serves these extents.
     """
     spec = ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic, loads_ahead=False)
-    return QuantizeSpec(headdim, dstate, bits, dynamic, stochastic, spec.rows, spec.warps, architecture)
+    warps = spec.warps
+    if dynamic:
+        lanes = LANES.get(architecture, 32)
+        held = 64 if stochastic or bits == 2 or lanes == 64 else 128
+        while warps < 16 and spec.rows * dstate > held * lanes * warps:
+            warps *= 2
+    return QuantizeSpec(headdim, dstate, bits, dynamic, stochastic, spec.rows, warps, architecture)
 
 
 def dequantize_state(architecture: str, heads: int, headdim: int, dstate: int, bits: int) -> DequantizeSpec:

@@ -32,10 +32,11 @@ def check_registers_and_accesses(spec: Spec) -> None:
     assert found.spills == 0 and found.local_accesses == 0, found
     resident = registers_of_unit(spec.target) // (allocated(found.registers, spec.target) * lanes(spec))
     assert resident >= tuning.planned_warps(spec.bits, spec.dynamic, spec.stochastic), (found.registers, resident)
-    # Every byte of the state passes in 16-byte accesses: one for each 16 bytes, and nothing narrower is as many.
+    # Every byte of the state passes in 16-byte accesses: one for each 16 bytes, and nothing narrower is as many. Dynamic
+    # scales read it a second time, from cache.
     row_bytes = spec.dstate * (spec.bits or (32 if spec.state_dtype == "float32" else 16)) // 8
     expected = spec.rows * row_bytes // (16 * lanes(spec) * spec.warps)
-    assert found.accesses.get(("load", 16), 0) == expected, found.accesses
+    assert found.accesses.get(("load", 16), 0) == (1 + spec.dynamic) * expected, found.accesses
     assert found.accesses.get(("store", 16), 0) == expected, found.accesses
 
 
@@ -59,12 +60,15 @@ def test_step_of_a_model_at_batch_64(target: str, model: str) -> None:
 
 # Instructions an element, as compiled by Triton 3.6 and 3.9 when the bound was set: the larger one plus 2 to 5 percent.
 # One is held by 3.9 alone: int8 on sm_100 takes 12.5 there and 13.26 with 3.6, since the form that made int4 faster.
-# Those of dynamic scales were set with 3.9 alone.
+# 4 bits, dynamic: 18.3 on sm_90 before, in two warps that each hold 128 elements a thread. That took 267 us on an H100
+# (2.7B shape, batch 128) where issuing takes 50, since the warps' exchange of column sums has conflicts of 11 to 14
+# accesses to a bank (ncu) and leaves room for 8 warps of a unit; one warp a head, spilling, took 133. These compute h
+# twice instead, without any exchange between warps and with room for 12.
 # 4 bits, calibrated, sm_90: 11.05. 64 rows in a loop take 10.2, but 64 us on an H100 where these take 49.
 BOUNDS = {
     ("4 calibrated", 64): {"sm_80": 11.5, "sm_90": 11.6, "sm_100": 9.5, "gfx942": 18.2},
     ("8 calibrated", 64): {"sm_80": 14.3, "sm_90": 14.3, "sm_100": 13.0, "gfx942": 24.8},
-    ("4 dynamic", 64): {"sm_80": 18.1, "sm_90": 18.3, "sm_100": 16.8, "gfx942": 29.4},
+    ("4 dynamic", 64): {"sm_80": 21.0, "sm_90": 20.9, "sm_100": 17.9, "gfx942": 26.3},
     ("4 stochastic", 64): {"sm_90": 35.0},
     ("float32", 64): {"sm_90": 10.4, "sm_100": 10.1},
     ("bfloat16", 64): {"sm_90": 10.2, "sm_100": 10.1},
@@ -102,6 +106,17 @@ def test_other_extents_compile(headdim: int, dstate: int, dynamic: bool, stochas
     assert spec.prefetched == (not dynamic)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dynamic_scales_need_no_exchange_between_warps(bits: int) -> None:
+    """One warp owns a head, and 12 warps of 4 bits, which is the default, fit a unit."""
+    spec = tuning.ssm_update("sm_90", 64 * 80, 64, 128, bits, True, False)
+    found = facts(spec)
+    assert spec.warps == 1 and found.spills == 0 and found.local_accesses == 0
+    assert bits == 8 or found.registers <= 168
+    # Of the columns' preparation: as many for any number of rows.
+    assert found.mix["BAR"] <= 20
+
+
 def test_2_bits_do_not_spill() -> None:
     for dynamic in (False, True):
         found = facts(tuning.ssm_update("sm_90", 64 * 80, 64, 128, 2, dynamic, False))
@@ -115,8 +130,8 @@ def test_int4_needs_fewer_instructions_than_int8() -> None:
 
 
 def test_the_counts_can_see_spills_and_conversions() -> None:
-    """A kernel with 128 rows straight-line in one warp: the checks above must fail on it."""
-    spec = Spec(64, 128, 4, dynamic=True, rows=64, warps=1)
+    """A kernel that measures 1024 elements a thread: the checks above must fail on it."""
+    spec = Spec(128, 256, 4, dynamic=True, rows=128, warps=1)
     assert facts(spec).spills > 0 and facts(spec).local_accesses > 0
     with pytest.raises(AssertionError):
         check_registers_and_accesses(spec)
