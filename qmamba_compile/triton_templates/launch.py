@@ -381,8 +381,8 @@ def chunk_scan(
         part_states = torch.empty((parts - 1, *final_state.shape), dtype=torch.float32, device=x.device)
         part_decays = torch.empty((parts - 1, batch, nheads), dtype=torch.float32, device=x.device)
 
-    def run(parts: int, *tensors: Tensor | None) -> None:
-        load(spec).chunk_scan[parts * spec.row_blocks, nheads, batch](
+    def run(count: int, *tensors: Tensor | None) -> None:
+        load(spec).chunk_scan[count * spec.row_blocks, nheads, batch](
             *(x, dt, A, B, C, D, dt_bias, *tensors, part_states, part_decays),
             *(seqlen, part_chunks * spec.chunk, nheads // ngroups, dt_min, dt_max),
             *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], dt_softplus),
