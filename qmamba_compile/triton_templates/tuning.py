@@ -88,8 +88,8 @@ def ssm_update(
 
     Checkpointed: what only reads has one warp a head. Programs of several heads, which shared the products of C with
     ring_B, took 3.0 instructions an element for one head's 3.5, and the same time. What stores has 64 elements a
-    thread; 32 of stochastic rounding; of dynamic scales one warp a head, as above: 32 instructions an element, where two
-    warps and one pass took 26, and 375 us.
+    thread; 32 of stochastic rounding; of dynamic scales one warp a head, as above: 32 instructions an element, where
+    two warps and one pass took 26, and 375 us.
 
     Raises:
         ConfigError: no kernel serves these extents.

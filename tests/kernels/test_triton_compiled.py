@@ -32,8 +32,8 @@ def check_registers_and_accesses(spec: Spec) -> None:
     assert found.spills == 0 and found.local_accesses == 0, found
     resident = registers_of_unit(spec.target) // (allocated(found.registers, spec.target) * lanes(spec))
     assert resident >= tuning.planned_warps(spec.bits, spec.dynamic, spec.stochastic), (found.registers, resident)
-    # Every byte of the state passes in 16-byte accesses: one for each 16 bytes, and nothing narrower is as many. Dynamic
-    # scales read it a second time, from cache.
+    # Every byte of the state passes in 16-byte accesses: one for each 16 bytes, and nothing narrower is as many.
+    # Dynamic scales read it a second time, from cache.
     row_bytes = spec.dstate * (spec.bits or (32 if spec.state_dtype == "float32" else 16)) // 8
     expected = spec.rows * row_bytes // (16 * lanes(spec) * spec.warps)
     assert found.accesses.get(("load", 16), 0) == (1 + spec.dynamic) * expected, found.accesses
