@@ -299,7 +299,9 @@ def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
     types |= {"ring_x": kept, "ring_B": kept, "ring_decay": "*fp32", "ring_position": "*i32", "ring_scale": "*fp32"}
     if spec.flush_interval > 1:
         constants["STORES"] = stores
-        types["batches"] = "i32"
+        types |= {"batches": "i32", "shared": "*fp32"}
+        if stores is None:
+            constants["shared"] = None
     kernel = compile_kernel(load(spec), "ssm_update", types, constants, spec.target, spec.warps_of(stores))
     return facts(kernel, 1 if spec.prefetched else spec.turns)
 

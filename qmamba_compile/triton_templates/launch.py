@@ -225,12 +225,12 @@ def _launch(
         module.ssm_update[grid](*arguments, dt_softplus, num_warps=spec.warps, enable_fp_fusion=False)
         return
     launches = tuning.launches(spec, grid[0] * grid[1], batch)
+    shared = None
+    if None not in launches:
+        shared = torch.empty((batch, ngroups, spec.shared_values), dtype=torch.float32, device=x.device)
     for stores, programs in launches.items():
         options = {"num_warps": spec.warps_of(stores), "enable_fp_fusion": False}
-        module.ssm_update[*grid[:2], programs](*arguments, batch, dt_softplus, stores, **options)
-    if None not in launches:
-        _, _, _, rng, *_, position = state[:8]
-        module.advance[batch,](rng, slots, position, num_warps=1)
+        module.ssm_update[*grid[:2], programs](*arguments, batch, shared, dt_softplus, stores, **options)
 
 
 def advance(rng: Tensor, slots: Tensor | None) -> None:

@@ -182,6 +182,16 @@ class Spec:
         """Programs of one head."""
         return -(-self.headdim // self.rows)
 
+    @property
+    def terms(self) -> int:
+        """Inputs in the ring of a checkpointed state, as a product of matrices has them: at least 16 of bfloat16."""
+        return max(16, padded(self.flush_interval - 1))
+
+    @property
+    def shared_values(self) -> int:
+        """What the programs of a sequence and group read from another launch: C . B for each input, and the position."""
+        return self.terms + 2
+
     def warps_of(self, stores: bool | None) -> int:
         """Warps of a program that stores a checkpointed state or (False) only reads it; None: either."""
         return 1 if stores is False else self.warps
@@ -397,13 +407,12 @@ def _constants(spec: Spec) -> dict[str, Any]:
     # own constant makes up for it: the first whose part of them lies beyond the word.
     surplus = sum(0x4B400000 << shift for shift in range(0, 32, spec.bits)) % 2**32
     balance = -(-10 // spec.bits)
-    padded_run = max(32, padded(run_length))
+    padded_run = max(32, padded(run_length))  # of a product of int8 matrices
     bytes_tests = [f"({row_test})[:, None]"] * ragged_rows
     bytes_tests += [f"(byte < {run_length})[None, :]"] * (padded_run != run_length)
     byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
     return constants | {
-        # Of a product of matrices: at least 16 of bfloat16, and 32 of int8.
-        "padded_terms": max(16, padded(spec.flush_interval - 1)) if spec.flush_interval > 1 else 0,
+        "padded_terms": spec.terms,
         "padded_run": padded_run,
         "short_mask": f"{SHORT_MASK & 0xFFFFFFFF:#x}",
         # Triton's interpreter cannot multiply matrices of bfloat16.
