@@ -129,7 +129,7 @@ def _quantize_and_multiply(
     if wgmma is not None and dtype.itemsize == 2 and qdata.data_ptr() % 16 == 0:
         _wgmma_linear(wgmma, codes, row_scale, qdata, scale, bias, y.view(rows, outputs))
         return y
-    spec = dataclasses.replace(tuning.w8a8_linear(architecture, rows, outputs, k), block_x=None)
+    spec = tuning.w8a8_linear(architecture, rows, outputs, k, prequantized=True)
     partial = None
     if spec.splits > 1:
         partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=x.device)

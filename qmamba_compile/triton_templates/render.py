@@ -248,13 +248,6 @@ class LinearSpec:
         """The kernel may start before `quantize_rows` has ended."""
         return self.prequantized and self.target in OVERLAPPING
 
-    @property
-    def prefetched(self) -> bool:
-        """A program has all of its weights brought to the L2 cache while it waits for x."""
-        waits = self.overlaps or (not self.prequantized and self.target.startswith("sm_"))
-        # Beyond 64 rows many programs share weights.
-        return waits and self.splits == 1 and self.block_m <= 64
-
 
 @dataclasses.dataclass(frozen=True)
 class ScanSpec:
@@ -318,7 +311,7 @@ def render(spec: AnySpec) -> str:
         name, constants = spec.template, _constants(spec)
     elif isinstance(spec, LinearSpec):
         name = "w8a8_linear"
-        constants = {"combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE, "lines": 32 * spec.warps}
+        constants = {"combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
     elif isinstance(spec, LayerSpec):
         name, constants = spec.kernel, spec.constants()
     else:

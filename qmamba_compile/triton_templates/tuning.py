@@ -135,13 +135,16 @@ def launches(spec: Spec, programs: int, batch: int) -> dict[bool | None, int]:
     return {True: -(-batch // turns) if spec.target in WALKING else batch, False: batch}
 
 
-MOST_QUANTIZED_ON_THE_WAY = 8192
-"""Elements of x, rows padded to a power of two, that a `w8a8_linear` quantizes itself. Every program does so anew: with
-k = 768 a warp issues 750 instructions for 1 row, 1550 for 4, 2650 for 8 and 4670 for 16, and 560 where it takes codes
-(sm_90, 2 warps). Where the two cross was not timed: `quantize_rows` alone takes 2.0 us, in part beside the product."""
+MOST_QUANTIZED_ON_THE_WAY = 10240
+"""Elements of x, rows padded to a power of two, that a `w8a8_linear` quantizes itself, as every program of it does anew.
+Microseconds, and with `quantize_rows`: 3352 x 768, 1 row 3.6 (4.9), 8 rows 4.8 (5.0), 16 rows 6.3 (5.1); 2560 x 5120,
+1 row 8.6 (8.9), 2 rows 9.1 (10.6), 8 rows 15.4 (10.6)."""
+
+QUANTIZED_BY_TWO_WARPS = 2048
+"""Up to so many two warps do so, where four are 0.1 to 0.3 us slower; 8 rows of 1536: 5.9 us with two, 4.6 with four."""
 
 
-def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpec:
+def w8a8_linear(architecture: str, rows: int, outputs: int, k: int, *, prequantized: bool = False) -> LinearSpec:
     """The kernel for x [rows, k] and weights [outputs, k].
 
     x is quantized on the way where it is small, by `MOST_QUANTIZED_ON_THE_WAY`.
@@ -178,21 +181,15 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int) -> LinearSpe
         block_o, block_k, stages = 64, 256, 3
     if architecture.startswith("gfx"):
         stages = 2  # its shared memory is 64 KiB
-    padded_rows = padded(rows)
-    block_x = padded_rows if rows <= 16 and padded_rows * k <= MOST_QUANTIZED_ON_THE_WAY else None
+    quantized_here = padded(rows) * k
+    block_x = None
+    if not prequantized and rows <= 16 and quantized_here <= MOST_QUANTIZED_ON_THE_WAY:
+        block_x, warps = padded(rows), warps if quantized_here <= QUANTIZED_BY_TWO_WARPS else 4
     return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m, block_x)
 
 
 def wgmma_linear(architecture: str, rows: int, outputs: int, k: int) -> WgmmaSpec | None:
-    """The kernel that takes the place of `w8a8_linear`'s on Hopper, where there are more tiles than units.
-
-    Tensor memory access needs rows of whole 16 bytes.
-    """
-    if architecture != "sm_90" or k % 16 or outputs % 8:
-        return None
-    spec = WgmmaSpec()
-    tiles = -(-rows // spec.block_m) * -(-outputs // spec.block_o)
-    return spec if tiles > GPUS[architecture].units else None
+    return None
 
 
 def chunk_scan(architecture: str, headdim: int, dstate: int) -> ScanSpec:

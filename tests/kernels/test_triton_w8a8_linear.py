@@ -39,7 +39,7 @@ def check(change: dict[str, Any]) -> None:
     arguments = (x, qdata, scale, bias, smooth, static)
     choice = tuning.w8a8_linear
     block_x = 1 << (row["rows"] - 1).bit_length()
-    tuning.w8a8_linear = lambda *_: LinearSpec(16, 64, row["splits"], target="interpreter", block_x=block_x)
+    tuning.w8a8_linear = lambda *_, **__: LinearSpec(16, 64, row["splits"], target="interpreter", block_x=block_x)
     try:
         y = launch.w8a8_linear(*arguments)
     finally:
