@@ -6,6 +6,7 @@ layers of a model do. A figure is the median of the replays, with their quartile
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import rich.console
 import rich.table
@@ -467,6 +469,15 @@ def linear_calls(x: Tensor, norm: Tensor) -> dict[str, Callable[..., Tensor]]:
     }
 
 
+@contextlib.contextmanager
+def _whole_scans() -> Iterator[None]:
+    """Inductor's scans in one piece. torch 2.11 cannot generate those of a prompt that it would split (TypeError)."""
+    from torch._inductor.ir import ReductionHint, Scan
+
+    with mock.patch.object(Scan, "num_splits", lambda **_: (ReductionHint.DEFAULT, 1)):
+        yield
+
+
 def _network(model_name: str, layers: int, device: str, prompt: int) -> Any:
     import transformers
 
@@ -522,7 +533,8 @@ def measure_model(
                 break
             ids = torch.randint(1, 1000, (batch, tokens), device=device)
             torch.cuda.reset_peak_memory_stats()
-            timing, cache = _time_model(network, backend, ids, decode)
+            with _whole_scans():
+                timing, cache = _time_model(network, backend, ids, decode)
             yield {
                 "model": model_name,
                 "layers": layers,

@@ -57,7 +57,8 @@ def planned_warps(bits: int | None, dynamic: bool, stochastic: bool) -> int:
 
 
 MEASURED_BY_A_THREAD = 256
-"""Most elements of a head, with dynamic scales, for each thread of its program: a head of 64 x 128 has one warp."""
+"""Most elements of a head, with dynamic scales, for each thread of its program: a head of 64 x 128 has one warp. Where
+there are fewer heads than units half of it: batch 1 of 2.7B's shape takes 5.8 us with two warps for 7.9 with one."""
 
 
 def ssm_update(
@@ -97,11 +98,12 @@ def ssm_update(
     padded = 1 << (headdim - 1).bit_length()
     lanes = LANES.get(architecture, 32)
     rows, warps = padded, 1
+    gpu = GPUS.get(architecture)
     if dynamic:
-        while warps < 16 and padded * dstate > MEASURED_BY_A_THREAD * lanes * warps:
+        few = gpu is not None and heads <= gpu.units and flush_interval == 1
+        while warps < 16 and padded * dstate > (MEASURED_BY_A_THREAD >> few) * lanes * warps:
             warps *= 2
     else:
-        gpu = GPUS.get(architecture)
         wanted = gpu.units * planned_warps(bits, dynamic, stochastic) if gpu else heads
         # Fewer rows than one 16-byte access of all lanes covers would narrow the accesses.
         row_bytes = dstate * (bits or (32 if state_dtype == "float32" else 16)) // 8
