@@ -7,7 +7,6 @@ quantized, and has its weights brought to the L2 cache.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
