@@ -56,9 +56,6 @@ WALKING = ("sm_90", "interpreter")
 """Targets where few programs walk over the batch to find what is to be stored. Elsewhere, one a sequence: nothing was
 measured there, and the loop takes registers (sm_90: 190 to 230)."""
 
-AHEAD = {("sm_90", "ssm_update"): 2048, ("sm_90", "ssm_update_ring"): 2048}
-"""How many programs later the state is needed that a program has brought to the L2 cache, by target and template."""
-
 STATE_DTYPES = ("float32", "bfloat16")
 
 _HIGHEST_FIELD = 23
@@ -174,12 +171,6 @@ class Spec:
         """A program asks for all of its tiles before it computes, and its loop over them is unrolled."""
         nearest = self.lifted and not self.stochastic and self.bits == 4
         return nearest and self.turns <= PREFETCHED_TILES and self.target not in NOT_PREFETCHED
-
-    @property
-    def ahead(self) -> int:
-        """Programs from one to that whose state it prefetches; 0: none. They follow one another as states do in memory."""
-        serves = self.prefetched or self.flush_interval > 1
-        return AHEAD.get((self.target, self.template), 0) if serves and self.headdim % self.rows == 0 else 0
 
     @property
     def turns(self) -> int:
@@ -389,7 +380,6 @@ def _constants(spec: Spec) -> dict[str, Any]:
         "padded_columns": padded(spec.dstate),
         "ring": spec.flush_interval - 1,
         "walks": spec.target in WALKING,
-        "ahead": spec.ahead,
         # Programs that have done their part of a step are counted in a position's high bits meanwhile.
         "arrival": 2**8,
         "lifted": spec.lifted,
