@@ -18,7 +18,6 @@ from typing import Any
 
 from ..errors import ConfigError
 from .render import Spec, load
-from .specs import WgmmaSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,32 +81,6 @@ def compile_kernel(
     source = ASTSource(kernel, types, dict(constants), divisible)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     return triton.compile(source, target=gpu, options=options)
-
-
-def compile_wgmma_linear(spec: WgmmaSpec, outputs: int, k: int, bias: bool) -> Any:
-    """Compile a `w8a8_linear_wgmma` kernel of bfloat16 results."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    def tiles(name: str, dtype: Any, *extents: int) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for(list(extents), dtype)
-        return f"tensordesc<{name}[{extents[0]}, {extents[1]}],{layout!r}>"
-
-    kernel = load(spec).w8a8_linear
-    constants = {"OUTPUTS": outputs, "K": k} | ({} if bias else {"bias": None})
-    types = {
-        "codes": tiles("i8", gl.int8, spec.block_m, spec.block_k),
-        "qdata": tiles("i8", gl.int8, spec.block_o, spec.block_k),
-        "y": tiles("bf16", gl.bfloat16, spec.block_m, spec.block_o),
-        **{"scale": "*fp32", "bias": "*bf16", "row_scale": "*fp32", "rows": "i32"},
-    }
-    types = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    divisible = {(index,): [["tt.divisibility", 16]] for index, t in enumerate(types.values()) if t.startswith("*")}
-    source = GluonASTSource(kernel, types, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, divisible)
-    options = {"num_warps": spec.warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def facts(compiled: Any, trips: int = 1) -> Facts:

@@ -8,7 +8,6 @@ quantized, and has its weights brought to the L2 cache.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from . import launch, tuning
 from .render import COMBINE_BLOCK, load
-from .specs import ConvSpec, RowsSpec, WgmmaSpec
+from .specs import ConvSpec, RowsSpec
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -124,10 +123,6 @@ def _quantize_and_multiply(
     architecture = launch.target(x.device.type, x.device.index)
     assert architecture is not None
     y = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device)
-    wgmma = tuning.wgmma_linear(architecture, rows, outputs, k)
-    if wgmma is not None and dtype.itemsize == 2 and qdata.data_ptr() % 16 == 0:
-        _wgmma_linear(wgmma, codes, row_scale, qdata, scale, bias, y.view(rows, outputs))
-        return y
     spec = tuning.w8a8_linear(architecture, rows, outputs, k, prequantized=True)
     partial = None
     if spec.splits > 1:
@@ -154,42 +149,6 @@ def _quantize_and_multiply(
             partial, row_scale, scale, bias, y, rows, outputs, num_warps=spec.warps, enable_fp_fusion=False
         )
     return y
-
-
-def _wgmma_linear(
-    spec: WgmmaSpec,
-    codes: Tensor,
-    row_scale: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-) -> None:
-    """Write y [m, o] of quantized rows, on Hopper."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    def tiles(tensor: Tensor, *extents: int) -> Any:
-        dtype = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[tensor.dtype]
-        layout = gl.NVMMASharedLayout.get_default_for(list(extents), dtype)
-        return TensorDescriptor.from_tensor(tensor, list(extents), layout)
-
-    (rows, k), outputs = codes.shape, qdata.shape[0]
-    programs = min(tuning.GPUS[spec.target].units, -(-rows // spec.block_m) * -(-outputs // spec.block_o))
-    load(spec).w8a8_linear[programs,](
-        tiles(codes, spec.block_m, spec.block_k),
-        tiles(qdata, spec.block_o, spec.block_k),
-        tiles(y, spec.block_m, spec.block_o),
-        scale,
-        bias,
-        row_scale,
-        rows,
-        outputs,
-        k,
-        num_warps=spec.warps,
-        enable_fp_fusion=False,
-        launch_pdl=True,
-    )
 
 
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:

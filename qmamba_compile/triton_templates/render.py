@@ -189,7 +189,7 @@ class Spec:
 
     @property
     def shared_values(self) -> int:
-        """What the programs of a sequence and group read from another launch: C . B for each input, and the position."""
+        """What programs of a sequence and group read from another launch: C . B for each input, and the position."""
         return self.terms + 2
 
     def warps_of(self, stores: bool | None) -> int:

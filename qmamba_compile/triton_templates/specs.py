@@ -93,47 +93,6 @@ MOST_FEATURES = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
-class WgmmaSpec(LayerSpec):
-    """One `w8a8_linear_wgmma` kernel, for Hopper. k, the numbers of rows and outputs come with the call.
-
-    Attributes:
-        block_m, block_o, block_k: rows and outputs of a tile, and elements of k that it takes at a time.
-        stages: operands in shared memory or on their way there.
-        warps: of a program.
-        target: sm_90.
-    """
-
-    kernel: ClassVar[str] = "w8a8_linear_wgmma"
-
-    block_m: int = 128
-    block_o: int = 256
-    block_k: int = 128
-    stages: int = 3
-    warps: int = 8
-    target: str = "sm_90"
-
-    def __post_init__(self) -> None:
-        if self.target != "sm_90":
-            raise ConfigError(f"target={self.target!r}: only sm_90 multiplies by warp groups")
-        if self.warps not in (4, 8) or self.stages < 2:
-            raise ConfigError(f"{self}: one or two warp groups, and at least two stages")
-        if not all(n in (64, 128, 256) for n in (self.block_m, self.block_o, self.block_k)):
-            raise ConfigError(f"{self}: block_m, block_o and block_k must be 64, 128 or 256")
-        if self.block_m * self.block_o > 128 * 32 * self.warps or (self.warps == 4 and self.block_o == 256):
-            raise ConfigError(f"{self}: a warp group holds 128 x 128 sums at most, and no 256 outputs")
-
-    def slug(self) -> str:
-        """Name of the kernel, and the beginning of its file's name."""
-        tile = f"m{self.block_m}_o{self.block_o}_k{self.block_k}"
-        return f"w8a8_linear_wgmma_{tile}_w{self.warps}_st{self.stages}_{self.target}"
-
-    def constants(self) -> dict[str, Any]:
-        """What the template needs besides the spec."""
-        # Two warp groups share what is wider than an instruction of int8: 256 outputs.
-        return {"warps_o": 2 if self.warps == 8 and self.block_o == 256 else 1}
-
-
-@dataclasses.dataclass(frozen=True)
 class ConvSpec(LayerSpec):
     """One `conv_update` kernel. Batch, channels, strides, dtypes and optional inputs come with the call.
 

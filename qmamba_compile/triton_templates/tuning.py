@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from .render import NOT_PREFETCHED, PREFETCHED_TILES, WALKING, LinearSpec, ScanSpec, Spec, padded
-from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec, WgmmaSpec
+from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +125,9 @@ def launches(spec: Spec, programs: int, batch: int) -> dict[bool | None, int]:
     """The launches of a checkpointed step whose sequences take ``programs`` each: STORES, and the grid's last extent.
 
     One that does either, where all programs are resident at once: 4.4 us for 6.1 (2.7B shape, batch 1). It has the
-    registers of storing, which reading a larger batch has no use for. Then one that stores, whose programs walk over the
-    batch, as many as are resident, and one that reads. One storing program for each sequence took 7.8 us to find nothing
-    to store (batch 128), walking ones 3.8.
+    registers of storing, which reading a larger batch has no use for. Then one that stores, whose programs walk over
+    the batch, as many as are resident, and one that reads. One storing program for each sequence took 7.8 us to find
+    nothing to store (batch 128), walking ones 3.8.
     """
     gpu = GPUS.get(spec.target)
     resident = gpu.units * PLANNED_WARPS["other"] // spec.warps if gpu else 1
@@ -138,12 +138,13 @@ def launches(spec: Spec, programs: int, batch: int) -> dict[bool | None, int]:
 
 
 MOST_QUANTIZED_ON_THE_WAY = 10240
-"""Elements of x, rows padded to a power of two, that a `w8a8_linear` quantizes itself, as every program of it does anew.
-Microseconds, and with `quantize_rows`: 3352 x 768, 1 row 3.6 (4.9), 8 rows 4.8 (5.0), 16 rows 6.3 (5.1); 2560 x 5120,
-1 row 8.6 (8.9), 2 rows 9.1 (10.6), 8 rows 15.4 (10.6)."""
+"""Elements of x, rows padded to a power of two, that a `w8a8_linear` quantizes itself, as each of its programs does
+anew. Microseconds, and with `quantize_rows`: 3352 x 768, 1 row 3.6 (4.9), 8 rows 4.8 (5.0), 16 rows 6.3 (5.1);
+2560 x 5120, 1 row 8.6 (8.9), 2 rows 9.1 (10.6), 8 rows 15.4 (10.6)."""
 
-QUANTIZED_BY_TWO_WARPS = 2048
-"""Up to so many two warps do so, where four are 0.1 to 0.3 us slower; 8 rows of 1536: 5.9 us with two, 4.6 with four."""
+QUANTIZED_BY_FEW_WARPS = 2
+"""Rows up to which as many warps do so as multiply codes. Beyond, four: 4 rows of 1536 take 4.0 us for 4.4 with two, 8
+rows 4.6 for 5.9; one row of 5120 takes 10.8 with four, and 8.6 with two."""
 
 
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int, *, prequantized: bool = False) -> LinearSpec:
@@ -186,12 +187,8 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int, *, prequanti
     quantized_here = padded(rows) * k
     block_x = None
     if not prequantized and rows <= 16 and quantized_here <= MOST_QUANTIZED_ON_THE_WAY:
-        block_x, warps = padded(rows), warps if quantized_here <= QUANTIZED_BY_TWO_WARPS else 4
+        block_x, warps = padded(rows), warps if rows <= QUANTIZED_BY_FEW_WARPS else 4
     return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m, block_x)
-
-
-def wgmma_linear(architecture: str, rows: int, outputs: int, k: int) -> WgmmaSpec | None:
-    return None
 
 
 def chunk_scan(architecture: str, headdim: int, dstate: int) -> ScanSpec:
