@@ -533,6 +533,7 @@ def measure_model(
                 break
             ids = torch.randint(1, 1000, (batch, tokens), device=device)
             torch.cuda.reset_peak_memory_stats()
+            torch._dynamo.utils.counters["inductor"].pop("cudagraph_skips", None)
             with _whole_scans():
                 timing, cache = _time_model(network, backend, ids, decode)
             yield {
@@ -545,6 +546,8 @@ def measure_model(
                 "weight_bytes": held_nbytes(network),
                 "state_bytes": state_bytes(cache),
                 "peak_bytes": torch.cuda.max_memory_allocated(),
+                # Where Inductor finds a reason against CUDA graphs it runs without them, and only this tells.
+                "cudagraph_skips": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
             }
             del cache
         del network
@@ -614,9 +617,10 @@ def print_record(record: dict[str, Any]) -> None:
         _out.print(view)
     for section in ("linear", "decode", "prefill"):
         for entry in record["sections"].get(section, []):
-            hidden = ("seconds", "peak_bytes", "weight_bytes", "state_bytes")
+            hidden = ("seconds", "peak_bytes", "weight_bytes", "state_bytes", "cudagraph_skips")
             words = [f"{key} {value}" for key, value in entry.items() if key not in hidden]
-            memory = "".join(f", {key[:-6]} {entry[key] / 2**20:.1f} MiB" for key in hidden[1:] if key in entry)
+            memory = "".join(f", {key[:-6]} {entry[key] / 2**20:.1f} MiB" for key in hidden[1:4] if key in entry)
+            memory += ", without CUDA graphs" if entry.get("cudagraph_skips") else ""
             _out.print(f"{section}: {', '.join(words)}: {entry['seconds']['median'] * 1e6:.1f} us{memory}")
     for section, reason in record["skipped"].items():
         _out.print(f"{section}: {reason}", style="yellow")
