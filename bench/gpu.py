@@ -33,7 +33,7 @@ from bench.shapes import STEP_SHAPES, Shape, cache_name
 from bench.variants import state_bytes
 from qmamba_compile import ops, quant, recurrence, scan_gradient, scan_ops
 from qmamba_compile.passes.int8_weight import held_nbytes
-from qmamba_compile.triton_templates import launch, launch_scan
+from qmamba_compile.triton_templates import launch, launch_scan, tuning
 
 _out = rich.console.Console(width=140)
 
@@ -224,7 +224,33 @@ def check_linear(rows: int, outputs: int, inputs: int, device: str) -> dict[str,
     return {"y_error": error, "correct": error <= 1e-6}
 
 
-def check_scan(model: Shape, device: str, tokens: int = 1000) -> dict[str, Any]:
+def check_norm_linear(rows: int, outputs: int, inputs: int, device: str, calls: int = 20) -> dict[str, Any]:
+    """Linears behind their norms, one after another in a CUDA graph, as a model's: each against the same call alone."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator, device=device)
+    call = functools.partial(_norm_linear, *quant.quantize_rows(weight))
+    xs = [torch.randn(rows, inputs, generator=generator, device=device).bfloat16() for _ in range(calls)]
+    alone = []
+    for x in xs:
+        alone.append(call(x).clone())
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        together = [call(x) for x in xs]
+    graph.replay()
+    torch.cuda.synchronize()
+    differ = sum(not torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    return {"calls": calls, "differ": differ, "correct": differ == 0}
+
+
+def _norm_linear(qdata: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """`ops.norm_w8a8_linear` of x [m, k] with a weight of 1."""
+    norm = torch.ones(x.shape[1], device=x.device, dtype=x.dtype)
+    y: Tensor = torch.ops.qmamba.norm_w8a8_linear(x, None, norm, 1e-5, x.shape[1], qdata, scale, None, None, None)
+    return y
+
+
+def check_scan(model: Shape, device: str, dtype: torch.dtype, tokens: int = 1000) -> dict[str, Any]:
     """Our scan kernel against the recurrence, token by token, over enough of them for several parts."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -234,6 +260,7 @@ def check_scan(model: Shape, device: str, tokens: int = 1000) -> dict[str, Any]:
     x, dt = randn(1, tokens, model.nheads, model.headdim), randn(1, tokens, model.nheads)
     B, C = randn(1, tokens, model.ngroups, model.dstate), randn(1, tokens, model.ngroups, model.dstate)
     A, D, bias = -torch.rand(model.nheads, device=device) * 4, randn(model.nheads), randn(model.nheads) - 2
+    x, B, C = (t.to(dtype) for t in (x, B, C))
     found = launch.chunk_scan(x, dt, A, B, C, D, bias, None, True, 0.0, float("inf"))
     if found is None:
         return {"correct": False, "reason": "no kernel serves these extents"}
@@ -295,9 +322,16 @@ def check(device: str) -> dict[str, dict[str, Any]]:
     """Everything that is measured below, by name."""
     model = STEP_SHAPES["130m"]
     results = {f"ssm {name}": check_step(model, variant, device) for name, variant in VARIANTS.items()}
+    for name, variant in VARIANTS.items():
+        if variant.flush_interval > 1:
+            # As larger batches run, and one program walking over both sequences.
+            with mock.patch.object(tuning, "launches", lambda spec, programs, batch: {True: 1, False: batch}):
+                results[f"ssm {name}, two launches"] = check_step(model, variant, device)
     for rows in (1, 7, 16, 64):
         results[f"linear {rows} rows"] = check_linear(rows, 768, 1536, device)
-    results["chunk_scan"] = check_scan(model, device)
+        results[f"norm and linear, {rows} rows"] = check_norm_linear(rows, 768, 1536, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        results[f"chunk_scan {dtype}"] = check_scan(model, device, dtype)
     for name in ("int4 calibrated", "int4 dynamic", "int4 stochastic"):
         results[f"ssm_scan_quantized {name}"] = check_quantized_scan(model, VARIANTS[name], device)
     return results

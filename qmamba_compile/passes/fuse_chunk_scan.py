@@ -70,7 +70,10 @@ def _by_rows(node: fx.Node) -> fx.Node:
     value = value_of(node)
     if value.device.type not in _READ_BY_ROWS or same_size(value.stride(-1), 1):
         return node
-    return insert_call(node.next, torch.Tensor.contiguous, node)
+    behind = node.next
+    while behind.op == "placeholder":
+        behind = behind.next
+    return insert_call(behind, torch.Tensor.contiguous, node)
 
 
 def _move_before(node: fx.Node, reader: fx.Node) -> None:

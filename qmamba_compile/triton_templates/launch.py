@@ -4,8 +4,8 @@ Each function returns ``None`` when it cannot serve its arguments, having writte
 reference: no GPU that the kernels are written for, no Triton, an extent or a layout that the kernels do not take. On a
 GPU each such reason is logged once.
 
-A call reads nothing back from the device, and allocates only its result (a scan in parts, their states as well): it can
-be captured in a CUDA graph.
+A call reads nothing back from the device, and allocates its result and scratch as torch does: it can be captured in a
+CUDA graph.
 """
 
 from __future__ import annotations

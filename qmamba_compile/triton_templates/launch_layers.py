@@ -2,7 +2,7 @@
 
 A linear is two or three launches: `quantize_rows`, with the norm where there is one in front; the int8 product with its
 scales and bias; their sum over the parts of k, where it is split. From Hopper on, the product starts while rows are
-quantized, and has its weights brought to the L2 cache.
+quantized.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def _quantize_and_multiply(
 ) -> Tensor | None:
     """y [..., o] of ``dtype``."""
     outputs, k = qdata.shape
-    # Copies, if any, come before `quantize_rows`: the product must follow it, whose end it may not wait for.
-    qdata, scale = qdata.contiguous(), scale.contiguous()
+    # Copies come before `quantize_rows`: scale and bias are read before the product waits for it.
+    qdata, scale, bias = qdata.contiguous(), scale.contiguous(), None if bias is None else bias.contiguous()
     quantized = quantize_rows(x.reshape(-1, k), act_pre_scale, act_scale, norm)
     if quantized is None:
         return None

@@ -85,12 +85,12 @@ def ssm_update(
     registers for its scales (H100, 2.7B shape, batch 128, 4 bits): 133 with one warp, which spilled; 267 with two, 679
     with four. What warps exchange through shared memory collides in its banks, 11 to 14 accesses at a time. Now h is
     computed twice, from words read twice: 20.5 instructions an element, 18 barriers and room for 12 warps of a unit,
-    where two warps took 20.5, 58 and 8 (sm_90, triton 3.6). 85 us by 2.5 instructions a cycle; not yet timed.
+    where two warps took 20.5, 58 and 8 (sm_90, triton 3.6), and 77 us.
 
     Checkpointed: a head is split only where all programs stay resident at once, since that saves a launch (2.7B shape,
     batch 8: 5.8 us with 640 programs, 7.3 with 1280). What only reads has one warp a head. What stores has 64 elements
-    a thread; 32 of stochastic rounding; of dynamic scales one warp a head, as above: 32 instructions an element, where
-    two warps and one pass took 26, and 375 us.
+    a thread; 32 of stochastic rounding; of dynamic scales one warp a head, as above: 32 instructions an element and
+    207 us, where two warps and one pass took 26, and 375 us.
 
     Raises:
         ConfigError: no kernel serves these extents.
@@ -145,8 +145,8 @@ anew. Microseconds, and with `quantize_rows`: 3352 x 768, 1 row 3.6 (4.9), 8 row
 2560 x 5120, 1 row 8.6 (8.9), 2 rows 9.1 (10.6), 8 rows 15.4 (10.6)."""
 
 QUANTIZED_BY_FEW_WARPS = 2
-"""Rows up to which as many warps do so as multiply codes. Beyond, four: 4 rows of 1536 take 4.0 us for 4.4 with two, 8
-rows 4.6 for 5.9; one row of 5120 takes 10.8 with four, and 8.6 with two."""
+"""Rows up to which as many warps do so as multiply codes. Beyond, four: 4 rows of 1536 take 4.0 us for 4.4 with
+two; one row of 5120 takes 10.8 with four, and 8.6 with two."""
 
 
 def w8a8_linear(architecture: str, rows: int, outputs: int, k: int, *, prequantized: bool = False) -> LinearSpec:

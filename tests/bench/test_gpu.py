@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -188,6 +189,15 @@ def test_reads_and_stores_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["stores"].median == found["stores"].low == 5.0 and found["stores"].replays == 5
 
 
+def check_of_two_launches() -> dict[str, Any]:
+    with mock.patch.object(gpu.tuning, "launches", lambda spec, programs, batch: {True: 1, False: batch}):
+        return gpu.check_step(TINY, VARIANTS["int4 every 8"], "cpu", 17)
+
+
+def test_a_step_in_two_launches_passes_its_check(interpreted: Callable[..., Any]) -> None:
+    assert interpreted(check_of_two_launches)["correct"]
+
+
 @pytest.mark.parametrize("name", ["int4 calibrated", "int4 dynamic", "int4 stochastic"])
 def test_the_faithful_scan_passes_its_check(interpreted: Callable[..., Any], name: str) -> None:
     found = interpreted(gpu.check_quantized_scan, TINY, VARIANTS[name], "cpu", 5)
@@ -198,7 +208,7 @@ def check_of_linear_and_scan() -> tuple[dict[str, Any], dict[str, Any]]:
     linear = gpu.ops.w8a8_linear
     gpu.ops.w8a8_linear = gpu.launch.w8a8_linear
     try:
-        return gpu.check_linear(3, 32, 64, "cpu"), gpu.check_scan(TINY, "cpu", 20)
+        return gpu.check_linear(3, 32, 64, "cpu"), gpu.check_scan(TINY, "cpu", torch.float32, 20)
     finally:
         gpu.ops.w8a8_linear = linear
 

@@ -19,7 +19,7 @@ from qmamba_compile.triton_templates.render import Spec, render
 
 
 def in_one_launch(function: Callable[..., None], *arguments: Any) -> None:
-    """As a step runs whose programs are all resident at once. Two launches and `advance` otherwise."""
+    """As a step runs whose programs are all resident at once. Two launches otherwise."""
     with mock.patch.object(tuning, "launches", lambda spec, programs, batch: {None: batch}):
         function(*arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -338,4 +339,5 @@ def test_the_product_starts_while_rows_are_quantized(target: str) -> None:
         compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
     )
     # Nothing that quantize_rows writes is read before the wait for its end.
-    assert 0 < text.index("ACQBULK") < text.index("LDGSTS")
+    wait = text.index("ACQBULK")
+    assert 0 < wait < text.index("LDGSTS") and len(re.findall(r"\bLDG\.", text[:wait])) == 1  # scale
