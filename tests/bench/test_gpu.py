@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu
+from bench import gpu, gpu_check
 from bench.roofline import VARIANTS
 from bench.shapes import Shape
 
@@ -124,7 +124,7 @@ def test_refuses_unknown_choices(arguments: list[str]) -> None:
 def test_a_wrong_kernel_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(gpu.launch, "target", lambda *_: "sm_90")
+    monkeypatch.setattr(gpu_check.launch, "target", lambda *_: "sm_90")
     monkeypatch.setattr(gpu, "environment", lambda device: {"device": "TEST_DATA"})
     monkeypatch.setattr(gpu, "check", lambda device: {"ssm": {"correct": False}})
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda device: pytest.fail("measured all the same"))
@@ -135,24 +135,24 @@ def test_a_wrong_kernel_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_check_passes_on_our_kernels(interpreted: Callable[..., Any], name: str) -> None:
-    found = interpreted(gpu.check_step, TINY, VARIANTS[name], "cpu", 9 if "every" in name else 2)
+    found = interpreted(gpu_check.check_step, TINY, VARIANTS[name], "cpu", 9 if "every" in name else 2)
     assert found["correct"], found
 
 
 def wrong_kernel() -> dict[str, Any]:
     """The check of a kernel that loses the sign of a few codes."""
-    right = gpu.launch.ssm_update
+    right = gpu_check.launch.ssm_update
 
     def wrong(packed: Any, *args: Any) -> Any:
         y = right(packed, *args)
         packed[0, 0, 0, :2] ^= 0x88
         return y
 
-    gpu.launch.ssm_update, gpu.Step.run.__defaults__ = wrong, (wrong,)
+    gpu_check.launch.ssm_update, gpu_check.Step.run.__defaults__ = wrong, (wrong,)
     try:
-        return gpu.check_step(TINY, VARIANTS["int4 calibrated"], "cpu", 2)
+        return gpu_check.check_step(TINY, VARIANTS["int4 calibrated"], "cpu", 2)
     finally:
-        gpu.launch.ssm_update, gpu.Step.run.__defaults__ = right, (right,)
+        gpu_check.launch.ssm_update, gpu_check.Step.run.__defaults__ = right, (right,)
 
 
 def test_the_check_sees_a_wrong_kernel(interpreted: Callable[..., Any]) -> None:
@@ -161,7 +161,7 @@ def test_the_check_sees_a_wrong_kernel(interpreted: Callable[..., Any]) -> None:
 
 def check_of_rings() -> tuple[list[int], list[int], list[int], bool]:
     """Where copies stand, and where they stand after a step of each."""
-    first = gpu.Step.random(TINY, VARIANTS["int4 every 8"], 2, "cpu", torch.float32)
+    first = gpu_check.Step.random(TINY, VARIANTS["int4 every 8"], 2, "cpu", torch.float32)
     steps = [first.copy(position) for position in range(9)]
     before = [int(step.ring.position[0]) for step in steps]
     written = [step.state[0].clone() for step in steps]
@@ -181,7 +181,7 @@ def test_copies_stand_at_all_positions_of_the_ring(interpreted: Callable[..., An
 
 def test_reads_and_stores_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays of a cycle of eight whose eighth step takes five times as long; one has run before the first replay."""
-    steps = [gpu.Step(VARIANTS["int4 every 8"], (), (), None)]
+    steps = [gpu_check.Step(VARIANTS["int4 every 8"], (), (), None)]
     seconds = [5.0 if (number + 1) % 8 == 7 else 1.0 for number in range(40)]
     monkeypatch.setattr(gpu, "replays", lambda calls, least: seconds)
     found = gpu.time_positions(steps)
@@ -190,8 +190,8 @@ def test_reads_and_stores_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def check_of_two_launches() -> dict[str, Any]:
-    with mock.patch.object(gpu.tuning, "launches", lambda spec, programs, batch: {True: 1, False: batch}):
-        return gpu.check_step(TINY, VARIANTS["int4 every 8"], "cpu", 17)
+    with mock.patch.object(gpu_check.tuning, "launches", lambda spec, programs, batch: {True: 1, False: batch}):
+        return gpu_check.check_step(TINY, VARIANTS["int4 every 8"], "cpu", 17)
 
 
 def test_a_step_in_two_launches_passes_its_check(interpreted: Callable[..., Any]) -> None:
@@ -200,17 +200,17 @@ def test_a_step_in_two_launches_passes_its_check(interpreted: Callable[..., Any]
 
 @pytest.mark.parametrize("name", ["int4 calibrated", "int4 dynamic", "int4 stochastic"])
 def test_the_faithful_scan_passes_its_check(interpreted: Callable[..., Any], name: str) -> None:
-    found = interpreted(gpu.check_quantized_scan, TINY, VARIANTS[name], "cpu", 5)
+    found = interpreted(gpu_check.check_quantized_scan, TINY, VARIANTS[name], "cpu", 5)
     assert found["correct"] and found["codes_off"] == 0, found
 
 
 def check_of_linear_and_scan() -> tuple[dict[str, Any], dict[str, Any]]:
-    linear = gpu.ops.w8a8_linear
-    gpu.ops.w8a8_linear = gpu.launch.w8a8_linear
+    linear = gpu_check.ops.w8a8_linear
+    gpu_check.ops.w8a8_linear = gpu_check.launch.w8a8_linear
     try:
-        return gpu.check_linear(3, 32, 64, "cpu"), gpu.check_scan(TINY, "cpu", torch.float32, 20)
+        return gpu_check.check_linear(3, 32, 64, "cpu"), gpu_check.check_scan(TINY, "cpu", torch.float32, 20)
     finally:
-        gpu.ops.w8a8_linear = linear
+        gpu_check.ops.w8a8_linear = linear
 
 
 def test_linear_and_scan_pass_their_checks(interpreted: Callable[..., Any]) -> None:
