@@ -28,6 +28,9 @@ from .render import COMBINE_BLOCK, Spec, load, target_of
 
 log = logging.getLogger(__name__)
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels take as inputs."""
+
 
 @functools.cache
 def refuse(operator: str, reason: object) -> None:
@@ -282,7 +285,7 @@ def w8a8_linear(
     if architecture is None or rows == 0:
         return None
     spec = tuning.w8a8_linear(architecture, rows, outputs, k)
-    if spec.prequantized or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if spec.prequantized or x.dtype not in FLOATS:
         return None
     flat = x.reshape(rows, k)
     if flat.stride(1) != 1 or not qdata.is_contiguous():

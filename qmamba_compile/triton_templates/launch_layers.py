@@ -17,8 +17,6 @@ from . import launch, tuning
 from .render import COMBINE_BLOCK, load
 from .specs import ConvSpec, RowsSpec
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @functools.cache
 def _rows_spec(architecture: str, k: int, group_size: int | None) -> RowsSpec | None:
@@ -189,7 +187,7 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
 
 def _unfit_dtype(*tensors: Tensor | None) -> str | None:
     """Why the kernels do not take one of ``tensors``."""
-    wrong = [str(t.dtype) for t in tensors if t is not None and t.dtype not in _FLOATS]
+    wrong = [str(t.dtype) for t in tensors if t is not None and t.dtype not in launch.FLOATS]
     return f"{wrong[0]}; float32, bfloat16 and float16 are allowed" if wrong else None
 
 

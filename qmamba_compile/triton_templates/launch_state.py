@@ -14,8 +14,6 @@ from . import launch, tuning
 from .render import load
 from .specs import DequantizeSpec, QuantizeSpec
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @functools.cache
 def _spec_to_pack(*choice: Any) -> QuantizeSpec | None:
@@ -59,7 +57,7 @@ def quantize_state_(
     if scale is None:
         launch.refuse("quantize_state", "neither state_scale nor state_scale_out is there")
         return False
-    if state.dtype not in _FLOATS:
+    if state.dtype not in launch.FLOATS:
         state = state.float()
     if state.stride(-1) != 1:
         state = state.contiguous()
