@@ -269,26 +269,27 @@ def _network(model_name: str, layers: int, device: str, prompt: int) -> Any:
     return network.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def _time_calls(call: Callable[[], Any], repeats: int = 20) -> Timing:
-    """Seconds of a call with its launches: what a caller waits."""
+def _time_calls(call: Callable[[], Any], repeats: int = 20) -> tuple[Timing, Timing]:
+    """Seconds of a call with its launches, what a caller waits; and until it returns, what the host works on it."""
     for _ in range(3):  # compiles, warms up, records
         call()
-    found = []
+    whole, host = [], []
     for _ in range(repeats):
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
+        host.append(time.perf_counter() - start)
         torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return Timing.of(found)
+        whole.append(time.perf_counter() - start)
+    return Timing.of(whole), Timing.of(host)
 
 
-def _time_model(network: Any, backend: str, ids: Tensor, decode: bool) -> tuple[Timing, Any]:
-    """A prompt, or one decode step after it; and the cache."""
+def _time_model(network: Any, backend: str, ids: Tensor, decode: bool) -> tuple[tuple[Timing, Timing], Any]:
+    """A prompt, or one decode step after it, by `_time_calls`; and the cache."""
     with torch.inference_mode():
         if not decode:
-            timing = _time_calls(lambda: network(ids, use_cache=True), 5)
-            return timing, network(ids, use_cache=True)[cache_name(network)]
+            times = _time_calls(lambda: network(ids, use_cache=True), 5)
+            return times, network(ids, use_cache=True)[cache_name(network)]
         # Only the eager model marks its cache as fit for CUDA graphs; ours packs it in the compiled prompt.
         torch.compiler.set_stance("force_eager" if backend == "inductor" else "default")
         name = cache_name(network)
@@ -316,14 +317,15 @@ def measure_model(
             torch.cuda.reset_peak_memory_stats()
             torch._dynamo.utils.counters["inductor"].pop("cudagraph_skips", None)
             with _whole_scans():
-                timing, cache = _time_model(network, backend, ids, decode)
+                (whole, host), cache = _time_model(network, backend, ids, decode)
             yield {
                 "model": model_name,
                 "layers": layers,
                 "backend": backend,
                 "batch": batch,
                 "tokens": tokens,
-                "seconds": dataclasses.asdict(timing),
+                "seconds": dataclasses.asdict(whole),
+                "host_seconds": dataclasses.asdict(host),
                 "weight_bytes": held_nbytes(network),
                 "state_bytes": state_bytes(cache),
                 "peak_bytes": torch.cuda.max_memory_allocated(),
@@ -398,11 +400,13 @@ def print_record(record: dict[str, Any]) -> None:
         _out.print(view)
     for section in ("linear", "decode", "prefill"):
         for entry in record["sections"].get(section, []):
-            hidden = ("seconds", "peak_bytes", "weight_bytes", "state_bytes", "cudagraph_skips")
+            hidden = ("seconds", "peak_bytes", "weight_bytes", "state_bytes", "host_seconds", "cudagraph_skips")
             words = [f"{key} {value}" for key, value in entry.items() if key not in hidden]
-            memory = "".join(f", {key[:-6]} {entry[key] / 2**20:.1f} MiB" for key in hidden[1:4] if key in entry)
-            memory += ", without CUDA graphs" if entry.get("cudagraph_skips") else ""
-            _out.print(f"{section}: {', '.join(words)}: {entry['seconds']['median'] * 1e6:.1f} us{memory}")
+            more = "".join(f", {key[:-6]} {entry[key] / 2**20:.1f} MiB" for key in hidden[1:4] if key in entry)
+            if "host_seconds" in entry:
+                more += f", host {entry['host_seconds']['median'] * 1e6:.1f} us"
+            more += ", without CUDA graphs" if entry.get("cudagraph_skips") else ""
+            _out.print(f"{section}: {', '.join(words)}: {entry['seconds']['median'] * 1e6:.1f} us{more}")
     for section, reason in record["skipped"].items():
         _out.print(f"{section}: {reason}", style="yellow")
 

@@ -237,30 +237,41 @@ def retarget_guards(guards: dict[int, list[dict[str, Any]]], old: Tensor, new: T
         keywords["value"] = TensorWeakRef(new)
 
 
-def narrow_guards(asked: Mapping[str, Mapping[str, Any]]) -> None:
-    """Let attributes be all that guards of the graph being compiled ask of the metadata of tensor subclasses.
+def narrow_guards(asked: Mapping[str, str | None]) -> None:
+    """Let one comparison be all that guards of the graph being compiled ask of the inside of tensor subclasses.
 
-    Dynamo compares everything that ``__tensor_flatten__`` returns, and calls it twice at each step, in Python; an
-    attribute it compares without. Type, dtype, sizes and each inner tensor not named here remain guarded by themselves.
+    Dynamo compares everything that ``__tensor_flatten__`` returns, which it calls twice at each step, in Python, and
+    each inner tensor as if it were an argument of its own; and it looks into every module whose parameters it guards
+    that closely, where else it would see by one number that nothing in the module was replaced. Type, dtype, sizes and
+    strides of the subclass itself remain guarded.
 
     Args:
-        asked: by Dynamo's expression for a tensor, `source_name`: its attributes with their values of now. Constants
-            and None have to stay equal, of anything else the type has to stay. Nothing happens where no guard knows
-            the expression.
+        asked: by Dynamo's expression for a tensor, `source_name`: the name of an attribute that has to stay equal to
+            its value of now, or None for a tensor that has to stay the same object.
     """
     guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
-    replaced: set[Any] = set()
-    instead = []
+    kept, sources = [], {}
     for guard in guards:
-        if guard.name in asked and guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH":
-            replaced |= {guard, f"{guard.name}.__tensor_flatten__()[0]"}
-            for name, value in asked[guard.name].items():
-                constant = value is None or isinstance(value, tuple)
-                source = AttrSource(guard.originating_source, name)
-                instead.append(source.make_guard(GuardBuilder.CONSTANT_MATCH if constant else GuardBuilder.TYPE_MATCH))
-                replaced.add(f"{guard.name}.{name}")
-    kept = [guard for guard in guards if guard not in replaced and guard.name not in replaced]
-    guards.inner = type(guards.inner)([*kept, *instead])
+        if guard.name in asked:
+            sources[guard.name] = guard.originating_source
+            if guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH":
+                continue
+        elif guard.name.rpartition(".")[0] in asked:
+            continue
+        kept.append(guard)
+    for name, source in sources.items():
+        attribute = asked[name]
+        if attribute is None:
+            kept.append(source.make_guard(_same_object))
+        else:
+            kept.append(AttrSource(source, attribute).make_guard(GuardBuilder.CONSTANT_MATCH))
+    guards.inner = type(guards.inner)(kept)
+
+
+def _same_object(builder: GuardBuilder, guard: torch._guards.Guard) -> None:
+    """`GuardBuilder.ID_MATCH`, which up to torch 2.11 prints the object: seconds for the weights of a model."""
+    identity, words = builder.id_ref(builder.get(guard), guard.name), [f"{guard.name} is the same object"]
+    builder.get_guard_manager(guard).add_id_match_guard(identity, words, guard.user_stack)
 
 
 def _fake_mode(values: Any) -> FakeTensorMode:

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 RING_TENSORS = tuple(f"ring_{name}" for name in Ring._fields)
 """Names of a ring's tensors among those that a state is made of."""
 
-Form = tuple[tuple[str, ...], tuple[int, bool]]
+Form = tuple[tuple[str, ...], tuple[int, bool], tuple[Any, ...]]
 
 
 @functools.cache
@@ -44,7 +44,8 @@ class DSQState(torch.Tensor):
         rng: int64 [b, 2], the key and the number of stores so far of each sequence.
         bits: bits of a code.
         stochastic: rounding of the next store.
-        form: all that is constant: names of the inner tensors; bits and stochastic.
+        form: all that two states have in common that differ in nothing but batch and values: names of the inner
+            tensors; bits and stochastic; dtype, sizes behind the first and strides of each inner tensor.
         ring_x, ring_B, ...: of a checkpointed state, what `ring` is made of.
     """
 
@@ -83,7 +84,7 @@ class DSQState(torch.Tensor):
             for name, tensor in zip(RING_TENSORS, ring, strict=True):
                 setattr(self, name, tensor)
             names += tuple(name for name in RING_TENSORS if getattr(self, name) is not None)
-        self.form = _shared((names, (bits, stochastic)))
+        self.form = _shared((names, (bits, stochastic), tuple(_layout(getattr(self, name)) for name in names)))
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -164,7 +165,7 @@ class DSQState(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool]]:
-        names, meta = self.form
+        names, meta, _ = self.form
         return list(names), meta
 
     @staticmethod
@@ -245,6 +246,11 @@ def require_packable(dstate: int, bits: int, layer: str) -> None:
             f"{layer}: dstate={dstate} cannot be packed {8 // bits} per byte; "
             f"use a dstate divisible by {8 // bits} or state_bits=8"
         )
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """What `DSQState.form` says of an inner tensor; None for a symbolic size, which only a traced one has."""
+    return tensor.dtype, *(n if type(n) is int else None for n in (*tensor.shape[1:], *tensor.stride()))
 
 
 def _contiguous_strides(size: Sequence[int]) -> tuple[int, ...]:

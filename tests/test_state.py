@@ -607,3 +607,20 @@ def test_any_sequence_of_moves_keeps_what_each_sequence_holds(layout, moves):
         ][move]
         state, plain = take(state), take(plain)
         assert type(state) is DSQState and torch.equal(state.dequantize(), plain)
+
+
+def test_form_is_equal_where_only_batch_and_values_differ():
+    h = torch.randn(4, 2, 8, 16)
+    state = DSQState.from_float(h)
+    assert state.form is DSQState.from_float(torch.randn(1, 2, 8, 16)).form
+    assert state[:2].form is state.form and state.clone().form is state.form
+    others = [
+        DSQState.from_float(h, 8),
+        DSQState.from_float(h, stochastic=True),
+        DSQState.from_float(h, state_scale=torch.ones(2, 16)),
+        DSQState.from_float(h[:, :, :4]),
+        DSQState.from_float(h[..., :8]),
+        state[::2],
+        DSQState(state.packed, state.channel_scale.float(), state.state_scale, state.rng, 4),
+    ]
+    assert len({state.form, *(other.form for other in others)}) == 1 + len(others)

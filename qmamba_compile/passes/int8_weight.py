@@ -63,14 +63,6 @@ def has_row_scales(value: Any) -> bool:
     )
 
 
-def form_of(weight: Int8Tensor) -> dict[str, Any]:
-    """What of `has_row_scales`, and of the parts that a kernel takes, guards on those parts do not tell."""
-    names = ["act_quant_kwargs", "act_quant_scale", "zero_point"]
-    if weight.act_pre_scale is None:
-        names.append("act_pre_scale")
-    return {name: getattr(weight, name) for name in names}
-
-
 def held_nbytes(model: nn.Module) -> int:
     """Bytes of a model's parameters as they are held, forms beside them included."""
     total = 0

@@ -32,7 +32,7 @@ from ..fx_utils import (
 )
 from ..report import Report
 from .base import GraphPass
-from .int8_weight import form_of, has_row_scales, quantize_for_layer
+from .int8_weight import has_row_scales, quantize_for_layer
 from .parameter_forms import FindBeside
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,8 +48,8 @@ class QuantizeLinear(GraphPass):
 
     The float parameter of the module is replaced by a torchao ``Int8Tensor`` while the graph is compiled, before
     Dynamo builds its guards: the float weight is freed, later graphs find the int8 one, and the model keeps working
-    without the backend, by torchao's own int8 linear. A parameter that is also used otherwise (an embedding tied to
-    ``lm_head``) stays as it is and is quantized beside it.
+    without the backend, by torchao's own int8 linear. Another object in its place compiles the graph again. A
+    parameter that is also used otherwise (an embedding tied to ``lm_head``) stays as it is and is quantized beside it.
 
     Before:
         y = linear(x, weight, bias)
@@ -144,11 +144,9 @@ class QuantizeLinear(GraphPass):
         return tuple(inputs)
 
     def _narrow_guards(self, weights: list[fx.Node]) -> None:
-        """Of weights of which only the inner tensors are read, ask no more than `form_of`."""
+        """Weights of which only the inner tensors are read have to stay the same objects: nothing more is asked."""
         values = {weight: self.context.example_inputs[weight.meta["qmamba_input"].index] for weight in weights}
-        narrow_guards(
-            {source_name(weight): form_of(value) for weight, value in values.items() if isinstance(value, Int8Tensor)}
-        )
+        narrow_guards({source_name(weight): None for weight, value in values.items() if isinstance(value, Int8Tensor)})
 
     def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:
         """The layer's static activation scale, an input of its own: torchao's eager linear stays dynamic."""

@@ -58,7 +58,7 @@ class QuantizeState(GraphPass):
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
         states = {node: value_of(node) for node in placeholders(graph) if isinstance(value_of(node), DSQState)}
-        narrow_guards({source_name(node): {"form": state.form} for node, state in states.items()})
+        narrow_guards(dict.fromkeys(map(source_name, states), "form"))
         for node in states:
             self._unpack_input(graph, node, report)
         if self.config.state_bits is None:

@@ -151,25 +151,39 @@ def like(weight: Int8Tensor, **changes) -> nn.Parameter:
 
 
 REPLACEMENTS = {
-    "the same form, other values": (lambda weight: quantize_weight(torch.randn(weight.shape)), 0),
-    "with factors": (lambda weight: quantize_weight(torch.randn(weight.shape), smooth=torch.rand(16) + 0.5), 1),
-    "without a zero point": (lambda weight: like(weight, zero_point=None), 1),
-    "a zero point of another dtype": (lambda weight: like(weight, zero_point=weight.zero_point.to(torch.int32)), 0),
-    "static activations": (lambda weight: like(weight, act_quant_kwargs=None, act_quant_scale=torch.ones(1, 1)), 1),
-    "float activations": (lambda weight: like(weight, act_quant_kwargs=None), 1),
-    "one scale": (lambda weight: like(weight, scale=torch.ones(1, 1), block_size=list(weight.shape)), 1),
-    "codes in another layout": (lambda weight: like(weight, qdata=weight.qdata.t().contiguous().t()), 1),
-    "scales in another dtype": (lambda weight: like(weight, scale=weight.scale.double()), 1),
-    "another dtype": (lambda weight: like(weight, dtype=torch.bfloat16), 1),
-    "another size": (lambda weight: quantize_weight(torch.randn(24, 8)), 1),
-    "float": (lambda weight: torch.randn(weight.shape), 1),
+    "the same form, other values": lambda weight: quantize_weight(torch.randn(weight.shape)),
+    "with factors": lambda weight: quantize_weight(torch.randn(weight.shape), smooth=torch.rand(16) + 0.5),
+    "without a zero point": lambda weight: like(weight, zero_point=None),
+    "static activations": lambda weight: like(weight, act_quant_kwargs=None, act_quant_scale=torch.ones(1, 1)),
+    "float activations": lambda weight: like(weight, act_quant_kwargs=None),
+    "one scale": lambda weight: like(weight, scale=torch.ones(1, 1), block_size=list(weight.shape)),
+    "codes in another layout": lambda weight: like(weight, qdata=weight.qdata.t().contiguous().t()),
+    "scales in another dtype": lambda weight: like(weight, scale=weight.scale.double()),
+    "another dtype": lambda weight: like(weight, dtype=torch.bfloat16),
+    "another size": lambda weight: quantize_weight(torch.randn(24, 8)),
+    "float": lambda weight: torch.randn(weight.shape),
 }
 
 
+@pytest.mark.parametrize("graph", ["replaces the float weight", "finds an int8 weight"])
 @pytest.mark.parametrize("change", REPLACEMENTS)
-def test_guards_ask_what_the_graph_needs_of_an_int8_weight(capture, monkeypatch, change):
-    """What torchao says of a weight beyond that is not looked at in each step; another form compiles again."""
-    replace, compilations = REPLACEMENTS[change]
+def test_another_weight_compiles_again(capture, graph, change):
+    layers, backend = Two(linear(), linear(24, 8)), capture(QuantizeLinear)
+    compiled = backend.compile(layers)
+    compiled(torch.randn(3, 16))
+    if graph == "finds an int8 weight":
+        torch._dynamo.reset()
+        compiled(torch.randn(3, 16))
+    backend.graphs.clear()
+    compiled(torch.randn(3, 16))
+    assert not backend.graphs
+    layers.first.weight = nn.Parameter(REPLACEMENTS[change](layers.first.weight), requires_grad=False)
+    compiled(torch.randn(3, layers.first.weight.shape[1]).to(layers.first.weight.dtype))
+    assert len(backend.graphs) == 1
+
+
+def test_guards_do_not_look_into_an_int8_weight(capture, monkeypatch):
+    """They see by the version of a module's dictionaries, where Dynamo is told to, that it holds the same weights."""
     layers, backend, guards = Two(linear(), linear(24, 8)), capture(QuantizeLinear), []
     compiled = backend.compile(layers)
     compiled(torch.randn(3, 16))
@@ -177,13 +191,12 @@ def test_guards_ask_what_the_graph_needs_of_an_int8_weight(capture, monkeypatch,
     monkeypatch.setattr(
         torch._dynamo.guards, "guard_manager_testing_hook_fn", lambda manager, *_: guards.append(str(manager))
     )
-    compiled(torch.randn(3, 16))
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        compiled(torch.randn(3, 16))
     assert "__tensor_flatten__" not in guards[0] and "___check_metadata" not in guards[0], "these call Python"
-    assert guards[0].count("NONE_MATCH: L['self']._modules['first']._parameters['weight'].act_pre_scale") == 1
-    layers.first.weight = nn.Parameter(replace(layers.first.weight), requires_grad=False)
-    backend.graphs.clear()
-    compiled(torch.randn(3, layers.first.weight.shape[1]).to(layers.first.weight.dtype))
-    assert len(backend.graphs) == compilations
+    assert "['weight']." not in guards[0].replace("['weight'] is the same object", "")
+    (first,) = [line for line in guards[0].splitlines() if "source=L['self']._modules['first'], " in line]
+    assert "tag_safe=(True, " in first
 
 
 class Tied(nn.Module):

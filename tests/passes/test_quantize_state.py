@@ -105,6 +105,7 @@ def test_guards_on_a_state_are_no_calls_of_python_and_another_form_compiles_agai
     compiled(state_of(), *step_inputs())
     assert "__tensor_flatten__" not in guards[0] and "___check_metadata" not in guards[0], "these call Python"
     assert guards[0].count("EQUALS_MATCH: L['state'].form") == 1
+    assert guards[0].count("source=L['state'].") == 1, "nothing else of the inside is looked at"
     state = replace()
     expected, inputs = copy.deepcopy(state), step_inputs(seed=1)
     backend.graphs.clear()
