@@ -48,10 +48,15 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_p
 inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
 inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
 inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
+inline Ints smaller(Ints a, Ints b) { return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b); }
 // base + a * b rounded to an integer, half to even; base is 1.5 * 2^23 and something even and small.
 inline Floats round_product(Floats a, Floats b, float base) { return multiply_add(a, b, Floats{} + base); }
 // The larger magnitude, as an integer; of NaN and a number, the number.
 inline Ints larger_magnitude(Ints most, Floats x) { return (Ints)_mm512_range_ps((Floats)most, x, 0x0b); }
+// sum + (codes << shift) in the low byte of each lane.
+inline Ints add_byte(Ints sum, Ints codes, int shift) {
+    return sum + (codes << shift);
+}
 
 // A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
 // is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
@@ -341,16 +346,17 @@ inline Floats sum_rows(const float* column) {
     }
 }
 
-inline Ints clamp(Ints x, int low, int high) {
-    x = x < low ? Ints{} + low : x;
-    return x > high ? Ints{} + high : x;
-}
+inline Ints clamp(Ints x, int low, int high) { return smaller(larger(x, Ints{} + low), Ints{} + high); }
+
+// 1 / scale of measured state scales: powers of two. Of NaN some number, which the NaN itself multiplies later.
+inline Floats reciprocal(Words scale) { return (Floats)(0x7f000000u - scale); }
 
 // quant.dynamic_state_scale of a head's rows, which are in units of `state_scale`, the old ones. That becomes the new
 // ones; `ratio` is what brings the rows into units of them, and zero in pads. False if a value is not finite.
 inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* ratio) {
     constexpr int LOWEST = 562036736, HIGHEST = 1568669696;
-    alignas(64) int32_t totals[ROW] = {};  // the bits of floats; zero in pads
+    alignas(64) int32_t totals[ROW];  // the bits of floats; zero in pads
+    if (TAIL != 0) memset(totals, 0, sizeof totals);
     Ints most = {}, logs = {};
     for (int run = 0; run < RUNS; ++run) {
         for (int j = 0; j < RUN_VECTORS; ++j) {
@@ -372,7 +378,7 @@ inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scal
             const Floats old = load<Floats>(state_scale + at);
             store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
             store_run(state_scale + run * RUN_VECTORS * LANES, j, (Floats)scale);
-            store_run(ratio + run * RUN_VECTORS * LANES, j, old / (Floats)scale);
+            store_run(ratio + run * RUN_VECTORS * LANES, j, old * reciprocal(scale));
         }
     }
     return max_lanes(most)[0] < 0x7f800000;
@@ -411,7 +417,7 @@ inline void pack_row(const float* row, float inverse, uint8_t* packed) {
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
             const Floats scaled = load<Floats>(row + at);
-            bytes += round_codes(scaled, inverse) << (run * BITS);
+            bytes = add_byte(bytes, round_codes(scaled, inverse), run * BITS);
         }
         store_run(packed, j, narrow(bytes));
     }
@@ -476,7 +482,7 @@ struct alignas(64) Scratch : Operands {
 // s.unit of a head whose state scales are in scratch.
 inline void to_units(Scratch& s) {
     for (int at = 0; at < ROW; at += LANES) {
-        const Floats scale = load<Floats>(s.state_scale + at), inverse = 1.0f / scale;
+        const Floats scale = load<Floats>(s.state_scale + at), inverse = reciprocal((Words)scale);
         store(s.unit.dB + at, load<Floats>(s.dB + at) * inverse);
         store(s.unit.C + at, load<Floats>(s.C + at) * scale);
     }
