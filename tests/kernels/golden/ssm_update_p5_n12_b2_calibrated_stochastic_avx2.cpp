@@ -57,7 +57,6 @@ inline Bytes narrow(Ints lanes) {
 }
 inline Ints larger(Ints a, Ints b) { return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Ints smaller(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
 inline Ints round_down(Floats x) { return (Ints)_mm256_cvtps_epi32(_mm256_floor_ps(x)); }
 inline Longs wide_product(Longs a, uint32_t b) { return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
 inline Words widen_halves(Halves halves) { return (Words)_mm256_cvtepu16_epi32((__m128i)halves); }
@@ -65,8 +64,13 @@ inline Halves narrow_to_halves(Words words) {
     const __m256i low_halves = (__m256i)(words & 0xffff), pairs = _mm256_packus_epi32(low_halves, low_halves);
     return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
 }
+inline Ints smaller(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
 inline Floats round_product(Floats a, Floats b, float base) { return multiply_add(a, b, Floats{} + base); }
 inline Ints larger_magnitude(Ints most, Floats x) { return larger(most, (Ints)x & 0x7fffffff); }
+// sum + (codes << shift) in the low byte of each lane.
+inline Ints add_byte(Ints sum, Ints codes, int shift) {
+    return sum + (codes << shift);
+}
 
 // A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
 // is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
@@ -456,7 +460,8 @@ inline void pack_row(const float* row, float inverse, const float* noise, uint8_
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
             const Floats scaled = load<Floats>(row + at);
-            bytes += round_codes(scaled * inverse, load<Floats>(noise + run * RUN + j * LANES)) << (run * BITS);
+            const Ints codes = round_codes(scaled * inverse, load<Floats>(noise + run * RUN + j * LANES));
+            bytes = add_byte(bytes, codes, run * BITS);
         }
         store_run(packed, j, narrow(bytes));
     }

@@ -44,14 +44,24 @@ inline Ints widen_signed(Bytes bytes) { return (Ints)_mm512_cvtepi8_epi32((__m12
 inline Bytes narrow(Ints lanes) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)lanes); }
 inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Lanes of b where MASK has a 1. gcc makes shuffles of some, which one port does, and a blend is for two.
+template <int MASK>
+inline Floats blend(Floats a, Floats b) { return _mm512_mask_blend_ps(MASK, a, b); }
+template <int MASK>
+inline Ints blend(Ints a, Ints b) { return (Ints)_mm512_mask_blend_epi32(MASK, (__m512i)a, (__m512i)b); }
 // Entry of the table that the low four bits of each lane name.
 inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
 inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
 inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
+inline Ints smaller(Ints a, Ints b) { return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b); }
 // base + a * b rounded to an integer, half to even; base is 1.5 * 2^23 and something even and small.
 inline Floats round_product(Floats a, Floats b, float base) { return multiply_add(a, b, Floats{} + base); }
 // The larger magnitude, as an integer; of NaN and a number, the number.
 inline Ints larger_magnitude(Ints most, Floats x) { return (Ints)_mm512_range_ps((Floats)most, x, 0x0b); }
+// sum + (codes << shift) in the low byte of each lane.
+inline Ints add_byte(Ints sum, Ints codes, int shift) {
+    return sum + (codes << shift);
+}
 
 // A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
 // is padded to whole vectors. Whatever multiplies a pad is zero, so a pad stays zero as long as its row is finite.
@@ -158,28 +168,28 @@ inline Vector reduce_each(Vector* vectors, Merge merge) {
     for (int i = 0; i < 8; ++i) {
         const Vector a = vectors[i], b = vectors[i + 8];
         vectors[i] = merge(
-            SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31),
+            blend<0b1111111100000000>(a, b),
             SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
         );
     }
     for (int i = 0; i < 4; ++i) {
         const Vector a = vectors[i], b = vectors[i + 4];
         vectors[i] = merge(
-            SHUFFLED(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31),
+            blend<0b1111000011110000>(a, b),
             SHUFFLED(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27)
         );
     }
     for (int i = 0; i < 2; ++i) {
         const Vector a = vectors[i], b = vectors[i + 2];
         vectors[i] = merge(
-            SHUFFLED(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31),
+            blend<0b1100110011001100>(a, b),
             SHUFFLED(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29)
         );
     }
     for (int i = 0; i < 1; ++i) {
         const Vector a = vectors[i], b = vectors[i + 1];
         vectors[i] = merge(
-            SHUFFLED(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31),
+            blend<0b1010101010101010>(a, b),
             SHUFFLED(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30)
         );
     }
@@ -341,16 +351,17 @@ inline Floats sum_rows(const float* column) {
     }
 }
 
-inline Ints clamp(Ints x, int low, int high) {
-    x = x < low ? Ints{} + low : x;
-    return x > high ? Ints{} + high : x;
-}
+inline Ints clamp(Ints x, int low, int high) { return smaller(larger(x, Ints{} + low), Ints{} + high); }
+
+// 1 / scale of measured state scales: powers of two. Of NaN some number, which the NaN itself multiplies later.
+inline Floats reciprocal(Words scale) { return (Floats)(0x7f000000u - scale); }
 
 // quant.dynamic_state_scale of a head's rows, which are in units of `state_scale`, the old ones. That becomes the new
 // ones; `ratio` is what brings the rows into units of them, and zero in pads. False if a value is not finite.
 inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* ratio) {
     constexpr int LOWEST = 562036736, HIGHEST = 1568669696;
-    alignas(64) int32_t totals[ROW] = {};  // the bits of floats; zero in pads
+    alignas(64) int32_t totals[ROW];  // the bits of floats; zero in pads
+    if (TAIL != 0) memset(totals, 0, sizeof totals);
     Ints most = {}, logs = {};
     for (int run = 0; run < RUNS; ++run) {
         for (int j = 0; j < RUN_VECTORS; ++j) {
@@ -372,7 +383,7 @@ inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scal
             const Floats old = load<Floats>(state_scale + at);
             store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
             store_run(state_scale + run * RUN_VECTORS * LANES, j, (Floats)scale);
-            store_run(ratio + run * RUN_VECTORS * LANES, j, old / (Floats)scale);
+            store_run(ratio + run * RUN_VECTORS * LANES, j, old * reciprocal(scale));
         }
     }
     return max_lanes(most)[0] < 0x7f800000;
@@ -411,7 +422,7 @@ inline void pack_row(const float* row, float inverse, uint8_t* packed) {
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
             const Floats scaled = load<Floats>(row + at);
-            bytes += round_codes(scaled, inverse) << (run * BITS);
+            bytes = add_byte(bytes, round_codes(scaled, inverse), run * BITS);
         }
         store_run(packed, j, narrow(bytes));
     }
@@ -476,7 +487,7 @@ struct alignas(64) Scratch : Operands {
 // s.unit of a head whose state scales are in scratch.
 inline void to_units(Scratch& s) {
     for (int at = 0; at < ROW; at += LANES) {
-        const Floats scale = load<Floats>(s.state_scale + at), inverse = 1.0f / scale;
+        const Floats scale = load<Floats>(s.state_scale + at), inverse = reciprocal((Words)scale);
         store(s.unit.dB + at, load<Floats>(s.dB + at) * inverse);
         store(s.unit.C + at, load<Floats>(s.C + at) * scale);
     }

@@ -40,6 +40,11 @@ inline Ints widen_signed(Bytes bytes) { return (Ints)_mm512_cvtepi8_epi32((__m12
 inline Bytes narrow(Ints lanes) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)lanes); }
 inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Lanes of b where MASK has a 1. gcc makes shuffles of some, which one port does, and a blend is for two.
+template <int MASK>
+inline Floats blend(Floats a, Floats b) { return _mm512_mask_blend_ps(MASK, a, b); }
+template <int MASK>
+inline Ints blend(Ints a, Ints b) { return (Ints)_mm512_mask_blend_epi32(MASK, (__m512i)a, (__m512i)b); }
 // Entry of the table that the low four bits of each lane name.
 inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
 inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
@@ -214,28 +219,28 @@ inline Vector reduce_each(Vector* vectors, Merge merge) {
     for (int i = 0; i < 8; ++i) {
         const Vector a = vectors[i], b = vectors[i + 8];
         vectors[i] = merge(
-            SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31),
+            blend<0b1111111100000000>(a, b),
             SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
         );
     }
     for (int i = 0; i < 4; ++i) {
         const Vector a = vectors[i], b = vectors[i + 4];
         vectors[i] = merge(
-            SHUFFLED(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31),
+            blend<0b1111000011110000>(a, b),
             SHUFFLED(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27)
         );
     }
     for (int i = 0; i < 2; ++i) {
         const Vector a = vectors[i], b = vectors[i + 2];
         vectors[i] = merge(
-            SHUFFLED(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31),
+            blend<0b1100110011001100>(a, b),
             SHUFFLED(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29)
         );
     }
     for (int i = 0; i < 1; ++i) {
         const Vector a = vectors[i], b = vectors[i + 1];
         vectors[i] = merge(
-            SHUFFLED(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31),
+            blend<0b1010101010101010>(a, b),
             SHUFFLED(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30)
         );
     }
