@@ -206,7 +206,7 @@ class Runner:
     def weight_bytes(self) -> int:
         """Bytes of weights that one forward reads: all that are held, of the embedding only if it is the head too."""
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        is_head = head is embedding and not any(forms_of(embedding))
+        is_head = head is embedding and next(forms_of(embedding), None) is None
         return self.held_bytes - (0 if is_head else embedding.nbytes)
 
 
