@@ -85,7 +85,7 @@ def look_up(node: fx.Node, qdata: fx.Node, scale: fx.Node) -> None:
 
 @Int8Tensor.implements(_aten.embedding.default)
 def _look_up_in_eager(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """The values of torchao's own, which dequantizes all of the table: 0.44 s of [50288, 768] for 16 rows, here 0.07 ms."""
+    """torchao's own dequantizes all of the table: 0.44 s of [50288, 768] for 16 rows, here 0.07 ms; the same values."""
     weight, ids = args[:2]
     if tuple(weight.scale.shape) != (weight.shape[0], 1):
         return func(weight.dequantize(), ids)
