@@ -15,6 +15,7 @@ QUESTIONS = {
     "prefill": ("prefill", "a prompt through a whole model"),
     "compile": ("compile_time", "cold and warm compile time in fresh processes"),
     "memory": ("memory", "bytes of weights and state, peak of prefill"),
+    "share": ("share", "weights and states as a share of 16 bits, of any size"),
     "cost": ("cost", "time against tokens generated, batch and length"),
     "calibration": ("calibration", "what statistics and ESR cost a block, extrapolated"),
     "accuracy": ("accuracy", "perplexity against bits, scales and rounding"),

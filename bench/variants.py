@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qmamba_compile import ConfigError, DSQState, QMambaConfig
 from qmamba_compile.passes.int8_weight import held_nbytes
+from qmamba_compile.passes.parameter_forms import forms_of
 
 from .shapes import Shape, cache_name
 
@@ -204,8 +205,8 @@ class Runner:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that one forward reads: all that are held, of the embedding only if it is the head too."""
-        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
-        is_head = head.weight is embedding and held_nbytes(head) == embedding.nbytes  # no int8 form beside it
+        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
+        is_head = head is embedding and next(forms_of(embedding), None) is None
         return self.held_bytes - (0 if is_head else embedding.nbytes)
 
 

@@ -170,7 +170,9 @@ def calibration(*, shape: str, length: int, threads: int) -> dict[str, Any]:
             work=Work(Path(folder) / "esr", {}, resume=False),
             memory_limit=2**31,
         )
-        hidden, floats, other = (esr._embedded(part) for part in (esr.sample_ids, esr.sample_ids, esr.validation_ids))
+        hidden = esr._embedded(esr.blocks, esr.sample_ids)
+        floats = esr._embedded(esr.float_blocks, esr.sample_ids)
+        other = esr._embedded(esr.blocks, esr.validation_ids)
         esr._validate(other, 0)  # compiles what the process needs
         nats, validate = timed(lambda: esr._validate(other, 0))
         layer = esr.blocks.mixer[0]

@@ -153,9 +153,9 @@ class Reconstruction:
         if self.options.loss == "model":
             self._take_over("esr_all", TOGETHER, lambda: self._tune_together(advance))
             return
-        float_hidden = self._embedded(self.sample_ids)
-        hidden = self._embedded(self.sample_ids)
-        validation = self._embedded(self.validation_ids)
+        float_hidden = self._embedded(self.float_blocks, self.sample_ids)
+        hidden = self._embedded(self.blocks, self.sample_ids)
+        validation = self._embedded(self.blocks, self.validation_ids)
         nats: Tensor | None = None
         for index in range(len(self.blocks.names)):
             layer = self.blocks.mixer.get(index)
@@ -204,11 +204,11 @@ class Reconstruction:
         return Activations((len(ids), ids.shape[1], width), self.work.folder, self.memory_limit)
 
     @torch.no_grad()
-    def _embedded(self, ids: Tensor) -> Activations:
-        width = self.float_blocks.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1]
+    def _embedded(self, blocks: Blocks, ids: Tensor) -> Activations:
+        width = blocks.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1]
         room = self._room(ids, width)
         for batch in self._batches(ids):
-            room[batch] = self.float_blocks.embed(ids[batch].to(self.device))
+            room[batch] = blocks.embed(ids[batch].to(self.device))
         return room
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ class Reconstruction:
 
     def _tune_together(self, advance: Callable[[str, int], None]) -> Outcome:
         """Train all layers at once by the model's prediction, and decide."""
-        validation = self._embedded(self.validation_ids)
+        validation = self._embedded(self.blocks, self.validation_ids)
 
         def loss_of(run: Run, mine: Tensor) -> tuple[Tensor, float]:
             ids = self.sample_ids[mine].to(self.device)

@@ -213,13 +213,28 @@ def apply_tuned(model: nn.Module, artifact: Artifact) -> None:
 
 
 def quantize_linears(model: nn.Module, artifact: Artifact | None = None, skip_layers: tuple[str, ...] = ()) -> None:
-    """Replace every linear of ``model`` by its int8 form."""
+    """Replace every linear of ``model`` by its int8 form; an embedding tied to one looks its values up, as compiled."""
+
+    def excluded(path: str) -> bool:
+        return any(path == skip or path.startswith(skip + ".") for skip in skip_layers)
+
+    tables = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.max_norm is None and not excluded(path)
+    ]
     for path, linear in linears(model).items():
-        if any(path == skip or path.startswith(skip + ".") for skip in skip_layers):
+        if excluded(path):
             continue
         smooth = None if artifact is None else artifact.smooth(path)
         act_scale = None if artifact is None else artifact.act_scale(path)
-        set_module(model, path, W8A8Linear(linear.weight.detach(), linear.bias, smooth=smooth, act_scale=act_scale))
+        int8 = W8A8Linear(linear.weight.detach(), linear.bias, smooth=smooth, act_scale=act_scale)
+        for table in tables:
+            # SmoothQuant factors divide the codes; the backend then keeps the float table beside them.
+            if table.weight is linear.weight and smooth is None:
+                values = (int8.qdata * int8.scale).to(linear.weight.dtype)
+                table.weight = nn.Parameter(values, requires_grad=False)
+        set_module(model, path, int8)
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -579,9 +579,38 @@ def test_an_unfused_scan_falls_back_to_storing_at_every_step(make_model, tokens,
     assert "stored at every step: the scan, which names B, was not fused" in entry.detail
 
 
-def test_tied_head_follows_its_embedding(make_model, tokens, compiled):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_head_and_embedding_are_one_int8_table(make_model, tokens, compiled, decode, dtype):
+    model, prompt, more = make_model(dtype=dtype, tie_word_embeddings=True), tokens(2, 9), tokens(2, 3)
+    plain, table = make_model(dtype=dtype, tie_word_embeddings=True), weakref.ref(model.lm_head.weight)
+    codes, scale = quant.quantize_rows(model.lm_head.weight)
+    found, _ = decode(compiled(model, state_bits=8), prompt, more)
+    expected, _ = decode(plain, prompt, more)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    gc.collect()
+    assert table() is None and isinstance(model.lm_head.weight, Int8Tensor)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    for done in list(report.recent):
+        entries = done.rewritten("quantize_linear")
+        assert [entry.layer for entry in entries][-2:] == ["lm_head", "backbone.embeddings"] and len(entries) == 6
+        held = sum(p.nbytes for p in model.parameters() if not isinstance(p, Int8Tensor))
+        assert held_nbytes(model) == held + sum(entry.bytes_after for entry in entries)
+        assert held_nbytes(plain) == held + sum(entry.bytes_before for entry in entries)
+        assert not done.skips()
+    # Without the backend, after a tie that was made again.
+    model.tie_weights()
+    assert torch.equal(model.get_input_embeddings()(prompt), (codes * scale).to(dtype)[prompt])
+    count = len(report.recent)
+    with eager():
+        again, _ = decode(model, prompt, more)
+    assert (again - found).abs().max() < 0.1 * expected.abs().max()
+    assert torch.equal(decode(copy.deepcopy(model), prompt, more)[0], again), "copies are not compiled"
+    assert torch.equal(decode(model, prompt, more)[0], found) and len(report.recent) == count
+
+
+def test_tied_head_follows_an_embedding_that_stays_float(make_model, tokens, compiled):
     model, plain, prompt = make_model(tie_word_embeddings=True), make_model(tie_word_embeddings=True), tokens(2, 9)
-    compiled(model)
+    compiled(model, skip_layers=("backbone.embeddings",))
     with torch.no_grad():
         for factor in (1.0, 0.5):
             for m in (model, plain):
@@ -602,13 +631,18 @@ def test_tied_head_follows_its_embedding(make_model, tokens, compiled):
 def test_tied_head_of_a_model_that_starts_from_embeddings(make_model, tokens, compiled):
     """The graph then holds the head and not the embedding, and a later one holds both."""
     model, prompt = compiled(make_model(tie_word_embeddings=True)), tokens(2, 9)
+    vectors = model.get_input_embeddings()(prompt)
     with torch.no_grad():
-        from_vectors = model(inputs_embeds=model.backbone.embeddings(prompt)).logits
-        assert torch.equal(model(prompt).logits, from_vectors)
+        model(inputs_embeds=vectors)
+        assert isinstance(model.backbone.embeddings.weight, Int8Tensor)
+        rounded = model.get_input_embeddings()(prompt)
+        assert (rounded - vectors).abs().max() < 0.01 * vectors.abs().max()
+        assert torch.equal(model(prompt).logits, model(inputs_embeds=rounded).logits)
     assert model.lm_head.weight is model.backbone.embeddings.weight
 
 
-def test_tied_head_of_another_model_at_the_same_address(make_model, tokens, compiled, decode):
+@pytest.mark.parametrize("skip_layers", [(), ("backbone.embeddings",)], ids=["int8", "beside"])
+def test_tied_head_of_another_model_at_the_same_address(make_model, tokens, compiled, decode, skip_layers):
     """One checkpoint after the other: Dynamo runs the first model's graph, the allocator reuses its memory."""
     memory = numpy.empty((256, 64), dtype=numpy.float32)
     prompt, more = tokens(2, 9), tokens(2, 2)
@@ -618,7 +652,7 @@ def test_tied_head_of_another_model_at_the_same_address(make_model, tokens, comp
         memory[:] = model.lm_head.weight.numpy()
         weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
         model.backbone.embeddings.weight = model.lm_head.weight = weight
-        logits, _ = decode(compiled(model, state_bits=8), prompt, more)
+        logits, _ = decode(compiled(model, state_bits=8, skip_layers=skip_layers), prompt, more)
         assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
         del model, weight
         gc.collect()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,9 @@ from ..fx_utils import (
 from ..report import Report
 from .base import GraphPass
 from .int8_weight import has_row_scales, quantize_for_layer
+from .match_mamba2 import NoMatchError
 from .parameter_forms import FindBeside
+from .shared_weight import look_up, require_table, slots_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,34 +49,34 @@ class QuantizeLinear(GraphPass):
 
     The float parameter of the module is replaced by a torchao ``Int8Tensor`` while the graph is compiled, before
     Dynamo builds its guards: the float weight is freed, later graphs find the int8 one, and the model keeps working
-    without the backend, by torchao's own int8 linear. Another object in its place compiles the graph again. A
-    parameter that is also used otherwise (an embedding tied to ``lm_head``) stays as it is and is quantized beside it.
+    without the backend, by torchao's own int8 linear. Another object in its place compiles the graph again. An
+    embedding tied to a linear (``lm_head``) reads the same codes. A parameter that is also used otherwise stays as it
+    is and is quantized beside it.
 
     Before:
         y = linear(x, weight, bias)
+        h = embedding(ids, weight)
     After:
         y = qmamba.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+        h = (aten.embedding(qdata, ids) * aten.embedding(scale, ids)).to(dtype)
 
-    Refuses: layers named in ``skip_layers``, weights that are no parameters, routers of a mixture of experts.
+    Refuses: layers named in ``skip_layers``, weights that are no parameters, routers of a mixture of experts; of
+    embeddings those named in ``skip_layers``, with ``max_norm``, or tied to a linear that an artifact changes.
     """
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
         if self.config.weights is None:
             return
         self._guards = guarded_tensors()
-        unpacked: dict[fx.Node, tuple[fx.Node | None, ...]] = {}
+        self._unpacked: dict[fx.Node, tuple[fx.Node | None, ...]] = {}
+        self._kept: dict[fx.Node, NoMatchError] = {}
         for node in iter_calls(graph, "linear"):
             layer, weight = layer_of(node), argument(node, 1, "weight")
             refusal = self._refusal(node, weight, layer)
             if refusal is not None:
                 report.skipped(layer, *refusal)
                 continue
-            bytes_before = bytes_after = 0
-            if weight not in unpacked:
-                bytes_before = nbytes_of(weight)
-                unpacked[weight] = self._unpack(graph, weight, layer)
-                bytes_after = sum(nbytes_of(part) for part in unpacked[weight] if part is not None)
-            qdata, scale, act_pre_scale = unpacked[weight]
+            (qdata, scale, act_pre_scale), counted = self._unpack(graph, weight, layer)
             y = insert_call(
                 node,
                 torch.ops.qmamba.w8a8_linear.default,
@@ -87,11 +88,34 @@ class QuantizeLinear(GraphPass):
                 self._act_scale(graph, layer),
             )
             replace_node(node, y)
-            report.rewrote(layer, "int8", bytes_before=bytes_before, bytes_after=bytes_after)
-        unread = [weight for weight in unpacked if not weight.users]
+            report.rewrote(layer, "int8", **counted)
+        for node in iter_calls(graph, "embedding"):
+            weight = argument(node, 1, "weight")
+            # Any other embedding is no anchor: it stays in floating point.
+            if weight in self._kept or isinstance(self._value(weight), Int8Tensor):
+                self._rewrite_embedding(graph, node, weight, report)
+        unread = [weight for weight in self._unpacked if not weight.users]
         self._narrow_guards(unread)
         for weight in unread:
             graph.erase_node(weight)
+
+    def _value(self, weight: fx.Node) -> Any:
+        """What a placeholder stands for; None for other nodes."""
+        source = weight.meta.get("qmamba_input")
+        return None if source is None else self.context.example_inputs[source.index]
+
+    def _rewrite_embedding(self, graph: fx.Graph, node: fx.Node, weight: fx.Node, report: Report) -> None:
+        layer = layer_of(node)
+        try:
+            if weight in self._kept:
+                raise self._kept[weight]
+            require_table(node, self._value(weight), self.config)
+        except NoMatchError as refusal:
+            report.skipped(layer, refusal.reason, refusal.detail)
+            return
+        (qdata, scale, _), counted = self._unpack(graph, weight, layer)
+        look_up(node, qdata, scale)
+        report.rewrote(layer, "int8", **counted)
 
     def _refusal(self, node: fx.Node, weight: Any, layer: str) -> tuple[SkipReason, str] | None:
         if self.config.excludes(layer):
@@ -108,24 +132,23 @@ class QuantizeLinear(GraphPass):
             return SkipReason.ROUTER, f"its output reaches topk within {_ROUTING_DISTANCE} operations"
         return None
 
-    def _unpack(self, graph: fx.Graph, weight: fx.Node, layer: str) -> tuple[fx.Node | None, ...]:
-        """Inputs for the int8 form of ``weight``: qdata, scale, act_pre_scale (None where absent)."""
+    def _unpack(
+        self, graph: fx.Graph, weight: fx.Node, layer: str
+    ) -> tuple[tuple[fx.Node | None, ...], dict[str, int]]:
+        """Inputs for the int8 form of ``weight``: qdata, scale, act_pre_scale (None where absent).
+
+        Returns:
+            them, and the bytes to report: all of them for the first layer that reads the weight.
+        """
+        if weight in self._unpacked:
+            return self._unpacked[weight], {}
         index = weight.meta["qmamba_input"].index
-        value = self.context.example_inputs[index]
-        find: FindBeside | None = None
+        value, find = self.context.example_inputs[index], None
         if not isinstance(value, Int8Tensor):
-            slots = self._module_slots(weight)
-            if slots:
-                with torch.inference_mode(False), torch.no_grad():
-                    quantized = nn.Parameter(
-                        quantize_for_layer(value, layer, self.context.artifact), requires_grad=False
-                    )
-                for module, name in slots:
-                    module._parameters[name] = quantized
-                retarget_guards(self._guards, value, quantized)
-                value = quantized
-                self.context.example_inputs[index] = value
-            else:
+            try:
+                value = self._replace(weight, layer)
+            except NoMatchError as refusal:
+                self._kept[weight] = refusal
                 artifact = self.context.artifact
                 key = (layer, None if artifact is None else artifact.digest)
                 find = FindBeside(key, functools.partial(quantize_for_layer, layer=layer, artifact=artifact))
@@ -141,7 +164,26 @@ class QuantizeLinear(GraphPass):
             last = add_input(graph, last, f"{weight.name}_{name}", source, fake_like(graph, tensor))
             mark_static(last)
             inputs.append(last)
-        return tuple(inputs)
+        self._unpacked[weight] = tuple(inputs)
+        whole = nbytes_of(weight)
+        held = sum(nbytes_of(part) for part in inputs if part is not None) + (0 if find is None else whole)
+        return tuple(inputs), {"bytes_before": whole, "bytes_after": held}
+
+    def _replace(self, weight: fx.Node, layer: str) -> Int8Tensor:
+        """Put the int8 form of a parameter into every module that holds it, and into Dynamo's arguments.
+
+        Raises:
+            NoMatchError: something needs the float one.
+        """
+        value = self._value(weight)
+        slots = slots_of(weight, layer, self.context)
+        with torch.inference_mode(False), torch.no_grad():
+            quantized = nn.Parameter(quantize_for_layer(value, layer, self.context.artifact), requires_grad=False)
+        for module, name in slots:
+            module._parameters[name] = quantized
+        retarget_guards(self._guards, value, quantized)
+        self.context.example_inputs[weight.meta["qmamba_input"].index] = quantized
+        return quantized
 
     def _narrow_guards(self, weights: list[fx.Node]) -> None:
         """Weights of which only the inner tensors are read have to stay the same objects: nothing more is asked."""
@@ -155,31 +197,6 @@ class QuantizeLinear(GraphPass):
             return None
         name = f"{layer.replace('.', '_')}_act_scale"
         return add_input(graph, None, name, InputSource(None, constant=scale), fake_like(graph, scale))
-
-    def _module_slots(self, weight: fx.Node) -> list[tuple[nn.Module, str]]:
-        """Every (module, name) that holds the parameter; empty when it must stay in floating point.
-
-        Dynamo gives one placeholder to a parameter that several modules share, so all users are asked for their layer.
-        A holder that is no such layer has another use for it, in another graph: an embedding tied to ``lm_head`` when
-        this graph starts from ``inputs_embeds``.
-        """
-        if any(op_name(user) != "linear" for user in weight.users):
-            return []
-        root_name, _, _ = re.split(r"(\._modules|\._parameters)", source_name(weight), maxsplit=1)
-        try:
-            root = eval(root_name, dict(self.context.scope))
-        except (NameError, KeyError, AttributeError):
-            return []
-        value = self.context.example_inputs[weight.meta["qmamba_input"].index]
-        paths = {layer_of(user) for user in weight.users} | {parameter_path(weight).rpartition(".")[0]}
-        layers = {id(root.get_submodule(path)) for path in paths}
-        slots: list[tuple[nn.Module, str]] = []
-        for module in root.modules():
-            names = [name for name, parameter in module._parameters.items() if parameter is value]
-            if names and id(module) not in layers and not isinstance(module, nn.Linear):
-                return []
-            slots.extend((module, name) for name in names)
-        return slots
 
 
 def _getter(name: str, find: FindBeside | None) -> Callable[[Any], Tensor]:

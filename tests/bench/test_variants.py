@@ -53,14 +53,23 @@ def test_caches_start_from_the_same_prompt_and_can_be_restored(models):
 def test_bytes_of_weights_and_state(models):
     shape = models.shape
     linear = sum(s.in_features * s.out_features * s.count for s in shape.linears)
+    vectors = 4 * sum(p.numel() for p in models.float32.parameters() if p.dim() != 2)
     floats, ours = Runner(VARIANTS[EAGER], models), Runner(VARIANTS[OURS], models)
     states = shape.n_layers * 4 * (shape.d_inner * shape.dstate + 4 * shape.conv_dim)
     assert state_bytes(floats.cache(2)) == 2 * states
     assert state_bytes(ours.cache(2)) < states
-    assert 4 * linear < floats.weight_bytes < 4.3 * linear
-    assert linear < ours.weight_bytes < 1.3 * linear
-    # The float embedding stays resident, but a step reads one row of it.
-    assert ours.held_bytes - ours.weight_bytes == 4 * shape.vocab_size * shape.d_model
+    assert floats.weight_bytes == floats.held_bytes == 4 * linear + vectors
+    # A scale a row; the table of head and embedding is held once.
+    rows = sum(s.out_features * s.count for s in shape.linears)
+    assert ours.weight_bytes == ours.held_bytes == linear + 4 * rows + vectors
+
+
+@torch.no_grad()
+def test_an_embedding_that_stays_float_beside_its_head_is_not_read(models):
+    options = ["skip_layers=backbone.embeddings", "inner_backend=eager"]
+    beside = Runner(list(with_options(options).values())[-1], Models(models.shape))
+    beside.cache(1)
+    assert beside.held_bytes - beside.weight_bytes == 4 * models.shape.vocab_size * models.shape.d_model
 
 
 @torch.no_grad()

@@ -37,17 +37,19 @@ def some_tensors(model):
     return tensors
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("with_artifact", [False, True])
 @torch.no_grad()
-def test_logits_of_the_compiled_model(lively, compiled, tokens, tmp_path, with_artifact):
-    model, ids, path = lively(), tokens(2, 30), tmp_path / "artifact.safetensors"
+def test_logits_of_the_compiled_model(lively, compiled, tokens, tmp_path, with_artifact, tied):
+    sizes = {"tie_word_embeddings": tied}
+    model, ids, path = lively(**sizes), tokens(2, 30), tmp_path / "artifact.safetensors"
     artifact, options = None, {}
     if with_artifact:
         artifact, options = artifact_of(model, some_tensors(model)), {"calibration": str(path)}
         write_artifact(path, artifact)
     ours = quantized_copy(model, artifact=artifact)(ids, use_cache=False).logits
     original = model(ids, use_cache=False).logits
-    theirs = compiled(lively(), state_bits=None, **options)(ids, use_cache=False).logits
+    theirs = compiled(lively(**sizes), state_bits=None, **options)(ids, use_cache=False).logits
     # The scan adds up in another order, and an activation may round the other way.
     difference = (ours - theirs).abs().mean()
     assert difference < 0.02 * (ours - original).abs().mean()
@@ -66,6 +68,28 @@ def test_the_model_itself_is_not_touched(lively):
     skipped = quantized_copy(model, skip_layers=("backbone.layers.0",))
     assert isinstance(skipped.backbone.layers[0].mixer.in_proj, nn.Linear)
     assert isinstance(skipped.backbone.layers[1].mixer.in_proj, W8A8Linear)
+
+
+def test_an_embedding_tied_to_an_int8_linear_looks_its_values_up(lively):
+    model = lively(tie_word_embeddings=True)
+    weight = model.lm_head.weight
+
+    def table(**options):
+        return quantized_copy(model, **options).backbone.embeddings.weight
+
+    head = W8A8Linear(weight, None)
+    assert torch.equal(table(), head.qdata * head.scale) and not torch.equal(table(), weight)
+    smoothed = artifact_of(model, {"lm_head.smooth": torch.rand(weight.shape[1]) + 0.5})
+    for options in (
+        {"weights": None},
+        {"skip_layers": ("lm_head",)},
+        {"skip_layers": ("backbone.embeddings",)},
+        {"artifact": smoothed},
+    ):
+        assert torch.equal(table(**options), weight)
+    assert model.backbone.embeddings.weight is model.lm_head.weight is weight
+    untied = lively()
+    assert torch.equal(quantized_copy(untied).backbone.embeddings.weight, untied.backbone.embeddings.weight)
 
 
 @pytest.mark.parametrize("smooth", [False, True])

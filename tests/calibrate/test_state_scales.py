@@ -121,3 +121,13 @@ def test_smooth_factors_even_out_an_outlier(lively, windows, statistics):
     )
     assert scales[path] == pytest.approx((smoothed.max() / 127).item())
     assert smooth_factors(model, statistics, 0.75)[path][3] < factors[3]
+
+
+def test_a_tied_head_is_not_smoothed(lively, windows):
+    """Its factors would divide the embedding, too."""
+    model = lively(tie_word_embeddings=True, num_hidden_layers=1)
+    statistics = capture(model, [windows])
+    factors = smooth_factors(model, statistics, 0.5)
+    assert list(factors) == ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.out_proj"]
+    scales = activation_scales(statistics, factors)
+    assert scales["lm_head"].item() == pytest.approx(statistics.input_max["lm_head"].max().item() / 127)

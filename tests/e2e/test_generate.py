@@ -188,8 +188,9 @@ def test_generate_from_embeddings_and_with_a_static_cache(make_model, compiled, 
 def test_w8a8h4_through_inductor(make_model, compiled, tokens, decode):
     """The real thing: one mutating operator a layer on the graph's inputs, no float state, no copy of a packed one."""
     prompt, more = tokens(2, 37), tokens(2, 6, seed=2)
-    model, expected_by = compiled(make_model(), inner_backend="inductor"), make_model()
-    reference = compiled(make_model())
+    sizes = {"tie_word_embeddings": True}
+    model, expected_by = compiled(make_model(**sizes), inner_backend="inductor"), make_model(**sizes)
+    reference = compiled(make_model(**sizes))
     # The code that this version generates, not what another left in Inductor's cache.
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         cache = model(prompt, use_cache=True).cache_params
@@ -213,6 +214,8 @@ def test_w8a8h4_through_inductor(make_model, compiled, tokens, decode):
     buffers = [line for line in lines if "empty_strided_cpu((" in line]
     # A state is [2, 2, 64, 32], packed [2, 2, 64, 16].
     assert buffers and not [line for line in buffers if "(2, 2, 64, " in line or "(4, 64, " in line]
+    # Nor is the table [256, 64] ever a float one: one loop reads its rows and scales.
+    assert not [line for line in buffers if "(256, 64)" in line] and text.count("const int8_t* in_ptr") == 1
     assert not [line for line in lines if "aten.clone" in line or "aten.copy_.default" in line]
     assert all(a.recurrent_states[0].packed is b for a, b in zip(cache.layers, packed, strict=True))
     in_eager, eager_cache = decode(reference, prompt, more)

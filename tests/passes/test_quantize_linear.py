@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchao.quantization import Int8Tensor
+from torchao.quantization import Int8Tensor, PerRow, PerTensor
+from torchao.quantization.quant_primitives import MappingType
 
 from qmamba_compile import quant
 from qmamba_compile.errors import SkipReason, StrictError
 from qmamba_compile.fx_utils import iter_calls, layer_of, value_of
 from qmamba_compile.passes import QuantizeLinear
-from qmamba_compile.passes.int8_weight import BLOCK_WEIGHTS, quantize_weight
+from qmamba_compile.passes.int8_weight import BLOCK_WEIGHTS, quantize_for_layer, quantize_weight
 
 LINEAR = "qmamba.w8a8_linear"
 
@@ -202,10 +203,10 @@ def test_guards_do_not_look_into_an_int8_weight(capture, monkeypatch):
 class Tied(nn.Module):
     """An embedding whose weight is the head's, too."""
 
-    def __init__(self):
+    def __init__(self, dtype=torch.float32, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding = nn.Embedding(20, 16).requires_grad_(False)
+        self.embedding = nn.Embedding(20, 16, **options).to(dtype).requires_grad_(False)
         self.head = nn.Linear(16, 20, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -213,19 +214,177 @@ class Tied(nn.Module):
         return self.head(self.embedding(ids) if x is None else x)
 
 
-@pytest.mark.parametrize("with_embedding", [True, False], ids=["from ids", "from vectors"])
-def test_tied_weight_stays_float_and_is_followed(capture, with_embedding):
+IDS = torch.tensor([[3, 1, 4], [1, 5, 19]])
+
+
+def table(weight):
+    """What an int8 table stands for, in the dtype of ``weight``."""
+    codes, scale = quant.quantize_rows(weight)
+    return (codes * scale).to(weight.dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"sparse": True, "scale_grad_by_freq": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tied_embedding_reads_the_codes_of_its_linear(capture, dtype, options):
+    model = Tied(dtype, **options)
+    weight, backend = model.head.weight.clone(), capture(QuantizeLinear)
+    y = backend.compile(model)(IDS)
+    rows = table(weight)[IDS]
+    assert torch.equal(y, torch.ops.qmamba.w8a8_linear(rows, *quant.quantize_rows(weight), None, None, None))
+    assert y.dtype == dtype and not torch.equal(rows, weight[IDS])
+    graph = backend.only
+    assert (graph.before["embedding"], graph.before["linear"]) == (1, 1)
+    assert (graph.after["embedding"], graph.after["aten.embedding"], graph.after[LINEAR]) == (0, 2, 1)
+    head, embedding = graph.report.rewritten("quantize_linear")
+    assert [(entry.layer, entry.detail) for entry in (head, embedding)] == [("head", "int8"), ("embedding", "int8")]
+    assert (head.bytes_before, head.bytes_after) == (weight.nbytes, 20 * 16 + 20 * 4)
+    assert embedding.bytes_before == embedding.bytes_after == 0, "counted with the head"
+    (lookup,) = [node for node in graph.gm.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    assert layer_of(lookup) == "embedding" and value_of(lookup).shape == (2, 3, 16)
+    # The same in eager.
+    assert isinstance(model.embedding.weight, Int8Tensor) and model.head.weight is model.embedding.weight
+    assert torch.equal(model.embedding(IDS), rows)
+
+
+@pytest.mark.parametrize("first", ["ids", "vectors"])
+def test_graphs_with_and_without_the_embedding_share_one_table(capture, first):
     model, backend = Tied(), capture(QuantizeLinear)
+    rows = table(model.head.weight)[IDS]
+    float_weight, compiled = weakref.ref(model.head.weight), backend.compile(model)
+    calls = [lambda: compiled(IDS), lambda: compiled(x=rows)]
+    one = calls[first == "vectors"]()
+    held = model.head.weight
+    gc.collect()
+    assert float_weight() is None and isinstance(held, Int8Tensor) and model.embedding.weight is held
+    assert torch.equal(calls[first == "ids"](), one)
+    assert torch.equal(calls[0](), calls[1]()) and len(backend.graphs) == 2
+    assert model.embedding.weight is held and [graph.after["aten.embedding"] for graph in backend.graphs].count(2) == 1
+    assert not any(graph.report.skips() for graph in backend.graphs)
+
+
+def test_a_graph_with_the_embedding_alone_finds_the_table(capture):
+    model, backend = Tied(), capture(QuantizeLinear)
+    rows = table(model.head.weight)[IDS]
+    alone = backend.compile(model.embedding)
+    assert torch.equal(alone(IDS), model.embedding.weight[IDS]), "nothing is shared with a linear that is int8"
+    backend.compile(model)(x=rows)
+    assert torch.equal(alone(IDS), rows)
+    assert [graph.after["embedding"] for graph in backend.graphs] == [1, 0, 0]
+    (entry,) = backend.graphs[-1].report.rewritten("quantize_linear")
+    assert (entry.bytes_before, entry.bytes_after) == (4 * 20 * 16, 20 * 16 + 20 * 4)
+
+
+def test_guards_of_a_shared_table_call_no_python(capture, monkeypatch):
+    model, guards = Tied(), []
+    capture(QuantizeLinear).compile(model)(IDS)
+    torch._dynamo.reset()  # the next graph finds the table in int8
+    monkeypatch.setattr(
+        torch._dynamo.guards, "guard_manager_testing_hook_fn", lambda manager, *_: guards.append(str(manager))
+    )
+    capture(QuantizeLinear).compile(model)(IDS)
+    assert "act_pre_scale" in guards[0]
+    assert "__tensor_flatten__" not in guards[0] and "___check_metadata" not in guards[0]
+
+
+class ReadsOtherwise(Tied):
+    def forward(self, ids):
+        return self.head(self.embedding(ids)) + self.embedding.weight.sum()
+
+
+class Holder(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+
+class HeldOtherwise(Tied):
+    def __init__(self):
+        super().__init__()
+        self.other = Holder(self.head.weight)
+
+
+@pytest.mark.parametrize(
+    "model, options, reason",
+    [
+        (Tied, {"skip_layers": ("embedding",)}, SkipReason.EXCLUDED),
+        (lambda: Tied(max_norm=1.0), {}, SkipReason.SECOND_READER),
+        (ReadsOtherwise, {}, SkipReason.SECOND_READER),
+        (HeldOtherwise, {}, SkipReason.SECOND_READER),
+        (Tied, {"smooth": torch.rand(16) + 0.5}, SkipReason.SECOND_READER),
+        (Tied, {"weight_bcdt": torch.randn(5, 16)}, SkipReason.SECOND_READER),
+    ],
+    ids=["excluded", "max_norm", "read otherwise", "held otherwise", "smoothed", "tuned"],
+)
+def test_an_embedding_that_must_stay_float_has_its_linear_quantized_beside_it(capture, model, options, reason):
+    model = model()
+    artifact = Scales("head", **{name: options.pop(name) for name in ("smooth", "weight_bcdt") & options.keys()})
+    held, backend = model.head.weight, capture(QuantizeLinear, artifact=artifact, **options)
+    rows = model.embedding(IDS)
+    beside = quantize_for_layer(held, "head", artifact)
+    expected = torch.ops.qmamba.w8a8_linear(rows, beside.qdata, beside.scale, None, beside.act_pre_scale, None)
+    expected = expected + held.sum() if isinstance(model, ReadsOtherwise) else expected
     compiled = backend.compile(model)
-    ids = torch.tensor([[3, 1, 4]])
+    torch.testing.assert_close(compiled(IDS), expected, rtol=1e-5, atol=1e-5)
+    assert model.head.weight is held and model.embedding.weight is held and type(held) is nn.Parameter
+    (entry,) = backend.only.skips("quantize_linear")
+    assert (entry.layer, entry.reason) == ("embedding", reason) and entry.detail
+    (head,) = backend.only.report.rewritten("quantize_linear")
+    factors = 0 if beside.act_pre_scale is None else beside.act_pre_scale.nbytes
+    assert (head.bytes_before, head.bytes_after) == (held.nbytes, held.nbytes + 20 * 16 + 20 * 4 + factors)
+
+
+@pytest.mark.parametrize("with_embedding", [True, False], ids=["from ids", "from vectors"])
+def test_a_table_that_stays_float_is_followed(capture, with_embedding):
+    model, backend = Tied(), capture(QuantizeLinear, skip_layers=("embedding",))
+    compiled = backend.compile(model)
     for factor in (1.0, 0.5):
         with torch.no_grad():
             model.embedding.weight.mul_(factor)
-        x = model.embedding(ids)
-        y = compiled(ids) if with_embedding else compiled(x=x)
+        x = model.embedding(IDS)
+        y = compiled(IDS) if with_embedding else compiled(x=x)
         torch.testing.assert_close(y, reference(x, model.embedding.weight), rtol=1e-5, atol=1e-6)
     assert backend.only.after[LINEAR] == 1
     assert type(model.embedding.weight) is nn.Parameter and model.head.weight is model.embedding.weight
+
+
+def test_a_head_left_alone_leaves_its_embedding_alone(capture):
+    model, backend = Tied(), capture(QuantizeLinear, skip_layers=("head",))
+    assert torch.equal(backend.compile(model)(IDS), model(IDS))
+    assert type(model.embedding.weight) is nn.Parameter and backend.only.after["embedding"] == 1
+    assert [entry.layer for entry in backend.only.skips("quantize_linear")] == ["head"]
+
+
+def test_an_embedding_of_its_own_stays_float(capture):
+    model, backend = Tied(), capture(QuantizeLinear, strict=True)
+    model.head.weight = nn.Parameter(model.head.weight.clone(), requires_grad=False)
+    y = backend.compile(model)(IDS)
+    assert torch.equal(
+        y,
+        torch.ops.qmamba.w8a8_linear(
+            model.embedding(IDS), *quant.quantize_rows(model.embedding.weight), None, None, None
+        ),
+    )
+    assert type(model.embedding.weight) is nn.Parameter and isinstance(model.head.weight, Int8Tensor)
+    assert [entry.layer for entry in backend.only.report.entries] == ["head"]
+
+
+def test_a_table_of_another_form_is_left_to_torchao(capture):
+    model, backend = nn.Embedding(20, 16), capture(QuantizeLinear)
+    weight = quantize_weight(model.weight.detach(), smooth=torch.rand(16) + 0.5)
+    model.weight = nn.Parameter(weight, requires_grad=False)
+    assert torch.equal(backend.compile(model)(IDS), (weight.qdata * weight.scale)[IDS])
+    (entry,) = backend.only.skips("quantize_linear")
+    assert entry.reason is SkipReason.DTYPE and backend.only.after["embedding"] == 1
+
+
+@pytest.mark.parametrize("granularity", [PerRow(), PerTensor()], ids=["rows", "tensor"])
+@pytest.mark.parametrize("mapping", [MappingType.SYMMETRIC, MappingType.ASYMMETRIC], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lookup_in_eager_has_the_values_of_the_whole_table(granularity, mapping, dtype):
+    torch.manual_seed(0)
+    weight = Int8Tensor.from_hp(torch.randn(20, 16).to(dtype) + 0.5, granularity, mapping)
+    found = F.embedding(IDS, weight, padding_idx=1)
+    assert found.dtype == dtype and torch.equal(found, weight.dequantize()[IDS])
 
 
 class Shared(nn.Module):
@@ -348,11 +507,12 @@ class Scales:
 
     digest = "d"
 
-    def __init__(self, smooth=None, act_scale=None, weight_bcdt=None):
+    def __init__(self, layer="first", smooth=None, act_scale=None, weight_bcdt=None):
+        self._layer = layer
         self._values = {"smooth": smooth, "act_scale": act_scale, "weight_bcdt": weight_bcdt}
 
     def __getattr__(self, name):
-        return lambda layer: self._values[name] if layer == "first" else None
+        return lambda layer: self._values[name] if layer == self._layer else None
 
 
 def test_smooth_factors_multiply_the_input_and_divide_the_weight(capture):

@@ -1,0 +1,127 @@
+"""Weights that modules share, such as that of ``lm_head`` and the embedding: who holds one, who may read its codes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchao.quantization import Int8Tensor
+
+from ..artifact import Artifact
+from ..config import QMambaConfig
+from ..errors import SkipReason
+from ..fx_utils import (
+    argument,
+    insert_call,
+    layer_of,
+    op_name,
+    parameter_path,
+    replace_node,
+    source_name,
+    users,
+    value_of,
+)
+from .base import PassContext
+from .int8_weight import has_row_scales
+from .match_mamba2 import NoMatchError
+
+_aten = torch.ops.aten
+
+
+def slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[nn.Module, str]]:
+    """Every (module, name) that holds the parameter of the linear ``layer``, for an int8 one to be put there.
+
+    Dynamo gives one placeholder to a parameter that several modules share, so all users are asked for their layer. A
+    holder that is no such layer uses it in another graph: an embedding when this graph starts from ``inputs_embeds``.
+
+    Raises:
+        NoMatchError: one of them needs the float parameter, or it is no parameter.
+    """
+    for user in weight.users:
+        _require_reader(user, context.config)
+    root_name, _, _ = re.split(r"(\._modules|\._parameters)", source_name(weight), maxsplit=1)
+    try:
+        root = eval(root_name, dict(context.scope))
+    except (NameError, KeyError, AttributeError):
+        raise NoMatchError(SkipReason.NOT_A_PARAMETER, f"{root_name} is not in scope") from None
+    value = context.example_inputs[weight.meta["qmamba_input"].index]
+    paths = {layer_of(user) for user in weight.users} | {parameter_path(weight).rpartition(".")[0]}
+    layers = {id(root.get_submodule(path)) for path in paths}
+    slots: list[tuple[nn.Module, str]] = []
+    for path, module in root.named_modules():
+        names = [name for name, parameter in module._parameters.items() if parameter is value]
+        if names and id(module) not in layers:
+            _require_holder(module, path, context.config)
+        slots.extend((module, name) for name in names)
+    if not slots:
+        raise NoMatchError(SkipReason.NOT_A_PARAMETER, f"no module has {source_name(weight)} as a parameter")
+    if users(weight, "embedding") or any(isinstance(module, nn.Embedding) for module, _ in slots):
+        _require_unchanged(layer, context.artifact)
+    return slots
+
+
+def require_table(node: fx.Node, value: Int8Tensor, config: QMambaConfig) -> None:
+    """Refuse an embedding that does more than to look up, and int8 weights of other forms than ours.
+
+    Raises:
+        NoMatchError: its rows are more than codes times a scale.
+    """
+    _require_reader(node, config)
+    if not has_row_scales(value) or value.act_pre_scale is not None:
+        raise NoMatchError(SkipReason.DTYPE, "the table is no torchao int8 weight with one symmetric scale a row")
+
+
+def look_up(node: fx.Node, qdata: fx.Node, scale: fx.Node) -> None:
+    """Replace an embedding [..., k] by rows of codes [o, k] times scales [o, 1]; Inductor makes one loop of them."""
+    ids = argument(node, 0, "input")
+    codes, scales = (insert_call(node, _aten.embedding.default, part, ids) for part in (qdata, scale))
+    y = insert_call(node, _aten.mul.Tensor, codes, scales)
+    if value_of(y).dtype != value_of(node).dtype:
+        y = insert_call(node, torch.ops.prims.convert_element_type.default, y, value_of(node).dtype)
+    replace_node(node, y)
+
+
+@Int8Tensor.implements(_aten.embedding.default)
+def _look_up_in_eager(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """torchao's own dequantizes all of the table: 0.44 s of [50288, 768] for 16 rows, here 0.07 ms; the same values."""
+    weight, ids = args[:2]
+    if tuple(weight.scale.shape) != (weight.shape[0], 1):
+        return func(weight.dequantize(), ids)
+    codes = func(weight.qdata, ids).to(weight.scale.dtype)
+    if weight.zero_point is not None:
+        codes = codes - func(weight.zero_point, ids)
+    return (codes * func(weight.scale, ids)).to(weight.dtype)
+
+
+def _require_reader(user: fx.Node, config: QMambaConfig) -> None:
+    """``padding_idx``, ``scale_grad_by_freq`` and ``sparse`` shape gradients, of which there are none here."""
+    if op_name(user) not in ("linear", "embedding"):
+        raise NoMatchError(SkipReason.SECOND_READER, f"{op_name(user)} ({user}) reads the weight, too")
+    if op_name(user) == "embedding":
+        _require_plain(layer_of(user), argument(user, 3, "max_norm"), config)
+
+
+def _require_holder(module: nn.Module, path: str, config: QMambaConfig) -> None:
+    if isinstance(module, nn.Embedding):
+        _require_plain(path, module.max_norm, config)
+    elif not isinstance(module, nn.Linear):
+        raise NoMatchError(SkipReason.SECOND_READER, f"{path}, a {type(module).__name__}, holds the weight, too")
+
+
+def _require_plain(path: str, max_norm: Any, config: QMambaConfig) -> None:
+    if config.excludes(path):
+        raise NoMatchError(SkipReason.EXCLUDED, "named by skip_layers")
+    if max_norm is not None:
+        raise NoMatchError(SkipReason.SECOND_READER, f"{path} has max_norm={max_norm}: it writes to the rows it reads")
+
+
+def _require_unchanged(layer: str, artifact: Artifact | None) -> None:
+    """An embedding needs its own weight: neither divided by SmoothQuant factors nor with tuned rows.
+
+    The factors could multiply what is looked up. But a model that is saved has torchao's lookup where it is loaded,
+    which does not know of them.
+    """
+    if artifact is not None and not (artifact.smooth(layer) is None and artifact.weight_bcdt(layer) is None):
+        raise NoMatchError(SkipReason.SECOND_READER, f"the calibration artifact has another weight for {layer}")
