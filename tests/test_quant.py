@@ -74,16 +74,21 @@ def word(number):
     return struct.unpack("<i", struct.pack("<f", number))[0]
 
 
-def log2_of_state_scales(totals):
-    """log2 of the measured state_scales of one head whose columns' magnitudes sum to the float32 ``totals``."""
+def half_octaves(totals):
+    """Of the measured state_scales of one head whose columns' magnitudes sum to the float32 ``totals``."""
     logs = [min(max(Fraction(word(total), 2**23) - 127, -BOUND), BOUND) for total in totals]
     typical = Fraction(sum(math.floor(log * 2**11) for log in logs) // len(logs), 2**11)
     follows = []
     for log in logs:
         beyond = max(abs(log - typical) - BAND, 0)
-        half = (log + (beyond if log > typical else -beyond)) / 2
-        follows.append(min(max(math.floor(half + Fraction(1, 2)), -LIMIT), LIMIT))
+        twice = log + (beyond if log > typical else -beyond)  # what the scale follows is half of it
+        follows.append(min(max(math.floor(twice + Fraction(1, 2)), -2 * LIMIT), 2 * LIMIT))
     return follows
+
+
+def scale_at(half_octave):
+    """..., 0.75, 1, 1.5, 2, 3, ...: the scale that is ``half_octave`` steps above 1."""
+    return (1.5 if half_octave % 2 else 1.0) * 2.0 ** (half_octave // 2)
 
 
 def steps(channel_scale, state_scale):
@@ -210,9 +215,10 @@ def test_measured_scales_follow_the_square_root_of_a_column_and_outliers_all_the
         assert channel_scale.dtype == state_scale.dtype == torch.bfloat16
         assert channel_scale.shape == (2, 3, headdim) and state_scale.shape == (2, 3, 4 * quarter)
         mantissa, power = torch.frexp(state_scale.float())
-        assert mantissa.eq(0.5).all()
-        # Half a power, an outlier's logarithm, half the typical one, and 2^-11 by which that is rounded down twice.
-        assert ((power - 1 - wanted).abs() <= 0.5 + 1.5 * MITCHELL + 2.0**-11 + 1e-5).all()
+        assert (mantissa.eq(0.5) | mantissa.eq(0.75)).all()
+        found = power - 1 + (2 * mantissa - 1)  # 1.5 is half an octave
+        # Half a step, an outlier's logarithm, half the typical one, and 2^-11 by which that is rounded down twice.
+        assert ((found - wanted).abs() <= 0.25 + 1.5 * MITCHELL + 2.0**-11 + 1e-5).all()
         relative = exact / state_scale.double()[..., None, :]
         # One rounding to bfloat16; float32 noise is far below it.
         expected = (relative.amax(-1) / LARGEST[bits]).clamp(min=TINY)
@@ -226,8 +232,8 @@ def test_measured_scales_are_those_of_integer_arithmetic(seed, headdim, dstate, 
     h = with_outliers(seed, (headdim, dstate), log)
     sums = quant.halving_sum(h.abs(), dim=0)  # see test_halving_sum_adds_halves
     expected = [
-        2.0**scale if math.isfinite(total) else math.nan
-        for total, scale in zip(sums.tolist(), log2_of_state_scales(sums.tolist()), strict=True)
+        scale_at(half_octave) if math.isfinite(total) else math.nan
+        for total, half_octave in zip(sums.tolist(), half_octaves(sums.tolist()), strict=True)
     ]
     torch.testing.assert_close(quant.dynamic_state_scale(h).tolist(), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -237,37 +243,38 @@ def test_measured_scales_are_those_of_integer_arithmetic(seed, headdim, dstate, 
 def test_a_measured_scale_changes_at_the_thresholds_of_its_definition(headdim, others):
     """The last column of a head grows: at the sum where its scale changes, and one unit of the last place below it."""
 
-    def log2_at(bits):
-        return log2_of_state_scales([*others, float32(bits)])[-1]
+    def follows(bits):
+        return half_octaves([*others, float32(bits)])[-1]
 
     lowest, highest = 0, word(2.0**BOUND)
-    powers = range(log2_at(lowest) + 1, log2_at(highest) + 1)
-    assert len(powers) >= 30
-    for power in powers:
+    steps_up = range(follows(lowest) + 1, follows(highest) + 1)
+    assert len(steps_up) >= 60
+    for half_octave in steps_up:
         below, at = lowest, highest
         while at - below > 1:
             middle = (below + at) // 2
-            below, at = (below, middle) if log2_at(middle) >= power else (middle, at)
+            below, at = (below, middle) if follows(middle) >= half_octave else (middle, at)
         for bits in (below, at):
             totals = [*others, float32(bits)]
             # One value a column, of either sign, the rest zeros.
             h = torch.zeros(headdim, len(totals))
             for column, total in enumerate(totals):
                 h[column % headdim, column] = total * (-1) ** column
-            scales = [2.0**scale for scale in log2_of_state_scales(totals)]
-            assert quant.dynamic_state_scale(h).tolist() == scales and scales[-1] == 2.0 ** (power - (bits == below))
+            scales = [scale_at(step) for step in half_octaves(totals)]
+            assert quant.dynamic_state_scale(h).tolist() == scales
+            assert scales[-1] == scale_at(half_octave - (bits == below))
 
 
 @pytest.mark.parametrize("headdim", [1, 2, 7, 80])
 @pytest.mark.parametrize("dstate", [1, 5, 16])
 def test_equal_columns_get_the_square_root_of_their_sum(headdim, dstate):
-    """What is typical is then what each has: from 2^(2p - 1) to below 2^(2p + 1) the scale is 2^p."""
-    for power in range(-BOUND // 2 + 1, BOUND // 2):
-        first = 2.0 ** (2 * power - 1)
-        for total, scale in ((first, 2.0**power), (float32(word(first) - 1), 2.0 ** (power - 1))):
+    """What is typical is then what each has: from 1.5 * 2^(k - 1) to below 1.5 * 2^k the scale is k half octaves."""
+    for k in range(-BOUND + 1, BOUND):
+        first = 1.5 * 2.0 ** (k - 1)
+        for total, half_octave in ((first, k), (float32(word(first) - 1), k - 1)):
             h = torch.zeros(headdim, dstate)
             h[-1] = total
-            assert quant.dynamic_state_scale(h).tolist() == [scale] * dstate
+            assert quant.dynamic_state_scale(h).tolist() == [scale_at(half_octave)] * dstate
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -277,6 +284,7 @@ def test_a_scale_follows_a_column_by_half_inside_the_band_and_all_the_way_outsid
         h[:, 5] *= 2.0 ** (sign * octaves)
         return quant.dynamic_state_scale(h)[5].item()
 
+    assert scale_of(0) == 8 and scale_of(1) == {1: 12, -1: 6}[sign]  # half an octave
     assert scale_of(2) == scale_of(0) * 2.0 ** (sign * 1)
     # 16 octaves more, of which what is typical, the mean over 8 columns, takes 2, and half of those count.
     assert scale_of(24) == scale_of(8) * 2.0 ** (sign * 15)
@@ -301,12 +309,12 @@ def test_only_a_column_that_is_not_finite_gets_nan(bad):
     h[:, 7] = torch.tensor(bad)
     others = torch.arange(33) != 7
     scales = quant.dynamic_state_scale(h)
-    assert scales[7].isnan() and scales[others].eq(2).all()  # of a sum of 2: half an octave, rounded up
+    assert scales[7].isnan() and scales[others].eq(1.5).all()  # of a sum of 2: half an octave
 
 
 def test_measured_scales_are_found_by_column_sums_in_halves():
     """Kernels sum in that order: where the sum is next to a threshold, another order gives another scale."""
-    threshold = 0.5  # of heads of one column: 2^-1 below it, 1 from it on
+    threshold = 0.75  # of heads of one column: a scale of 0.75 below it, of 1 from it on
     magnitude = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0)) * threshold / 8  # columns, as rows
     magnitude[:, 15] = (threshold - magnitude[:, :15].double().sum(-1)).abs().float()
     halves = magnitude
@@ -316,7 +324,7 @@ def test_measured_scales_are_found_by_column_sums_in_halves():
     in_sequence = magnitude[:, :1]
     for column in range(1, 16):
         in_sequence = in_sequence + magnitude[:, column : column + 1]
-    expected, other = (torch.where(sums < threshold, 0.5, 1.0) for sums in (halves, in_sequence))
+    expected, other = (torch.where(sums < threshold, 0.75, 1.0) for sums in (halves, in_sequence))
     assert not torch.equal(expected, other)
     _, _, state_scale = quant.quantize_state(magnitude[None, ..., None], 8)
     assert torch.equal(state_scale[0].float(), expected)
@@ -441,8 +449,7 @@ def test_quantize_state_rounds_likewise(calibrated):
     per_channel = (1 / channel_scale.double()).float()[..., None]
     per_state = (1 / state_scale.double()).float()[..., None, :]
     scaled = float32_product(h, per_state)
-    # A measured scale rounds nothing: a kernel may keep h in units of it.
-    assert torch.equal(scaled.double(), h.double() * per_state) != calibrated
+    assert not torch.equal(scaled.double(), h.double() * per_state)
     expected = scaled.double() * per_channel
     channel_first = float32_product(h, per_channel).double() * per_state
     assert channel_first.round().ne(expected.round()).any()

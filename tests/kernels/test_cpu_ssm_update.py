@@ -158,7 +158,7 @@ def test_ties_are_those_of_the_exact_product(isa: str, dynamic: bool) -> None:
     packed.copy_(quant.pack(codes.to(torch.int8), 4))
     # 2/7 of it has 8 bits, too. Alike in two rows that follow each other, so that all columns have the same mean.
     pairs = torch.arange(2 * 4 * 4).view(2, 4, 4) + 1
-    channel_scale.copy_(pairs.repeat_interleave(2, dim=-1) * 7 / 64)
+    channel_scale.copy_(pairs.repeat_interleave(2, dim=-1) * 7 / 32)
     if not dynamic:
         problem.calibrated[:, ::2] = 0.5
     state_scale = state_scale.fill_(1) if dynamic else problem.calibrated

@@ -11,13 +11,15 @@ from qmamba_compile import quant
 def tied_state(shape: tuple[int, int, int, int], bits: int, state_scale: Tensor | None) -> Tensor:
     """[b, h, p, n], each value but a row's largest at a tie; channel_scale of even rows is a power of two."""
     h = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    scale = (quant.dynamic_state_scale(h) if state_scale is None else state_scale).float()[..., None, :]
-    channel_scale = quant.channel_scale_of(h, scale[..., 0, :], bits).float()
-    channel_scale[..., ::2] = channel_scale[..., ::2].log2().round().exp2()
-    step = channel_scale[..., None] * scale
-    codes = (h / step).floor().clamp(-quant.max_code(bits), quant.max_code(bits) - 1) + 0.5
-    largest = (h / scale).abs().argmax(dim=-1, keepdim=True)
-    return codes.scatter(-1, largest, float(quant.max_code(bits))) * step
+    for _ in range(3):  # until a measured scale stays what it was
+        scale = (quant.dynamic_state_scale(h) if state_scale is None else state_scale).float()[..., None, :]
+        channel_scale = quant.channel_scale_of(h, scale[..., 0, :], bits).float()
+        channel_scale[..., ::2] = channel_scale[..., ::2].log2().round().exp2()
+        step = channel_scale[..., None] * scale
+        codes = (h / step).floor().clamp(-quant.max_code(bits), quant.max_code(bits) - 1) + 0.5
+        largest = (h / scale).abs().argmax(dim=-1, keepdim=True)
+        h = codes.scatter(-1, largest, float(quant.max_code(bits))) * step
+    return h
 
 
 def assert_tied(h: Tensor, channel_scale: Tensor, state_scale: Tensor) -> None:

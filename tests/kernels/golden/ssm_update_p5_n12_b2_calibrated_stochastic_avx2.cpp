@@ -351,17 +351,21 @@ inline void read_calibrated(const Input& calibrated, int64_t head, float* state_
 // Rows of the block of LANES that begins at row p.
 inline int rows_from(int p) { return HEADDIM % LANES == 0 || HEADDIM - p > LANES ? LANES : HEADDIM - p; }
 
-// `count` rows become h / state_scale by `factor`; `largest` gets the magnitudes of each.
-inline void scale_rows(float* rows, int count, const float* factor, Ints* largest) {
+// `count` rows of h / state_scale; `largest` gets the magnitudes of each.
+inline void scale_rows(
+    const float* h, int count, const float* inverse, float* rows, Ints* largest
+) {
+    // A store may alias anything: `inverse` itself would be read anew after each.
+    Floats inverses[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) inverses[j] = load<Floats>(inverse + j * LANES);
     for (int i = 0; i < count; ++i) {
-        float* row = rows + i * ROW;
         Ints most = {};
 #pragma GCC unroll 16
         for (int at = 0; at < ROW; at += LANES) {
-            const Floats scaled = load<Floats>(row + at) * load<Floats>(factor + at);
+            const Floats scaled = load<Floats>(h + i * ROW + at) * inverses[at / LANES];
             // Magnitudes compare as integers do, with NaN above infinity: a NaN is never lost.
             most = larger(most, (Ints)magnitude(scaled));
-            store(row + at, scaled);
+            store(rows + i * ROW + at, scaled);
         }
         largest[i] = most;
     }
@@ -513,14 +517,9 @@ struct Arguments : Call {
     explicit Arguments(const Call& call) : Call(call), steps(call.batch, call.nheads) {}
 };
 
-// What the columns of a state are multiplied by.
-struct Operands {
-    float dB[ROW], C[ROW];
-};
-
-struct alignas(64) Scratch : Operands {
-    float B[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
-    float state_scale[ROW], factor[ROW];  // factor: what makes rows h / state_scale
+struct alignas(64) Scratch {
+    float B[ROW], dB[ROW], C[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
+    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the state scales
     float noise[LANES][NOISE];
     float rows[2 * LANES * ROW];
     float channel_inverse[HEADDIM + LANES];
@@ -533,7 +532,6 @@ inline void update_rows(
     const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows,
     Floats* y, Ints* largest
 ) {
-    const Operands& columns = s;
     Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
     Ints most[COUNT] = {};
 #pragma GCC unroll 2
@@ -555,12 +553,12 @@ inline void update_rows(
                 // A code times its scales is exact in float32, in any order.
                 h[r] = unpack(bytes[r], run) * load<Floats>(s.state_scale + at) * channel[r] * decay;
             }
-            const Floats dB = load<Floats>(columns.dB + at), C = load<Floats>(columns.C + at);
+            const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
                 h[r] += dB * x[r];
                 sums[r] = multiply_add(h[r], C, sums[r]);
-                h[r] *= load<Floats>(s.factor + at);
+                h[r] *= load<Floats>(s.inverse + at);
                 most[r] = larger(most[r], (Ints)magnitude(h[r]));
                 store(rows + r * ROW + at, h[r]);
             }
@@ -600,7 +598,7 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     for (int i = 0; i < ROW; ++i) s.dB[i] = s.B[i] * a.steps.dt[b * a.steps.stride + head];
     uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
-    read_calibrated(a.state_scale, head, s.state_scale, s.factor);
+    read_calibrated(a.state_scale, head, s.state_scale, s.inverse);
     // A block is packed while the scales of the next one are found: they end in long chains of dependent operations.
     for (int p = 0; p < HEADDIM + LANES; p += LANES) {
         if (p < HEADDIM) {

@@ -21,7 +21,6 @@
 // A sequence whose ring has room only reads its codes: y is their product with C, in integers, and what the ring adds.
 // At the others, once in 8 steps, the ring is folded into the state, which is quantized again:
 // A head's new state waits in 32768 bytes of scratch, since its state scales are known only after its last row.
-// It is h / state_scale, by the scales that it had: powers of two, with which nothing rounds.
 //
 // A byte holds columns c, c + 64, lowest bits first, each code plus 8.
 //
@@ -369,12 +368,8 @@ inline Floats sum_rows(const float* column) {
 
 inline Ints clamp(Ints x, int low, int high) { return smaller(larger(x, Ints{} + low), Ints{} + high); }
 
-// 1 / scale of measured state scales: powers of two. Of NaN some number, which the NaN itself multiplies later.
-inline Floats reciprocal(Words scale) { return (Floats)(0x7f000000u - scale); }
-
-// quant.dynamic_state_scale of a head's rows, which are in units of `state_scale`, the old ones. That becomes the new
-// ones; `ratio` is what brings the rows into units of them, and zero in pads. False if a value is not finite.
-inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scale, float* ratio) {
+// quant.dynamic_state_scale of a head's rows, and reciprocals. False if a value is not finite.
+inline bool measure_scales(const float* rows, uint16_t* state_scale, float* inverse) {
     constexpr int LOWEST = 562036736, HIGHEST = 1568669696;
     alignas(64) int32_t totals[ROW];  // the bits of floats; zero in pads
     if (TAIL != 0) memset(totals, 0, sizeof totals);
@@ -382,8 +377,7 @@ inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scal
     for (int run = 0; run < RUNS; ++run) {
         for (int j = 0; j < RUN_VECTORS; ++j) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            const Floats total = sum_rows<0, 1>(rows + at) * load<Floats>(state_scale + at);
-            store_run(totals + run * RUN_VECTORS * LANES, j, (Ints)total);
+            store_run(totals + run * RUN_VECTORS * LANES, j, (Ints)sum_rows<0, 1>(rows + at));
             most = larger(most, load<Ints>(totals + at));
             logs += clamp(load<Ints>(totals + at), LOWEST, HIGHEST) >> 12;
         }
@@ -394,12 +388,13 @@ inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scal
             const int at = (run * RUN_VECTORS + j) * LANES;
             const Ints total = load<Ints>(totals + at), log2 = clamp(total, LOWEST, HIGHEST), above = log2 - typical;
             const Ints far = above - clamp(above, -20971520, 20971520);
-            const Ints whole = clamp((log2 - 1056964608 + far) >> 24, -32, 32);
-            const Words scale = (Words)(total < 0x7f800000 ? (whole + 127) << 23 : Ints{} + 0x7fc00000);
-            const Floats old = load<Floats>(state_scale + at);
-            store_run(stored + run * RUN, j, narrow_to_halves(scale >> 16));
-            store_run(state_scale + run * RUN_VECTORS * LANES, j, (Floats)scale);
-            store_run(ratio + run * RUN_VECTORS * LANES, j, old * reciprocal(scale));
+            const Ints halves = (log2 - 1061158912 + far) >> 23;  // of an octave
+            const Ints scale = clamp(halves, -64, 64) << 22;
+            const Ints stored = total < 0x7f800000 ? scale + 0x3f800000 : Ints{} + 0x7fc00000;
+            store_run(state_scale + run * RUN, j, narrow_to_halves((Words)stored >> 16));
+            // 1 / 1.5 is less than 0.75. Of NaN some number, which the NaN itself multiplies later.
+            const Ints reciprocal = 0x3f800000 - scale - (scale << 9 >> 31 & (0x3f400000 - 0x3f2aaaab));
+            store_run(inverse + run * RUN_VECTORS * LANES, j, (Floats)reciprocal);
         }
     }
     return max_lanes(most)[0] < 0x7f800000;
@@ -408,16 +403,20 @@ inline bool scale_columns(const float* rows, uint16_t* stored, float* state_scal
 // Rows of the block of LANES that begins at row p.
 inline int rows_from(int p) { return HEADDIM % LANES == 0 || HEADDIM - p > LANES ? LANES : HEADDIM - p; }
 
-// `count` rows become h / state_scale by `factor`; `largest` gets the magnitudes of each, NaN unless `finite`.
-inline void scale_rows(float* rows, int count, const float* factor, bool finite, Ints* largest) {
+// `count` rows of h / state_scale; `largest` gets the magnitudes of each, NaN unless `finite`.
+inline void scale_rows(
+    const float* h, int count, const float* inverse, bool finite, float* rows, Ints* largest
+) {
+    // A store may alias anything: `inverse` itself would be read anew after each.
+    Floats inverses[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) inverses[j] = load<Floats>(inverse + j * LANES);
     for (int i = 0; i < count; ++i) {
-        float* row = rows + i * ROW;
         Ints most = {};
 #pragma GCC unroll 16
         for (int at = 0; at < ROW; at += LANES) {
-            const Floats scaled = load<Floats>(row + at) * load<Floats>(factor + at);
+            const Floats scaled = load<Floats>(h + i * ROW + at) * inverses[at / LANES];
             most = larger_magnitude(most, scaled);
-            store(row + at, scaled);
+            store(rows + i * ROW + at, scaled);
         }
         largest[i] = finite ? most : Ints{} + 0x7fc00000;
     }
@@ -507,50 +506,30 @@ struct Prepared {
     int64_t head;
 };
 
-// What the columns of a state are multiplied by.
-struct Operands {
-    float dB[ROW], C[ROW];
-    float ring_B[SLOTS][ROW];
-};
-
-struct alignas(64) Scratch : Operands {
-    float B[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
-    float state_scale[ROW], factor[ROW];  // factor: what makes rows h / state_scale
-    Operands unit;  // of a head, in units of its state scales
+struct alignas(64) Scratch {
+    float B[ROW], dB[ROW], C[ROW], x[HEADDIM + LANES], y[HEADDIM + LANES];
+    float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the state scales
     float rows[HEADDIM * ROW];
     float channel_inverse[HEADDIM + LANES];
-    float ring_x[SLOTS][HEADDIM + LANES];
+    float ring_x[SLOTS][HEADDIM + LANES], ring_B[SLOTS][ROW];
     float ring_BC[SLOTS], BC, B_scale;
     Prepared prepared[2];  // of this head and of the next one
     uint16_t B_stored[DSTATE];
     int64_t group = -1;  // the sequence and group that B, C and ring_B belong to
 };
 
-// s.unit of a head whose state scales are in scratch.
-inline void to_units(Scratch& s) {
-    for (int at = 0; at < ROW; at += LANES) {
-        const Floats scale = load<Floats>(s.state_scale + at), inverse = reciprocal((Words)scale);
-        store(s.unit.dB + at, load<Floats>(s.dB + at) * inverse);
-        store(s.unit.C + at, load<Floats>(s.C + at) * scale);
-        for (int slot = 0; slot < SLOTS; ++slot) {
-            store(s.unit.ring_B[slot] + at, load<Floats>(s.ring_B[slot] + at) * inverse);
-        }
-    }
-}
-
 // Unpack and update COUNT rows from p on; `y` gets the products C . h of each, to be summed.
-// They are left in `rows` as h / state_scale.
+// They are left in `rows` as h.
 template <int COUNT>
 inline void update_rows(
     const uint8_t* packed, const uint16_t* channel_scale, float decay, int p, const Scratch& s, float* rows,
     Floats* y
 ) {
-    const Operands& columns = s.unit;
     Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
     Floats ring_x[COUNT][SLOTS];
 #pragma GCC unroll 2
     for (int r = 0; r < COUNT; ++r) {
-        channel[r] = CODES * splat(from_bfloat16(channel_scale[p + r])) * decay;
+        channel[r] = CODES * splat(from_bfloat16(channel_scale[p + r]));
         x[r] = splat(s.x[p + r]);
 #pragma GCC unroll 7
         for (int slot = 0; slot < SLOTS; ++slot) ring_x[r][slot] = splat(s.ring_x[slot][p + r]);
@@ -567,15 +546,15 @@ inline void update_rows(
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
                 // A code times its scales is exact in float32, in any order.
-                h[r] = look_up(channel[r], widen(bytes[r]) >> (run * BITS));
+                h[r] = look_up(channel[r], widen(bytes[r]) >> (run * BITS)) * load<Floats>(s.state_scale + at) * decay;
             }
 #pragma GCC unroll 7
             for (int slot = 0; slot < SLOTS; ++slot) {
-                const Floats B = load<Floats>(columns.ring_B[slot] + at);
+                const Floats B = load<Floats>(s.ring_B[slot] + at);
 #pragma GCC unroll 2
                 for (int r = 0; r < COUNT; ++r) h[r] = multiply_add(B, ring_x[r][slot], h[r]);
             }
-            const Floats dB = load<Floats>(columns.dB + at), C = load<Floats>(columns.C + at);
+            const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
                 h[r] += dB * x[r];
@@ -717,10 +696,11 @@ void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     Prepared& to = s.prepared[head % 2];
     to.head = head;
     Input{a.state_scale + (b * a.nheads + head) * DSTATE, 1, 0, 0}.read_columns(0, s.state_scale);
+    alignas(64) float products[ROW];
     Ints largest = {};
     for (int i = 0; i < ROW; i += LANES) {
         const Floats product = load<Floats>(s.C + i) * load<Floats>(s.state_scale + i);
-        store(s.factor + i, product);
+        store(products + i, product);
         largest = larger(largest, (Ints)magnitude(product));
     }
     const float unit = ((Floats)max_lanes(largest))[0] / 32639.0f, floor = unit < TINY_SCALE ? TINY_SCALE : unit;
@@ -729,7 +709,7 @@ void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     for (int run = 0; run < RUNS; ++run) {
         for (int j = 0; j < RUN_VECTORS; ++j) {
             // As in round_codes: the low half of the sum is the rounded value.
-            const Floats product = load<Floats>(s.factor + (run * RUN_VECTORS + j) * LANES);
+            const Floats product = load<Floats>(products + (run * RUN_VECTORS + j) * LANES);
             const Ints rounded = (Ints)multiply_add(product, splat(inverse), splat(12582912.0f));
             total += (Words)rounded;
             // A signed low byte, and what is left of the number: 256 * high + low.
@@ -831,17 +811,16 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
     uint16_t* state_scale = a.state_scale + item * DSTATE;
     Input{state_scale, 1, 0, 0}.read_columns(0, s.state_scale);
-    to_units(s);
     for (int p = 0; p < HEADDIM; p += LANES) {
         update_block(packed, channel_scale, decay, p, rows_from(p), s, s.rows + p * ROW);
     }
-    const bool finite = scale_columns(s.rows, state_scale, s.state_scale, s.factor);
+    const bool finite = measure_scales(s.rows, state_scale, s.inverse);
     // A block is packed while the scales of the next one are found: they end in long chains of dependent operations.
     for (int p = 0; p < HEADDIM + LANES; p += LANES) {
         if (p < HEADDIM) {
             const int count = rows_from(p);
             Ints largest[LANES];
-            scale_rows(s.rows + p * ROW, count, s.factor, finite, largest);
+            scale_rows(s.rows + p * ROW, count, s.inverse, finite, s.rows + p * ROW, largest);
             scale_channels(largest, count, channel_scale + p, s.channel_inverse + p);
         }
         if (p >= LANES) {
@@ -887,7 +866,6 @@ extern "C" void ssm_update_p64_n128_b4_dynamic_nearest_L8_bfloat16_avx512_vnni(c
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         Scratch scratch = {};
-        for (float& scale : scratch.state_scale) scale = 1.0f;  // pads, which no head writes
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < items; ++item) update_head(a, item, scratch);
     }
