@@ -5,7 +5,7 @@ quantize_state    (semantic)  prefill hands the state over packed, decode keeps 
 fuse_ssm_update   (fusion)    a decode step runs on the packed state
 apply_tuned_conv  (semantic)  convolutions get the channels that ESR has tuned
 fuse_conv_update  (fusion)    a decode step's causal convolution becomes one operator
-quantize_linear   (semantic)  linears become int8 W8A8
+quantize_linear   (semantic)  linears become int8 W8A8, and embeddings tied to them read the codes
 fuse_norm_linear  (fusion)    the norm before a linear becomes part of it
 """
 

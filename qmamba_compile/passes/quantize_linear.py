@@ -69,7 +69,7 @@ class QuantizeLinear(GraphPass):
             return
         self._guards = guarded_tensors()
         self._unpacked: dict[fx.Node, tuple[fx.Node | None, ...]] = {}
-        self._kept: dict[fx.Node, NoMatchError] = {}
+        self._kept: dict[fx.Node, tuple[SkipReason, str]] = {}
         for node in iter_calls(graph, "linear"):
             layer, weight = layer_of(node), argument(node, 1, "weight")
             refusal = self._refusal(node, weight, layer)
@@ -106,9 +106,10 @@ class QuantizeLinear(GraphPass):
 
     def _rewrite_embedding(self, graph: fx.Graph, node: fx.Node, weight: fx.Node, report: Report) -> None:
         layer = layer_of(node)
+        if weight in self._kept:
+            report.skipped(layer, *self._kept[weight])
+            return
         try:
-            if weight in self._kept:
-                raise self._kept[weight]
             require_table(node, self._value(weight), self.config)
         except NoMatchError as refusal:
             report.skipped(layer, refusal.reason, refusal.detail)
@@ -148,7 +149,7 @@ class QuantizeLinear(GraphPass):
             try:
                 value = self._replace(weight, layer)
             except NoMatchError as refusal:
-                self._kept[weight] = refusal
+                self._kept[weight] = refusal.reason, refusal.detail
                 artifact = self.context.artifact
                 key = (layer, None if artifact is None else artifact.digest)
                 find = FindBeside(key, functools.partial(quantize_for_layer, layer=layer, artifact=artifact))
