@@ -223,9 +223,9 @@ def ssm_update_reference(
         return y
     dt, dA = recurrence.step_sizes(dt, A, dt_bias, dt_softplus)
     total = recurrence.elapsed(ring) + dA
-    added = recurrence.outer_product(x, dt, B)
-    h = recurrence.materialize(checkpoint, ring, total) + added
-    stored = recurrence.materialize(checkpoint, ring, total, to_store=True) + added
+    latest = recurrence.input_factors(x, dt, B)
+    h = recurrence.materialize(checkpoint, ring, total, latest)
+    stored = recurrence.materialize(checkpoint, ring, total, latest, to_store=True)
     full = ring.position == ring.x.shape[1]
     quantize_state_reference_(packed, channel_scale, state_scale_out, rng, stored, state_scale, bits, stochastic, full)
     recurrence.append_(ring, x, dt, B, total)

@@ -3,7 +3,7 @@
 THE reference, as `quant` is for the codes. A code depends on every bit of the state before it, so what decides the
 state is defined here to the last bit: `exp` and `softplus` are sums and products in a fixed order, none fused, which
 C++ and Triton repeat. (Every library's own exp differs from another's in the last bit, and after 64 steps one code in
-30,000 with it.)
+30,000 with it.) What multiplies the state is fused with what is added to it (`multiply_add`).
 
 A checkpointed state is a packed state that is rewritten once in L steps, and a ring of the inputs since. The
 recurrence is linear, so with S the sum of dt*A since the checkpoint
@@ -75,6 +75,14 @@ def softplus(x: Tensor) -> Tensor:
     return x.clamp(min=0.0) + series * (s + s)
 
 
+def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of float32, rounded once: what processors do in one operation.
+
+    The product is exact in float64; that the sum is rounded there before it is rounded to float32 shows in one of 2^29.
+    """
+    return (a.double() * b.double() + c.double()).to(c.dtype)
+
+
 def step_sizes(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> tuple[Tensor, Tensor]:
     """dt after bias and softplus, and dt * A: float32 [..., h] of dt [..., h], A and dt_bias [h]."""
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
@@ -99,14 +107,15 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """``h = exp(dt*A) h + (dt*B) x``, ``y = C.h + D x``: new state [b, h, p, n] and y [b, h, p] (Q-Mamba, Eq. 5)."""
     dt, dA = step_sizes(dt, A, dt_bias, dt_softplus)
-    h = h * exp(dA)[..., None, None] + outer_product(x, dt, B)
+    dB, x_rows = input_factors(x, dt, B)
+    h = multiply_add(h, exp(dA)[..., None, None], dB * x_rows)
     return h, read(h, x, C, D)
 
 
-def outer_product(x: Tensor, dt: Tensor, B: Tensor) -> Tensor:
-    """What a step adds to the state: (dt * B) x, float32 [b, h, p, n]."""
-    dB = dt[..., None] * _by_head(B, x.shape[1])  # [b, h, n]
-    return dB[:, :, None, :] * x.float()[..., None]
+def input_factors(x: Tensor, dt: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """dt * B as [b, h, 1, n] and x as [b, h, p, 1], float32: a step adds their product to the state."""
+    dB = dt[..., None] * _by_head(B, x.shape[1])
+    return dB[:, :, None, :], x.float()[..., None]
 
 
 def read(h: Tensor, x: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
@@ -183,16 +192,24 @@ def elapsed(ring: Ring) -> Tensor:
     return torch.where(ring.position[:, None] > 0, ring.decay.gather(1, last)[:, 0], 0.0)
 
 
-def materialize(checkpoint: Tensor, ring: Ring, total: Tensor | None = None, *, to_store: bool = False) -> Tensor:
+def materialize(
+    checkpoint: Tensor,
+    ring: Ring,
+    total: Tensor | None = None,
+    latest: tuple[Tensor, Tensor] | None = None,
+    *,
+    to_store: bool = False,
+) -> Tensor:
     """The float state [b, h, p, n] at S = ``total`` [b, h] (now, if None) from the one at the checkpoint.
 
     Args:
+        latest: `input_factors` of the step that ends at ``total`` and is not in the ring.
         to_store: each slot's weighted x is rounded to 16 significant bits: times a B of 8 bits, its product is exact in
             float32 (from 2^-103 on), so that a fused multiply-add gives the same state. The error is within 2^-16; that
             of what the ring holds, within 2^-9.
     """
     total = elapsed(ring) if total is None else total
-    h = checkpoint * exp(total)[..., None, None]
+    added = torch.zeros_like(checkpoint)
     nheads = checkpoint.shape[1]
     for slot in range(ring.x.shape[1]):
         weight = exp(total - ring.decay[:, slot])
@@ -201,9 +218,11 @@ def materialize(checkpoint: Tensor, ring: Ring, total: Tensor | None = None, *, 
         x = weight[..., None] * ring.x[:, slot].float()
         if to_store and ring.x.dtype != torch.float32:
             x = torch.where(x.isnan(), x, ((x.view(torch.int32) + 2**7) & SHORT_MASK).view(torch.float32))
-        added = x[..., None] * _by_head(ring.B[:, slot], nheads)[:, :, None, :]
-        h = torch.where((slot < ring.position)[:, None, None, None], h + added, h)
-    return h
+        product = x[..., None] * _by_head(ring.B[:, slot], nheads)[:, :, None, :]
+        added = torch.where((slot < ring.position)[:, None, None, None], added + product, added)
+    if latest is not None:
+        added = multiply_add(*latest, added)
+    return multiply_add(checkpoint, exp(total)[..., None, None], added)
 
 
 def append_(ring: Ring, x: Tensor, dt: Tensor, B: Tensor, total: Tensor) -> None:

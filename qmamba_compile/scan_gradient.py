@@ -150,10 +150,14 @@ def scan_backward_reference(
     kept = []
     begins = range(0, seqlen, _CHUNK)
 
+    def after_step(state: Tensor, t: int) -> Tensor:
+        dBx = (dt[:, t, :, None] * B[:, t])[:, :, None, :] * x[:, t, :, :, None]
+        return recurrence.multiply_add(state, decay[:, t, :, None, None], dBx)
+
     def advance(state: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """The state that step t begins at as y sees it, and the state after it."""
         seen = store(state) if single_step and store is not None else state
-        h = state * decay[:, t, :, None, None] + (dt[:, t, :, None] * B[:, t])[:, :, None, :] * x[:, t, :, :, None]
+        h = after_step(state, t)
         stored = store is not None and not single_step and (t + 1) % flush_interval == 0
         return seen, store(h) if stored and store is not None else h
 
@@ -173,7 +177,7 @@ def scan_backward_reference(
             state = after
         for t, before, seen, after in reversed(states):
             step = dt[:, t, :, None]  # [b, h, 1]
-            h = seen * decay[:, t, :, None, None] + (step * B[:, t])[:, :, None, :] * x[:, t, :, :, None]
+            h = after_step(seen, t)
             if store is not None and not single_step and (t + 1) % flush_interval == 0:
                 grad = store.pass_through(grad, h, after)
             from_y = C[:, t, :, None, :] * grad_y[:, t, :, :, None]  # [b, h, p, n]

@@ -166,10 +166,10 @@ def scan_reference(
         decay = dA[:, t, :, None, None]
         dB = dt[:, t, :, None] * B[:, t].to(dt.dtype).repeat_interleave(repeats, dim=1)
         dBx = dB[:, :, None, :] * x[:, t, :, :, None]
-        h = (stored(state) if single_step else state) * decay + dBx
+        h = recurrence.multiply_add(stored(state) if single_step else state, decay, dBx)
         outputs.append(torch.einsum("bhpn,bhn->bhp", h, C[:, t].to(dt.dtype).repeat_interleave(repeats, dim=1)))
         if single_step:
-            state = state * decay + dBx
+            state = recurrence.multiply_add(state, decay, dBx)
         elif (t + 1) % flush_interval == 0:
             state = stored(h)
         else:

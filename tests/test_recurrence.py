@@ -77,7 +77,7 @@ def test_an_unquantized_checkpoint_is_the_float_recurrence(flush_interval):
         h, y = recurrence.step(h, x, dt, A, B, C, D, dt_bias, True)
         dt, dA = recurrence.step_sizes(dt, A, dt_bias, True)
         total = recurrence.elapsed(ring) + dA
-        now = recurrence.materialize(checkpoint, ring, total) + recurrence.outer_product(x, dt, B)
+        now = recurrence.materialize(checkpoint, ring, total, recurrence.input_factors(x, dt, B))
         full = ring.position == flush_interval - 1
         checkpoint = torch.where(full[:, None, None, None], now, checkpoint)
         recurrence.append_(ring, x, dt, B, total)

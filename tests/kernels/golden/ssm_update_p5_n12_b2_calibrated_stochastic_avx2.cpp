@@ -18,7 +18,7 @@
 //
 // A byte holds columns c, c + 3, c + 6, c + 9, lowest bits first, each code plus 2.
 //
-// Promises: the operations of quant.py and recurrence.py in their order, none fused but rounding: codes and scales are
+// Promises: the operations of quant.py and recurrence.py in their order, fused where theirs are: codes and scales are
 // the reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused
 // multiply-adds.
 #include <math.h>
@@ -57,6 +57,7 @@ inline Bytes narrow(Ints lanes) {
 }
 inline Ints larger(Ints a, Ints b) { return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return multiply_add(a, b, c); }
 inline Ints round_down(Floats x) { return (Ints)_mm256_cvtps_epi32(_mm256_floor_ps(x)); }
 inline Longs wide_product(Longs a, uint32_t b) { return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
 inline Words widen_halves(Halves halves) { return (Words)_mm256_cvtepu16_epi32((__m128i)halves); }
@@ -547,16 +548,14 @@ inline void update_rows(
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            Floats h[COUNT];
-#pragma GCC unroll 2
-            for (int r = 0; r < COUNT; ++r) {
-                // A code times its scales is exact in float32, in any order.
-                h[r] = unpack(bytes[r], run) * load<Floats>(s.state_scale + at) * channel[r] * decay;
-            }
+            Floats h[COUNT];  // what the inputs since the last store add, then the state
             const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
-                h[r] += dB * x[r];
+                h[r] = dB * x[r];
+                // A code times its scales is exact in float32, in any order.
+                const Floats old = unpack(bytes[r], run) * load<Floats>(s.state_scale + at) * channel[r];
+                h[r] = fused_multiply_add(old, splat(decay), h[r]);
                 sums[r] = multiply_add(h[r], C, sums[r]);
                 h[r] *= load<Floats>(s.inverse + at);
                 most[r] = larger(most[r], (Ints)magnitude(h[r]));

@@ -24,7 +24,7 @@
 //
 // A byte holds columns c, c + 64, lowest bits first, each code plus 8.
 //
-// Promises: the operations of quant.py and recurrence.py in their order, none fused but rounding: codes and scales are
+// Promises: the operations of quant.py and recurrence.py in their order, fused where theirs are: codes and scales are
 // the reference's, bit for bit. Only y differs, by rounding: its sum is taken in another order, with fused
 // multiply-adds, and a step that only reads rounds C to 16 bits.
 #include <math.h>
@@ -50,6 +50,8 @@ inline Ints widen_signed(Bytes bytes) { return (Ints)_mm512_cvtepi8_epi32((__m12
 inline Bytes narrow(Ints lanes) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)lanes); }
 inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// recurrence.multiply_add; where it decides no code, multiply_add may round twice.
+inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return multiply_add(a, b, c); }
 // Lanes of b where MASK has a 1. gcc makes shuffles of some, which one port does, and a blend is for two.
 template <int MASK>
 inline Floats blend(Floats a, Floats b) { return _mm512_mask_blend_ps(MASK, a, b); }
@@ -542,22 +544,23 @@ inline void update_rows(
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            Floats h[COUNT];
-#pragma GCC unroll 2
-            for (int r = 0; r < COUNT; ++r) {
-                // A code times its scales is exact in float32, in any order.
-                h[r] = look_up(channel[r], widen(bytes[r]) >> (run * BITS)) * load<Floats>(s.state_scale + at) * decay;
-            }
+            Floats h[COUNT];  // what the inputs since the last store add, then the state
 #pragma GCC unroll 7
             for (int slot = 0; slot < SLOTS; ++slot) {
                 const Floats B = load<Floats>(s.ring_B[slot] + at);
 #pragma GCC unroll 2
-                for (int r = 0; r < COUNT; ++r) h[r] = multiply_add(B, ring_x[r][slot], h[r]);
+                for (int r = 0; r < COUNT; ++r) {
+                    const Floats x = ring_x[r][slot];
+                    h[r] = slot == 0 ? B * x : multiply_add(B, x, h[r]);
+                }
             }
             const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
-                h[r] += dB * x[r];
+                h[r] = fused_multiply_add(dB, x[r], h[r]);
+                // A code times its scales is exact in float32, in any order.
+                const Floats old = look_up(channel[r], widen(bytes[r]) >> (run * BITS)) * load<Floats>(s.state_scale + at);
+                h[r] = fused_multiply_add(old, splat(decay), h[r]);
                 sums[r] = multiply_add(h[r], C, sums[r]);
                 store(rows + r * ROW + at, h[r]);
             }
