@@ -328,12 +328,12 @@ def test_gradients_compile_without_spills(scales: str, single_step: bool, target
     assert found.shared_bytes <= 64 * 1024
 
 
-def test_nothing_that_decides_a_code_is_fused() -> None:
-    """A fused multiply-add would round once where the reference rounds twice: five products of an element and two sums
-    stand alone. The sixth product and the third sum are the rounding to a code, which is fused in the reference."""
+def test_only_what_the_reference_fuses_decides_a_code() -> None:
+    """A fused multiply-add rounds once where a product and a sum round twice: four products of an element and a sum stand
+    alone. Two more are fused, in the reference as well: the decay of the state, and the rounding to a code."""
     spec = tuning.ssm_scan("sm_90", 64, 128, 4, False, False)
     mix = compile_scan(spec, keeps=True).mix
     elements = spec.rows * spec.columns // (32 * spec.warps)
-    assert mix["FMUL"] >= 5 * elements and mix["FADD"] >= 2 * elements
+    assert mix["FMUL"] >= 4 * elements and mix["FADD"] >= elements
     # What else is fused is for rows and columns.
-    assert elements <= mix["FFMA"] < 2.5 * elements
+    assert 2 * elements <= mix["FFMA"] < 3.5 * elements
