@@ -284,19 +284,27 @@ def _time_calls(call: Callable[[], Any], repeats: int = 20) -> tuple[Timing, Tim
     return Timing.of(whole), Timing.of(host)
 
 
-def _time_model(network: Any, backend: str, ids: Tensor, decode: bool) -> tuple[tuple[Timing, Timing], Any]:
-    """A prompt, or one decode step after it, by `_time_calls`; and the cache."""
+def _time_model(network: Any, backend: str, ids: Tensor, decode: bool) -> tuple[dict[str, Timing], Any]:
+    """A prompt, or one decode step after it, by `_time_calls`, the step once more without guards; and the cache."""
     with torch.inference_mode():
         if not decode:
-            times = _time_calls(lambda: network(ids, use_cache=True), 5)
-            return times, network(ids, use_cache=True)[cache_name(network)]
+            seconds, host = _time_calls(lambda: network(ids, use_cache=True), 5)
+            cache = network(ids, use_cache=True)[cache_name(network)]
+            return {"seconds": seconds, "host_seconds": host}, cache
         # Only the eager model marks its cache as fit for CUDA graphs; ours packs it in the compiled prompt.
         torch.compiler.set_stance("force_eager" if backend == "inductor" else "default")
         name = cache_name(network)
         cache = network(ids, use_cache=True)[name]
         torch.compiler.set_stance("default")
         token = ids[:, :1].contiguous()
-        return _time_calls(lambda: network(token, use_cache=True, **{name: cache})), cache
+
+        def step() -> Any:
+            return network(token, use_cache=True, **{name: cache})
+
+        seconds, host = _time_calls(step)
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            unguarded, _ = _time_calls(step)
+        return {"seconds": seconds, "host_seconds": host, "unguarded_seconds": unguarded}, cache
 
 
 def measure_model(
@@ -317,15 +325,14 @@ def measure_model(
             torch.cuda.reset_peak_memory_stats()
             torch._dynamo.utils.counters["inductor"].pop("cudagraph_skips", None)
             with _whole_scans():
-                (whole, host), cache = _time_model(network, backend, ids, decode)
+                times, cache = _time_model(network, backend, ids, decode)
             yield {
                 "model": model_name,
                 "layers": layers,
                 "backend": backend,
                 "batch": batch,
                 "tokens": tokens,
-                "seconds": dataclasses.asdict(whole),
-                "host_seconds": dataclasses.asdict(host),
+                **{name: dataclasses.asdict(timing) for name, timing in times.items()},
                 "weight_bytes": held_nbytes(network),
                 "state_bytes": state_bytes(cache),
                 "peak_bytes": torch.cuda.max_memory_allocated(),
@@ -400,11 +407,13 @@ def print_record(record: dict[str, Any]) -> None:
         _out.print(view)
     for section in ("linear", "decode", "prefill"):
         for entry in record["sections"].get(section, []):
-            hidden = ("seconds", "peak_bytes", "weight_bytes", "state_bytes", "host_seconds", "cudagraph_skips")
+            sizes, times = ("peak_bytes", "weight_bytes", "state_bytes"), ("host_seconds", "unguarded_seconds")
+            hidden = ("seconds", *sizes, *times, "cudagraph_skips")
             words = [f"{key} {value}" for key, value in entry.items() if key not in hidden]
-            more = "".join(f", {key[:-6]} {entry[key] / 2**20:.1f} MiB" for key in hidden[1:4] if key in entry)
-            if "host_seconds" in entry:
-                more += f", host {entry['host_seconds']['median'] * 1e6:.1f} us"
+            more = "".join(f", {key[:-6]} {entry[key] / 2**20:.1f} MiB" for key in sizes if key in entry)
+            for key in times:
+                if key in entry:
+                    more += f", {key[:-8]} {entry[key]['median'] * 1e6:.1f} us"
             more += ", without CUDA graphs" if entry.get("cudagraph_skips") else ""
             _out.print(f"{section}: {', '.join(words)}: {entry['seconds']['median'] * 1e6:.1f} us{more}")
     for section, reason in record["skipped"].items():
