@@ -57,6 +57,13 @@ def test_their_gradients_are_those_of_the_functions():
 # --- the ring ------------------------------------------------------------------------------------------------------
 
 
+def test_a_fused_product_and_sum_is_rounded_once():
+    almost = torch.tensor(1 + 2.0**-12)
+    assert almost * almost - (1 + 2.0**-11) == 0
+    fused = recurrence.multiply_add(almost, almost, -torch.tensor(1 + 2.0**-11))
+    assert fused.dtype is torch.float32 and fused == 2.0**-24
+
+
 def inputs_of(steps, batch=2, seed=0):
     """x, dt, B, C of every step, and A, D, dt_bias."""
     generator = torch.Generator().manual_seed(seed)

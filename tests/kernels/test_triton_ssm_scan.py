@@ -329,8 +329,8 @@ def test_gradients_compile_without_spills(scales: str, single_step: bool, target
 
 
 def test_only_what_the_reference_fuses_decides_a_code() -> None:
-    """A fused multiply-add rounds once where a product and a sum round twice: four products of an element and a sum stand
-    alone. Two more are fused, in the reference as well: the decay of the state, and the rounding to a code."""
+    """A fused multiply-add rounds once where a product and a sum round twice: four products of an element and a sum
+    stand alone. Two more are fused, in the reference as well: the decay of the state, and the rounding to a code."""
     spec = tuning.ssm_scan("sm_90", 64, 128, 4, False, False)
     mix = compile_scan(spec, keeps=True).mix
     elements = spec.rows * spec.columns // (32 * spec.warps)
