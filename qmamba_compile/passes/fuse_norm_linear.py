@@ -8,10 +8,20 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SkipReason
-from ..fx_utils import argument, insert_call, iter_calls, layer_of, mutates, op_name, replace_node, shape_of, value_of
+from ..fx_utils import (
+    argument,
+    insert_call,
+    iter_calls,
+    layer_of,
+    mutates,
+    op_name,
+    replace_node,
+    same_size,
+    shape_of,
+    value_of,
+)
 from ..report import Report
-from .base import GraphPass
-from .match_mamba2 import NoMatchError, same_size
+from .base import GraphPass, NoMatchError
 
 _CASTS = ("to", "float", "type_as", "contiguous")
 _VIEWS = ("view", "reshape", "flatten", "unflatten")

@@ -30,9 +30,8 @@ from ..fx_utils import (
     users,
 )
 from ..report import Report
-from .base import GraphPass
+from .base import GraphPass, NoMatchError
 from .int8_weight import has_row_scales, quantize_for_layer
-from .match_mamba2 import NoMatchError
 from .parameter_forms import FindBeside
 from .shared_weight import look_up, require_table, slots_of
 

@@ -23,9 +23,8 @@ from ..fx_utils import (
     users,
     value_of,
 )
-from .base import PassContext
+from .base import NoMatchError, PassContext
 from .int8_weight import has_row_scales
-from .match_mamba2 import NoMatchError
 
 _aten = torch.ops.aten
 
