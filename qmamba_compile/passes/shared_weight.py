@@ -1,4 +1,6 @@
-"""Weights that modules share, such as that of ``lm_head`` and the embedding: who holds one, who may read its codes."""
+"""Weights that modules share, such as that of ``lm_head`` and the embedding: who holds one, so that an int8 one takes
+its place everywhere, and who may read its codes.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,42 @@ from ..fx_utils import (
     op_name,
     parameter_path,
     replace_node,
+    retarget_guards,
     source_name,
     users,
     value_of,
 )
 from .base import NoMatchError, PassContext
-from .int8_weight import has_row_scales
+from .int8_weight import has_row_scales, quantize_for_layer
 
 _aten = torch.ops.aten
 
 
-def slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[nn.Module, str]]:
-    """Every (module, name) that holds the parameter of the linear ``layer``, for an int8 one to be put there.
+def put_int8(weight: fx.Node, layer: str, context: PassContext, guards: dict[int, list[dict[str, Any]]]) -> Int8Tensor:
+    """Put the int8 form of the parameter of linear ``layer`` wherever a module holds it, and into Dynamo's arguments.
+
+    Args:
+        guards: of the graph, by `guarded_tensors`; those of the float parameter are made to look at the int8 one.
+
+    Raises:
+        NoMatchError: something needs the float parameter, or it is no parameter.
+    """
+    index = weight.meta["qmamba_input"].index
+    value, slots = context.example_inputs[index], _slots_of(weight, layer, context)
+    with torch.inference_mode(False), torch.no_grad():
+        quantized = nn.Parameter(quantize_for_layer(value, layer, context.artifact), requires_grad=False)
+    for module, name in slots:
+        module._parameters[name] = quantized
+    retarget_guards(guards, value, quantized)
+    context.example_inputs[index] = quantized
+    return quantized
+
+
+def _slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[nn.Module, str]]:
+    """Every (module, name) that holds the parameter of the linear ``layer``.
 
     Dynamo gives one placeholder to a parameter that several modules share, so all users are asked for their layer. A
     holder that is no such layer uses it in another graph: an embedding when this graph starts from ``inputs_embeds``.
-
-    Raises:
-        NoMatchError: one of them needs the float parameter, or it is no parameter.
     """
     for user in weight.users:
         _require_reader(user, context.config)
