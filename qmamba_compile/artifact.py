@@ -154,6 +154,15 @@ class Artifact:
         return sha.hexdigest()
 
 
+def changes_weight(artifact: Artifact | None, layer: str) -> bool:
+    """True when the int8 weight of a linear is made of another than its float one, so that a tied embedding keeps that.
+
+    SmoothQuant factors could multiply what is looked up. But a model that is saved has torchao's lookup where it is
+    loaded, which does not know of them.
+    """
+    return artifact is not None and not (artifact.smooth(layer) is None and artifact.weight_bcdt(layer) is None)
+
+
 def with_last_rows(parameter: Tensor, rows: Tensor) -> Tensor:
     """A copy of ``parameter`` whose last rows are tuned ones."""
     return torch.cat([parameter[: -len(rows)], rows.to(parameter)])

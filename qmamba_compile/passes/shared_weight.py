@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torchao.quantization import Int8Tensor
 
-from ..artifact import Artifact
+from ..artifact import changes_weight
 from ..config import QMambaConfig
 from ..errors import SkipReason
 from ..fx_utils import (
@@ -76,8 +76,9 @@ def _slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[n
         slots.extend((module, name) for name in names)
     if not slots:
         raise NoMatchError(SkipReason.NOT_A_PARAMETER, f"no module has {source_name(weight)} as a parameter")
-    if users(weight, "embedding") or any(isinstance(module, nn.Embedding) for module, _ in slots):
-        _require_unchanged(layer, context.artifact)
+    tied = users(weight, "embedding") or any(isinstance(module, nn.Embedding) for module, _ in slots)
+    if tied and changes_weight(context.artifact, layer):
+        raise NoMatchError(SkipReason.SECOND_READER, f"the calibration artifact has another weight for {layer}")
     return slots
 
 
@@ -122,13 +123,3 @@ def _require_plain(path: str, max_norm: Any, config: QMambaConfig) -> None:
         raise NoMatchError(SkipReason.EXCLUDED, "named by skip_layers")
     if max_norm is not None:
         raise NoMatchError(SkipReason.SECOND_READER, f"{path} has max_norm={max_norm}: it writes to the rows it reads")
-
-
-def _require_unchanged(layer: str, artifact: Artifact | None) -> None:
-    """An embedding needs its own weight: neither divided by SmoothQuant factors nor with tuned rows.
-
-    The factors could multiply what is looked up. But a model that is saved has torchao's lookup where it is loaded,
-    which does not know of them.
-    """
-    if artifact is not None and not (artifact.smooth(layer) is None and artifact.weight_bcdt(layer) is None):
-        raise NoMatchError(SkipReason.SECOND_READER, f"the calibration artifact has another weight for {layer}")
