@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import inspect
 import itertools
 import logging
 import pickle
@@ -126,6 +127,40 @@ def test_model_without_mamba2_gives_a_warning_and_the_plain_result(compiled, cap
     assert torch.equal(compiled(model)(x), expected)
     assert len(warnings_of(caplog)) == 1
     assert type(model.linear.weight) is nn.Parameter and report.recent[-1].phase == "other"
+
+
+def test_the_warning_counts_the_compilations_that_dynamo_counts(make_model, tokens, compiled, caplog):
+    def run(options, **inputs):
+        model = compiled(make_model(num_hidden_layers=1), **options)
+        model(tokens(2, 9), **inputs)
+
+    with torch._dynamo.config.patch(recompile_limit=3), torch.no_grad():
+        run({})
+        for _ in range(2):
+            with pytest.raises(Exception, match="state_bits=3"):
+                run({"state_bits": 3})
+        gc.collect()
+        run({})  # the first model is gone, what was compiled for it counts
+        assert len(report.recent) == 2 and not warnings_of(caplog)
+        run({})
+        assert len(report.recent) == 3 and len(warnings_of(caplog)) == 1
+        with pytest.raises(Exception, match="fullgraph=True"):
+            run({})
+    assert len(report.recent) == 3
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="this torch counts per function"
+)
+def test_the_warning_counts_an_isolated_model_by_itself(make_model, tokens, caplog):
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        models = [make_model(num_hidden_layers=1) for _ in range(3)]
+        for model in models:
+            model.compile(backend="qmamba", isolate_recompiles=True, options={"inner_backend": "eager"})
+            model(tokens(2, 9))
+        assert len(report.recent) == 3 and not warnings_of(caplog)
+        models[0](tokens(2, 9), use_cache=False)
+        assert len(warnings_of(caplog)) == 1
 
 
 def test_last_compilation_before_the_limit_warns(make_model, tokens, compiled, caplog):
