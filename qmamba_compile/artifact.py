@@ -190,6 +190,11 @@ def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
     _check(dataclasses.replace(artifact, source=str(path)))
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in artifact.tensors.items()}
     content = safetensors.torch.save(tensors, metadata={_HEADER_KEY: artifact.header.to_json()})
+    replace_file(path, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: a reader, or a kill at any moment, finds the old one or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
