@@ -16,7 +16,7 @@ from . import cli
 from .measure import Gate, Summary, checked_speedup
 from .record import Record, Row, console, print_rows
 from .shapes import shape_named
-from .variants import EAGER, INDUCTOR, OURS, with_options
+from .variants import EAGER, INDUCTOR, OURS, choose, with_options
 from .worker import ask
 
 
@@ -34,7 +34,7 @@ def main(
     """Seconds to compile prefill and decode, cold and from a warm cache, in fresh processes."""
     shape_named(shape)
     known = with_options(option)
-    chosen = [name for name in cli.choose(variants, known) if name != EAGER]
+    chosen = [name for name in choose(variants, known) if name != EAGER]
     arguments = {"shape": shape, "batch": batch, "length": length, "variants": chosen, "repeats": repeats}
     with cli.recording("compile", arguments, threads=threads, json=json, plot=plot, roof=False) as found:
         task = {"shape": shape, "batch": batch, "length": length, "threads": torch.get_num_threads(), "option": option}

@@ -15,7 +15,7 @@ from . import cli
 from .measure import Gate, Summary, interleave
 from .record import Record, Row, console, print_rows
 from .shapes import shape_named
-from .variants import EAGER, OURS, Models, Runner, random_ids, with_options
+from .variants import EAGER, OURS, Models, Runner, choose, random_ids, with_options
 
 TOKENS, BATCH, LENGTH = "tokens generated", "batch", "prompt length"
 
@@ -39,8 +39,7 @@ def main(
     dimensions = shape_named(shape)
     known = with_options(option)
     batches, lengths = cli.parse_numbers(batch, "--batch"), cli.parse_numbers(length, "--length")
-    chosen = cli.choose(variants, known)
-    chosen += [name for name in known if name.endswith("]") and name not in chosen]
+    chosen = choose(variants, known)
     arguments = {
         "shape": shape,
         "tokens": tokens,

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import cli, record
 from .measure import Gate, Work
 from .shapes import shape_named
-from .variants import AGAINST, EAGER, OURS, VARIANTS, Models, Runner, linear_ops, random_ids, restore, state_bytes
+from .variants import AGAINST, EAGER, OURS, Models, Runner, choose, linear_ops, random_ids, restore, state_bytes
 from .variants import with_options as variants_with
 
 CHECKED_STEPS = 8
@@ -47,8 +47,7 @@ def main(
     dimensions = shape_named(shape)
     known = variants_with(option)
     batches = cli.parse_numbers(batch, "--batch")
-    chosen = cli.choose(variants, known)
-    chosen += [name for name in known if option and name not in VARIANTS and name not in chosen]
+    chosen = choose(variants, known)
     arguments = {"shape": shape, "batch": batches, "variants": chosen, "repeats": repeats}
     torch._dynamo.config.recompile_limit = 64
     with torch.no_grad(), cli.recording("decode", arguments, threads=threads, json=json, plot=plot) as found:

@@ -10,7 +10,7 @@ import typer
 from . import cli
 from .record import Row, console, print_rows
 from .shapes import shape_named
-from .variants import EAGER, INDUCTOR, OURS, with_options
+from .variants import EAGER, INDUCTOR, OURS, choose, with_options
 from .worker import ask
 
 
@@ -27,8 +27,7 @@ def main(
     """Bytes of weights and state as held, and peak resident memory of a compiled prefill, in fresh processes."""
     shape_named(shape)
     known = with_options(option)
-    chosen = cli.choose(variants, known)
-    chosen += [name for name in known if name.endswith("]") and name not in chosen]
+    chosen = choose(variants, known)
     arguments = {"shape": shape, "batch": batch, "length": length, "variants": chosen}
     group = {"shape": shape, "batch": batch, "length": length}
     with cli.recording("memory", arguments, threads=threads, json=json, plot=plot, roof=False) as found:

@@ -19,9 +19,9 @@ from .variants import (
     AGAINST,
     EAGER,
     TORCHAO,
-    VARIANTS,
     Models,
     Runner,
+    choose,
     linear_ops,
     random_ids,
     state_bytes,
@@ -54,8 +54,7 @@ def main(
     dimensions = shape_named(shape)
     known = with_options(option)
     lengths = cli.parse_numbers(length, "--length")
-    chosen = cli.choose(variants, known, _UNUSUAL)
-    chosen += [name for name in known if option and name not in VARIANTS and name not in chosen]
+    chosen = choose(variants, known, _UNUSUAL)
     arguments = {"shape": shape, "batch": batch, "length": lengths, "variants": chosen, "repeats": repeats}
     torch._dynamo.config.recompile_limit = 64
     with torch.no_grad(), cli.recording("prefill", arguments, threads=threads, json=json, plot=plot) as found:

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calibrate.recurrence import Recurrence, Scan, layer_seed
+from calibrate.recurrence import Recurrence, Scan
 from qmamba_compile import quant
+from qmamba_compile.config import layer_seed
 from qmamba_compile.scan_ops import scan_reference, step_sizes
 
 GROUP = 32

@@ -20,6 +20,7 @@ from qmamba_compile import ConfigError, DSQState, QMambaConfig
 from qmamba_compile.passes.int8_weight import held_nbytes
 from qmamba_compile.passes.parameter_forms import forms_of
 
+from . import cli
 from .shapes import Shape, cache_name
 
 FREEZING = "freezing"
@@ -108,6 +109,12 @@ def with_options(texts: Sequence[str]) -> dict[str, Variant]:
     # Not shared: skip_layers or a calibration make other weights.
     weights = "float32" if config.weights is None else "int8_alone"
     return VARIANTS | {name: Variant(name, weights, "qmamba", _INT8, options)}
+
+
+def choose(text: str, known: Mapping[str, Variant], unusual: Sequence[str] = ()) -> list[str]:
+    """`cli.choose` among `with_options`; what has options of its own runs whether it is named or not."""
+    names = cli.choose(text, known, unusual)
+    return names + [name for name in known if name not in VARIANTS and name not in names]
 
 
 def _value(text: str) -> Any:

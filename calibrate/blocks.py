@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import CalibrationError
 from .recurrence import mixers
@@ -73,14 +74,7 @@ class Blocks:
             raise _PartDone(output[0] if isinstance(output, tuple) else output)
 
         with self._standing_in(ids, hidden, start):
-            handle = self.block(stop - 1).register_forward_hook(finish)
-            try:
-                self.model(ids, use_cache=False)
-            except _PartDone as part:
-                return part.hidden
-            finally:
-                handle.remove()
-        raise CalibrationError(f"{self.names[stop - 1]}: the model's forward does not call this block")
+            return self._run_to(stop - 1, ids, self.block(stop - 1).register_forward_hook(finish))
 
     def embed(self, ids: Tensor) -> Tensor:
         """What enters the first block, [b, l, d]."""
@@ -88,14 +82,17 @@ class Blocks:
         def finish(module: nn.Module, args: Any, kwargs: Any) -> None:
             raise _PartDone(args[0] if args else kwargs["hidden_states"])
 
-        handle = self.block(0).register_forward_pre_hook(finish, with_kwargs=True)
+        return self._run_to(0, ids, self.block(0).register_forward_pre_hook(finish, with_kwargs=True))
+
+    def _run_to(self, index: int, ids: Tensor, hook: RemovableHandle) -> Tensor:
+        """What the hook of a block, which ends the run, has taken out of it."""
         try:
             self.model(ids, use_cache=False)
         except _PartDone as part:
             return part.hidden
         finally:
-            handle.remove()
-        raise CalibrationError(f"{self.names[0]}: the model's forward does not call this block")
+            hook.remove()
+        raise CalibrationError(f"{self.names[index]}: the model's forward does not call this block")
 
     def logits(self, ids: Tensor, hidden: Tensor, start: int) -> Tensor:
         """Logits [b, l, vocab] when ``hidden`` enters block ``start``; behind the last one, it enters the head."""

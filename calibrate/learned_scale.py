@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from qmamba_compile import quant
+from qmamba_compile.config import layer_seed
 from qmamba_compile.scan_ops import StateStore, step_sizes
 
 from .errors import CalibrationError
-from .recurrence import Recurrence, Scan, layer_seed
+from .recurrence import Recurrence, Scan
 
 
 class _Requantize(torch.autograd.Function):

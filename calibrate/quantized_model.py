@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmamba_compile import quant
-from qmamba_compile.artifact import Artifact, check_model, fingerprint
+from qmamba_compile.artifact import Artifact, changes_weight, check_model, fingerprint
+from qmamba_compile.config import QMambaConfig
 
 from .recurrence import mixers
 
@@ -214,10 +215,7 @@ def apply_tuned(model: nn.Module, artifact: Artifact) -> None:
 
 def quantize_linears(model: nn.Module, artifact: Artifact | None = None, skip_layers: tuple[str, ...] = ()) -> None:
     """Replace every linear of ``model`` by its int8 form; an embedding tied to one looks its values up, as compiled."""
-
-    def excluded(path: str) -> bool:
-        return any(path == skip or path.startswith(skip + ".") for skip in skip_layers)
-
+    excluded = QMambaConfig(skip_layers=skip_layers).excludes
     tables = [
         module
         for path, module in model.named_modules()
@@ -230,8 +228,7 @@ def quantize_linears(model: nn.Module, artifact: Artifact | None = None, skip_la
         act_scale = None if artifact is None else artifact.act_scale(path)
         int8 = W8A8Linear(linear.weight.detach(), linear.bias, smooth=smooth, act_scale=act_scale)
         for table in tables:
-            # SmoothQuant factors divide the codes; the backend then keeps the float table beside them.
-            if table.weight is linear.weight and smooth is None:
+            if table.weight is linear.weight and not changes_weight(artifact, path):
                 values = (int8.qdata * int8.scale).to(linear.weight.dtype)
                 table.weight = nn.Parameter(values, requires_grad=False)
         set_module(model, path, int8)

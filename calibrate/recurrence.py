@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import qmamba_compile.ops  # noqa: F401  (registers the operators)
 from qmamba_compile import quant
+from qmamba_compile.config import layer_seed
 from qmamba_compile.errors import StateError
 from qmamba_compile.state import DSQState, require_packable
 
@@ -139,12 +139,6 @@ def float_scan(scan: Scan) -> tuple[Tensor, Tensor]:
         scan.dt_min,
         scan.dt_max,
     )
-
-
-def layer_seed(seed: int, layer: str) -> int:
-    """Philox key of a layer, the same as the compiled model takes: layers must not share their noise."""
-    digest = hashlib.blake2b(f"{seed}:{layer}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def mixers(model: nn.Module) -> dict[str, Any]:

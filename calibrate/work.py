@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from qmamba_compile.artifact import replace_file
 
 from . import distributed
 from .errors import CalibrationError
@@ -82,16 +83,8 @@ class Work:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     with writing(path):
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(path, content)
 
 
 @contextlib.contextmanager

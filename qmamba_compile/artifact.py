@@ -154,6 +154,15 @@ class Artifact:
         return sha.hexdigest()
 
 
+def changes_weight(artifact: Artifact | None, layer: str) -> bool:
+    """True when the int8 weight of a linear is made of another than its float one, so that a tied embedding keeps that.
+
+    SmoothQuant factors could multiply what is looked up. But a model that is saved has torchao's lookup where it is
+    loaded, which does not know of them.
+    """
+    return artifact is not None and not (artifact.smooth(layer) is None and artifact.weight_bcdt(layer) is None)
+
+
 def with_last_rows(parameter: Tensor, rows: Tensor) -> Tensor:
     """A copy of ``parameter`` whose last rows are tuned ones."""
     return torch.cat([parameter[: -len(rows)], rows.to(parameter)])
@@ -181,6 +190,11 @@ def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
     _check(dataclasses.replace(artifact, source=str(path)))
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in artifact.tensors.items()}
     content = safetensors.torch.save(tensors, metadata={_HEADER_KEY: artifact.header.to_json()})
+    replace_file(path, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: a reader, or a kill at any moment, finds the old one or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

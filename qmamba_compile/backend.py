@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.cache_size import _has_same_id_matched_objs
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -211,11 +212,27 @@ def _read_artifact_once(path: str, _changed: tuple[int, int] | None) -> Artifact
     return read_artifact(path)
 
 
+def _graphs_kept() -> int:
+    """How many graphs Dynamo counts against ``recompile_limit``, the one being compiled left out.
+
+    Those of models that are gone count, those that failed do not.
+    """
+    frame: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
+    eval_frame = torch._C._dynamo.eval_frame
+    if hasattr(eval_frame, "_get_cache_entries_for_region"):
+        # torch.compile(isolate_recompiles=True), of torch 2.13, counts its own.
+        region = eval_frame.get_eval_frame_isolate_recompiles_id()
+        kept = eval_frame._get_cache_entries_for_region(frame.f_code, region)
+    else:
+        kept = eval_frame._debug_get_cache_entry_list(frame.f_code)
+    return sum(_has_same_id_matched_objs(frame, entry) for entry in kept)
+
+
 def _warn_before_recompile_limit() -> None:
-    compile_id = torch._guards.CompileContext.current_compile_id()
-    limit = torch._dynamo.config.recompile_limit
-    count = getattr(compile_id, "frame_compile_id", None)
-    if count is not None and count + 1 == limit:
+    if torch._guards.CompileContext.current_compile_id() is None:  # called by hand
+        return
+    count = _graphs_kept()
+    if count + 1 == torch._dynamo.config.recompile_limit:
         logger.warning(
             "qmamba: this is compilation %d of the same function and the last that Dynamo allows; beyond it PyTorch "
             "silently runs eager. Set torch._dynamo.config.recompile_limit higher, or use fewer kinds of inputs "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -115,6 +116,12 @@ class QMambaConfig:
     def excludes(self, layer: str) -> bool:
         """True when ``skip_layers`` names this module path or a parent of it."""
         return any(layer == skip or layer.startswith(skip + ".") for skip in self.skip_layers)
+
+
+def layer_seed(seed: int, layer: str) -> int:
+    """Philox key of a layer's stochastic rounding, from the option ``seed``: layers must not share their noise."""
+    digest = hashlib.blake2b(f"{seed}:{layer}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _require(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -14,6 +14,7 @@ from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.weak import TensorWeakRef
 
 Getter = Callable[[Any], Tensor]
@@ -55,6 +56,11 @@ def shape_of(node: Any) -> tuple[Any, ...]:
 def hint(size: Any) -> int:
     """The size that a possibly symbolic extent had when the graph was traced."""
     return size if isinstance(size, int) else size.node.hint
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """True when two possibly symbolic sizes are known to be equal, without a guard."""
+    return statically_known_true(a == b)
 
 
 def nbytes_of(node: Any) -> int:

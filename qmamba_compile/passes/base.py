@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from ..artifact import Artifact
 from ..config import QMambaConfig
+from ..errors import SkipReason
 from ..fx_utils import removable
 from ..recurrence import Ring, new_ring
 from ..report import Report
@@ -95,6 +96,15 @@ class PassContext:
     scope: dict[str, Any]
     state_outputs: list[StateOutput] = dataclasses.field(default_factory=list)
     state_inputs: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
+class NoMatchError(Exception):
+    """An anchor has to be left as it is: the reason and the values that a pass reports."""
+
+    def __init__(self, reason: SkipReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
 
 
 class GraphPass:

@@ -5,10 +5,10 @@ import operator
 import torch
 from torch import fx
 
-from ..fx_utils import insert_call, layer_of, replace_node, value_of
+from ..fx_utils import insert_call, layer_of, replace_node, same_size, value_of
 from ..report import Report
-from .base import GraphPass
-from .match_mamba2 import NoMatchError, match_scan, same_size, scan_anchors
+from .base import GraphPass, NoMatchError
+from .match_mamba2 import match_scan, scan_anchors
 
 _READ_BY_ROWS = ("cuda",)
 """Devices whose kernel reads x, B and C with their last dimension contiguous."""

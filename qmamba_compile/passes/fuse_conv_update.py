@@ -7,10 +7,20 @@ import torch
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import argument, insert_call, iter_calls, layer_of, op_name, replace_node, shape_of, strip, users
+from ..fx_utils import (
+    argument,
+    insert_call,
+    iter_calls,
+    layer_of,
+    op_name,
+    replace_node,
+    same_size,
+    shape_of,
+    strip,
+    users,
+)
 from ..report import Report
-from .base import GraphPass
-from .match_mamba2 import NoMatchError, same_size
+from .base import GraphPass, NoMatchError
 
 _CASTS = ("to", "float", "type_as")
 

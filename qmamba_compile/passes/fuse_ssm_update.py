@@ -8,8 +8,8 @@ from torch import fx
 from ..errors import SkipReason
 from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, shape_of, strip
 from ..report import Report
-from .base import GraphPass
-from .match_mamba2 import NoMatchError, is_final_state, match_step
+from .base import GraphPass, NoMatchError
+from .match_mamba2 import is_final_state, match_step
 
 
 class FuseSsmUpdate(GraphPass):

@@ -13,22 +13,13 @@ import math
 from typing import Any
 
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import SkipReason
-from ..fx_utils import ancestors, argument, op_name, shape_of, strip, users, value_of
+from ..fx_utils import ancestors, argument, op_name, same_size, shape_of, strip, users, value_of
+from .base import NoMatchError
 
 _CASTS = ("to", "float", "type_as", "contiguous")
 _SHAPES = ("reshape", "view", "pad", "repeat_interleave", "expand", "permute", "transpose", "unsqueeze")
-
-
-class NoMatchError(Exception):
-    """The operations around an anchor are not the expected ones."""
-
-    def __init__(self, reason: SkipReason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
 
 
 def _expect(node: Any, *names: str) -> fx.Node:
@@ -125,11 +116,6 @@ def _full_index(index: Any, rank: int) -> list[Any]:
     missing = rank - sum(isinstance(item, slice) for item in items)
     at = items.index(Ellipsis) if Ellipsis in items else len(items)
     return items[:at] + [slice(None)] * missing + items[at + 1 :]
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """True when two possibly symbolic sizes are known to be equal, without a guard."""
-    return statically_known_true(a == b)
 
 
 @dataclasses.dataclass(frozen=True)

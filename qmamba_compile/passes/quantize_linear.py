@@ -25,16 +25,14 @@ from ..fx_utils import (
     op_name,
     parameter_path,
     replace_node,
-    retarget_guards,
     source_name,
     users,
 )
 from ..report import Report
-from .base import GraphPass
+from .base import GraphPass, NoMatchError
 from .int8_weight import has_row_scales, quantize_for_layer
-from .match_mamba2 import NoMatchError
 from .parameter_forms import FindBeside
-from .shared_weight import look_up, require_table, slots_of
+from .shared_weight import look_up, put_int8, require_table
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -123,7 +121,7 @@ class QuantizeLinear(GraphPass):
             return SkipReason.EXCLUDED, "named by skip_layers"
         if op_name(weight) != "placeholder" or not parameter_path(weight):
             return SkipReason.NOT_A_PARAMETER, f"the weight is {op_name(weight) or weight!r} ({weight})"
-        value = self.context.example_inputs[weight.meta["qmamba_input"].index]
+        value = self._value(weight)
         plain = type(value) in (Tensor, nn.Parameter) and value.dtype in _FLOATS
         if not plain and not has_row_scales(value):
             return SkipReason.DTYPE, f"the weight is a {type(value).__name__} of {value.dtype}; allowed: {_FLOATS}"
@@ -143,11 +141,10 @@ class QuantizeLinear(GraphPass):
         """
         if weight in self._unpacked:
             return self._unpacked[weight], {}
-        index = weight.meta["qmamba_input"].index
-        value, find = self.context.example_inputs[index], None
+        value, find = self._value(weight), None
         if not isinstance(value, Int8Tensor):
             try:
-                value = self._replace(weight, layer)
+                value = put_int8(weight, layer, self.context, self._guards)
             except NoMatchError as refusal:
                 self._kept[weight] = refusal.reason, refusal.detail
                 artifact = self.context.artifact
@@ -161,7 +158,7 @@ class QuantizeLinear(GraphPass):
             if tensor is None:
                 inputs.append(None)
                 continue
-            source = InputSource(index, _getter(name, find))
+            source = InputSource(weight.meta["qmamba_input"].index, _getter(name, find))
             last = add_input(graph, last, f"{weight.name}_{name}", source, fake_like(graph, tensor))
             mark_static(last)
             inputs.append(last)
@@ -170,26 +167,9 @@ class QuantizeLinear(GraphPass):
         held = sum(nbytes_of(part) for part in inputs if part is not None) + (0 if find is None else whole)
         return tuple(inputs), {"bytes_before": whole, "bytes_after": held}
 
-    def _replace(self, weight: fx.Node, layer: str) -> Int8Tensor:
-        """Put the int8 form of a parameter into every module that holds it, and into Dynamo's arguments.
-
-        Raises:
-            NoMatchError: something needs the float one.
-        """
-        value = self._value(weight)
-        slots = slots_of(weight, layer, self.context)
-        with torch.inference_mode(False), torch.no_grad():
-            quantized = nn.Parameter(quantize_for_layer(value, layer, self.context.artifact), requires_grad=False)
-        for module, name in slots:
-            module._parameters[name] = quantized
-        retarget_guards(self._guards, value, quantized)
-        self.context.example_inputs[weight.meta["qmamba_input"].index] = quantized
-        return quantized
-
     def _narrow_guards(self, weights: list[fx.Node]) -> None:
         """Weights of which only the inner tensors are read have to stay the same objects: nothing more is asked."""
-        values = {weight: self.context.example_inputs[weight.meta["qmamba_input"].index] for weight in weights}
-        narrow_guards({source_name(weight): None for weight, value in values.items() if isinstance(value, Int8Tensor)})
+        narrow_guards({source_name(weight): None for weight in weights if isinstance(self._value(weight), Int8Tensor)})
 
     def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:
         """The layer's static activation scale, an input of its own: torchao's eager linear stays dynamic."""

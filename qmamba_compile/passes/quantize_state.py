@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import quant
+from ..config import layer_seed
 from ..errors import ArtifactError, SkipReason, StateError
 from ..fx_utils import (
     InputSource,
@@ -162,7 +162,7 @@ class QuantizeState(GraphPass):
             scale_node,
             bits,
             stochastic,
-            _layer_seed(self.config.seed, layer),
+            layer_seed(self.config.seed, layer),
         )
         width = 3 if scale_node is not None else 4
         parts = [insert_call(copy, operator.getitem, fused, index) for index in range(width)]
@@ -224,9 +224,3 @@ def _read(reader: fx.Node, inner: dict[str, fx.Node], bits: int) -> fx.Node:
     scales = (inner["channel_scale"], inner["state_scale"])
     ring = [inner.get(name) for name in RING_TENSORS] if "ring_x" in inner else []
     return insert_call(reader, torch.ops.qmamba.dequantize_state.default, inner["packed"], *scales, bits, *ring)
-
-
-def _layer_seed(seed: int, layer: str) -> int:
-    """Philox key of a layer: layers must not share their noise."""
-    digest = hashlib.blake2b(f"{seed}:{layer}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

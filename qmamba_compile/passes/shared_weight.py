@@ -1,4 +1,6 @@
-"""Weights that modules share, such as that of ``lm_head`` and the embedding: who holds one, who may read its codes."""
+"""Weights that modules share, such as that of ``lm_head`` and the embedding: who holds one, so that an int8 one takes
+its place everywhere, and who may read its codes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import fx, nn
 from torchao.quantization import Int8Tensor
 
-from ..artifact import Artifact
+from ..artifact import changes_weight
 from ..config import QMambaConfig
 from ..errors import SkipReason
 from ..fx_utils import (
@@ -19,25 +21,42 @@ from ..fx_utils import (
     op_name,
     parameter_path,
     replace_node,
+    retarget_guards,
     source_name,
     users,
     value_of,
 )
-from .base import PassContext
-from .int8_weight import has_row_scales
-from .match_mamba2 import NoMatchError
+from .base import NoMatchError, PassContext
+from .int8_weight import has_row_scales, quantize_for_layer
 
 _aten = torch.ops.aten
 
 
-def slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[nn.Module, str]]:
-    """Every (module, name) that holds the parameter of the linear ``layer``, for an int8 one to be put there.
+def put_int8(weight: fx.Node, layer: str, context: PassContext, guards: dict[int, list[dict[str, Any]]]) -> Int8Tensor:
+    """Put the int8 form of the parameter of linear ``layer`` wherever a module holds it, and into Dynamo's arguments.
+
+    Args:
+        guards: of the graph, by `guarded_tensors`; those of the float parameter are made to look at the int8 one.
+
+    Raises:
+        NoMatchError: something needs the float parameter, or it is no parameter.
+    """
+    index = weight.meta["qmamba_input"].index
+    value, slots = context.example_inputs[index], _slots_of(weight, layer, context)
+    with torch.inference_mode(False), torch.no_grad():
+        quantized = nn.Parameter(quantize_for_layer(value, layer, context.artifact), requires_grad=False)
+    for module, name in slots:
+        module._parameters[name] = quantized
+    retarget_guards(guards, value, quantized)
+    context.example_inputs[index] = quantized
+    return quantized
+
+
+def _slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[nn.Module, str]]:
+    """Every (module, name) that holds the parameter of the linear ``layer``.
 
     Dynamo gives one placeholder to a parameter that several modules share, so all users are asked for their layer. A
     holder that is no such layer uses it in another graph: an embedding when this graph starts from ``inputs_embeds``.
-
-    Raises:
-        NoMatchError: one of them needs the float parameter, or it is no parameter.
     """
     for user in weight.users:
         _require_reader(user, context.config)
@@ -57,8 +76,9 @@ def slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[nn
         slots.extend((module, name) for name in names)
     if not slots:
         raise NoMatchError(SkipReason.NOT_A_PARAMETER, f"no module has {source_name(weight)} as a parameter")
-    if users(weight, "embedding") or any(isinstance(module, nn.Embedding) for module, _ in slots):
-        _require_unchanged(layer, context.artifact)
+    tied = users(weight, "embedding") or any(isinstance(module, nn.Embedding) for module, _ in slots)
+    if tied and changes_weight(context.artifact, layer):
+        raise NoMatchError(SkipReason.SECOND_READER, f"the calibration artifact has another weight for {layer}")
     return slots
 
 
@@ -103,13 +123,3 @@ def _require_plain(path: str, max_norm: Any, config: QMambaConfig) -> None:
         raise NoMatchError(SkipReason.EXCLUDED, "named by skip_layers")
     if max_norm is not None:
         raise NoMatchError(SkipReason.SECOND_READER, f"{path} has max_norm={max_norm}: it writes to the rows it reads")
-
-
-def _require_unchanged(layer: str, artifact: Artifact | None) -> None:
-    """An embedding needs its own weight: neither divided by SmoothQuant factors nor with tuned rows.
-
-    The factors could multiply what is looked up. But a model that is saved has torchao's lookup where it is loaded,
-    which does not know of them.
-    """
-    if artifact is not None and not (artifact.smooth(layer) is None and artifact.weight_bcdt(layer) is None):
-        raise NoMatchError(SkipReason.SECOND_READER, f"the calibration artifact has another weight for {layer}")

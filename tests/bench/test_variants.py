@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.shapes import shape_named
-from bench.variants import EAGER, OURS, VARIANTS, Models, Runner, random_ids, restore, state_bytes, with_options
+from bench.variants import EAGER, OURS, VARIANTS, Models, Runner, choose, random_ids, restore, state_bytes, with_options
 from qmamba_compile import ConfigError, DSQState
 
 
@@ -77,3 +77,11 @@ def test_a_head_left_alone_is_read_as_the_embedding_it_is_tied_to(models):
     skipping = Runner(list(with_options(["skip_layers=lm_head", "inner_backend=eager"]).values())[-1], models)
     skipping.cache(1)
     assert skipping.held_bytes == skipping.weight_bytes
+
+
+def test_what_has_options_of_its_own_runs_whether_it_is_named_or_not():
+    known, own = with_options(["state_bits=8"]), f"{OURS}[state_bits=8]"
+    assert choose(EAGER, known) == [EAGER, own]
+    assert choose(f"{own},{EAGER}", known) == [own, EAGER]
+    assert choose("", known, unusual=[EAGER]) == [name for name in known if name != EAGER]
+    assert choose(EAGER, with_options([])) == [EAGER]

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 
-from calibrate.recurrence import Recurrence, float_scan, layer_seed, mixers, replaced
+from calibrate.recurrence import Recurrence, float_scan, mixers, replaced
 from qmamba_compile.errors import StateError
-from qmamba_compile.passes.quantize_state import _layer_seed
 from qmamba_compile.state import DSQState
 from tests.e2e.test_hybrids import FAMILIES, build
 
@@ -63,7 +62,6 @@ def test_the_compiled_model_has_the_same_noise_and_codes(lively, compiled, token
     model = compiled(lively(), **options)
     out = model(ids[:, :2], use_cache=True)
     assert isinstance(states_of(out.cache_params)[0], DSQState)
-    assert layer_seed(5, "backbone.layers.0.mixer") == _layer_seed(5, "backbone.layers.0.mixer")
     assert states_of(out.cache_params)[0].rng[0, 0] == states_of(expected.cache_params)[0].rng[0, 0]
 
 

@@ -80,11 +80,13 @@ def test_an_embedding_tied_to_an_int8_linear_looks_its_values_up(lively):
     head = W8A8Linear(weight, None)
     assert torch.equal(table(), head.qdata * head.scale) and not torch.equal(table(), weight)
     smoothed = artifact_of(model, {"lm_head.smooth": torch.rand(weight.shape[1]) + 0.5})
+    tuned = artifact_of(model, {"lm_head.weight_bcdt": torch.randn(3, weight.shape[1])})
     for options in (
         {"weights": None},
         {"skip_layers": ("lm_head",)},
         {"skip_layers": ("backbone.embeddings",)},
         {"artifact": smoothed},
+        {"artifact": tuned},
     ):
         assert torch.equal(table(**options), weight)
     assert model.backbone.embeddings.weight is model.lm_head.weight is weight

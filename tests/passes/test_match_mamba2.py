@@ -8,8 +8,8 @@ from torch import nn
 from qmamba_compile.errors import SkipReason
 from qmamba_compile.fx_utils import copy_graph, iter_calls, op_name, placeholders, shape_of, strip
 from qmamba_compile.passes import phase_of
+from qmamba_compile.passes.base import NoMatchError
 from qmamba_compile.passes.match_mamba2 import (
-    NoMatchError,
     final_state_of,
     is_final_state,
     is_step,

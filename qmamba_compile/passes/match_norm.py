@@ -1,0 +1,143 @@
+"""What the norm before a linear looks like in a Dynamo graph: from the linear's input to named nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import SkipReason
+from ..fx_utils import argument, mutates, op_name, same_size, shape_of, value_of
+from .base import NoMatchError
+
+_CASTS = ("to", "float", "type_as", "contiguous")
+_VIEWS = ("view", "reshape", "flatten", "unflatten")
+
+
+@dataclasses.dataclass(frozen=True)
+class NormMatch:
+    """The norm whose result a linear reads.
+
+    Attributes:
+        x, gate: [..., k], as they are before any cast; gate is None without one.
+        weight: [k].
+        indices: what selects tokens of the normed x, to be applied to x, in order.
+    """
+
+    x: fx.Node
+    gate: fx.Node | None
+    weight: fx.Node
+    epsilon: float
+    group_size: int
+    indices: tuple[Any, ...]
+
+
+def match_norm(node: fx.Node) -> NormMatch:
+    """Name the parts of the norm that ends in ``node``.
+
+    Raises:
+        NoMatchError: an operation is missing, one more is there, or the normed value is read elsewhere.
+    """
+    indices: list[Any] = []
+    # What is cast to fewer bits for the linear is quantized as it was before, as Inductor's own fusions have it.
+    weighted = _strip_exact(node.args[0] if op_name(node) == "to" else node)
+    while op_name(weighted) == "getitem" and _selects_tokens(weighted):
+        indices.insert(0, weighted.args[1])
+        weighted = _strip_exact(weighted.args[0])
+    weight, normed = _split(weighted, lambda operand: len(shape_of(operand)) == 1, "mul", "a weight [k]")
+    k = shape_of(weight)[0]
+    scaled, passed = normed, {torch.float32}
+    while op_name(scaled) in (*_CASTS, *_VIEWS):
+        passed.add(value_of(scaled).dtype)
+        scaled = scaled.args[0]
+    root, grouped = _split(scaled, lambda operand: op_name(operand) == "rsqrt", "mul", "rsqrt")
+    epsilon, mean = _split(root.args[0], lambda operand: not isinstance(value_of(operand), Tensor), "add", "epsilon")
+    square = mean.args[0] if op_name(mean) == "mean" else None
+    last = argument(mean, 1, "dim") if square is not None else None
+    if last not in (-1, (-1,), [-1]) or op_name(square) != "pow" or tuple(square.args) != (grouped, 2):
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{root} is not of the mean of squares of {grouped}")
+    h = grouped
+    while op_name(h) in (*_CASTS, *_VIEWS) and value_of(h).dtype == torch.float32:
+        h = h.args[0]
+    gate = None
+    # Any other product is what it is: a tensor to norm.
+    if op_name(h) == "mul" and any(op_name(operand) == "silu" for operand in h.args):
+        activated, h = _split(h, lambda operand: op_name(operand) == "silu", "mul", "silu")
+        gate = _strip_exact(activated.args[0])
+        _require(value_of(activated).dtype == torch.float32, SkipReason.DTYPE, f"{activated} is not in float32")
+    x = _strip_exact(h)
+    dtype = value_of(x).dtype
+    _require(
+        value_of(scaled).dtype == value_of(grouped).dtype == torch.float32
+        and value_of(normed).dtype == dtype
+        and passed <= {torch.float32, dtype}
+        and torch.promote_types(value_of(weighted).dtype, value_of(node).dtype) == value_of(weighted).dtype,
+        SkipReason.DTYPE,
+        f"{weighted} is not normed in float32 and weighted in {dtype}",
+    )
+    whole = shape_of(x)
+    group_size = shape_of(grouped)[-1]
+    in_groups = (*whole[:-1], k // group_size, group_size)
+    _require(
+        _same_shape(shape_of(weighted), whole)
+        and same_size(whole[-1], k)
+        and (gate is None or _same_shape(shape_of(gate), whole))
+        and (_same_shape(shape_of(grouped), whole) or _same_shape(shape_of(grouped), in_groups)),
+        SkipReason.UNKNOWN_STRUCTURE,
+        f"{grouped} of shape {list(shape_of(grouped))} is not {x} of shape {list(whole)} in groups of features",
+    )
+    _require_readers(weighted)
+    for source in (x, gate, weight):
+        written = source is not None and any(mutates(user) for user in source.users)
+        _require(not written, SkipReason.SECOND_READER, f"{source} is written in place")
+    return NormMatch(x, gate, weight, float(value_of(epsilon)), int(group_size), tuple(indices))
+
+
+def _require(condition: bool, reason: SkipReason, detail: str) -> None:
+    if not condition:
+        raise NoMatchError(reason, detail)
+
+
+def _strip_exact(node: Any) -> Any:
+    """Walk back through casts that lose nothing."""
+    while op_name(node) in _CASTS:
+        before, after = value_of(node.args[0]), value_of(node)
+        if before.device != after.device or torch.promote_types(before.dtype, after.dtype) != after.dtype:
+            break
+        node = node.args[0]
+    return node
+
+
+def _split(node: Any, wanted: Any, name: str, what: str) -> tuple[Any, Any]:
+    """The operand of the sum or product ``node`` that is ``wanted``, and the other one."""
+    operands = node.args if op_name(node) == name and not node.kwargs else ()
+    for this, other in (operands, operands[::-1]) if len(operands) == 2 else ():
+        if wanted(this) and isinstance(other, fx.Node):
+            return this, other
+    found = f"{op_name(node)} ({node})" if isinstance(node, fx.Node) else repr(node)
+    raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected {name} with {what} as an operand, found {found}")
+
+
+def _selects_tokens(node: fx.Node) -> bool:
+    """True for an index by slices that keeps all features."""
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    rank = len(shape_of(node.args[0]))
+    whole = len(index) < rank or index[-1] == slice(None)
+    return rank > 1 and whole and all(isinstance(item, slice) for item in index)
+
+
+def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def _require_readers(weighted: fx.Node) -> None:
+    """Casts and slices of a normed value must all end in int8 linears."""
+    pending = list(weighted.users)
+    while pending:
+        user = pending.pop()
+        if op_name(user) in (*_CASTS, "getitem"):
+            pending.extend(user.users)
+        elif op_name(user) != "qmamba.w8a8_linear":
+            raise NoMatchError(SkipReason.SECOND_READER, f"{weighted} is read by {op_name(user)} ({user})")
