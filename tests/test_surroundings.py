@@ -32,6 +32,26 @@ def test_without_a_compiler_the_model_runs_all_the_same(no_compiler, make_model,
     torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_defaults_of_torch_decide_nothing(make_model, compiled, tokens, decode, default):
+    """Kernels used to write float32 into outputs of the default dtype, beyond their end where it is shorter."""
+    prompt, more = tokens(2, 9), tokens(2, 3, seed=2)
+    expected, _ = decode(compiled(make_model(), flush_interval=1), prompt, more)
+    torch._dynamo.reset()
+    model = compiled(make_model(), flush_interval=1)
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    try:
+        if isinstance(default, str):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        logits, _ = decode(model, prompt, more, attention_mask=mask)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(logits, expected)
+
+
 @pytest.mark.parametrize(
     "names, unknown",
     [(("lm_haed", "lm_head"), ["lm_haed"]), (("backbone.layers",), []), (("backbone.layers.1.mixer.in_pro",), None)],
