@@ -20,7 +20,9 @@ def main() -> None:
         if os.environ.get("QMAMBA_TRACEBACK"):
             raise
         console = rich.console.Console(stderr=True)
-        console.print(f"{type(problem).__name__}: {problem}", style="red", markup=False, highlight=False)
+        console.print(
+            f"{type(problem).__name__}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2)
 
 

@@ -14,7 +14,7 @@ import rich.table
 import typer
 
 from qmamba_compile.artifact import Artifact, read_artifact
-from qmamba_compile.config import QMambaConfig
+from qmamba_compile.config import LARGEST_SEED, QMambaConfig
 from qmamba_compile.errors import ConfigError
 
 from . import distributed
@@ -28,8 +28,8 @@ from .recurrence import Recurrence, Run, float_scan, mixers
 
 logger = logging.getLogger(__name__)
 
-_out = rich.console.Console()
-_err = rich.console.Console(stderr=True)
+# Without markup: a path may hold brackets.
+_out = rich.console.Console(markup=False)
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or hub name of a transformers model.")]
 FlushInterval = Annotated[int, typer.Option(min=1, help="Steps from one requantization of the state to the next.")]
@@ -49,7 +49,7 @@ def calibrate(
     validation: Annotated[int, typer.Option(min=2, help="Windows that every choice is made on.")] = 32,
     length: Annotated[int, typer.Option(min=PROMPT + 1, help="Tokens of a window.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 8,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     fit: Annotated[bool, typer.Option(help="Try scales fitted to what the loss feels (a backward pass).")] = True,
     smooth: Annotated[bool, typer.Option(help="Try SmoothQuant.")] = True,
     static_activations: Annotated[bool, typer.Option(help="Write static activation scales.")] = False,
@@ -66,7 +66,8 @@ def calibrate(
         int, typer.Option(min=1, help="Windows of one optimizer step, shared by the processes of torchrun.")
     ] = EsrOptions.batch,
     memory: Annotated[
-        float, typer.Option(help="GB of activations to hold in memory; beyond it they are in a file.")
+        float,
+        typer.Option(min=0.0, max=2**20, help="GB of activations to hold in memory; beyond it they are in a file."),
     ] = 2.0,
     resume: Annotated[bool, typer.Option(help="Go on with what an interrupted run has finished.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
@@ -123,7 +124,7 @@ def evaluate(
         str | None, typer.Option(help="dynamic or calibrated; by default calibrated when --calibration is given.")
     ] = None,
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of stochastic rounding.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of stochastic rounding.")] = 0,
     flush_interval: FlushInterval = QMambaConfig.flush_interval,
     length: Annotated[int, typer.Option(min=PROMPT + 1, help="Tokens of a window.")] = 1024,
     windows: Annotated[int | None, typer.Option(min=1, help="Only so many, spread evenly over the text.")] = None,

@@ -14,7 +14,7 @@ from typing import Any
 import rich.progress
 from torch import Tensor
 
-from qmamba_compile.artifact import Artifact, Header, write_artifact
+from qmamba_compile.artifact import Artifact, Header, require_file_name, write_artifact
 from qmamba_compile.config import QMambaConfig
 
 from . import distributed
@@ -83,13 +83,17 @@ class Calibration:
         """Check everything that can be checked before the first stage.
 
         Raises:
-            DataError: too little text. CalibrationError: no Mamba2 layer, ``out`` cannot be written, or another
-                calibration's stages lie there.
+            DataError: too little text. ArtifactError: ``out`` is no name for a file. CalibrationError: no Mamba2 layer,
+                an option of ESR, ``out`` cannot be written, or another calibration's stages lie there.
         """
         self.model, self.tokens, self.options, self.out = model, tokens, options, out
         Blocks(model)
         if options.esr is not None and options.esr.batch < 1:
             raise CalibrationError(f"--esr-batch {options.esr.batch} is not allowed; use 1 or more")
+        if options.esr is not None and not 0 < options.esr.learning_rate < math.inf:
+            raise CalibrationError(
+                f"--esr-lr {options.esr.learning_rate} is not allowed; use a rate above 0, such as 1e-3"
+            )
         if options.esr is not None and options.esr.trajectory == "single-step" and options.flush_interval != 1:
             raise CalibrationError(
                 f"--flush-interval {options.flush_interval} does not go with --esr-trajectory single-step, which "
@@ -98,10 +102,7 @@ class Calibration:
         self.samples, self.validation = split_windows(
             tokens, options.length, (options.samples, options.validation), options.seed
         )
-        if out.is_dir():
-            raise CalibrationError(
-                f"{out}: a folder; give the name of the file to write, such as {out / 'scales'}.safetensors"
-            )
+        require_file_name(out)
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         self.work = Work(out, self._identity(), resume=resume)

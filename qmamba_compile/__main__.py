@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import importlib.metadata
+import io
 import logging
 import os
 import platform
@@ -19,9 +20,10 @@ import torch
 import typer
 
 from . import report as report_module
-from .config import QMambaConfig
-from .errors import ConfigError, QMambaError, StrictError
+from .config import LARGEST_SEED, QMambaConfig
+from .errors import ConfigError, QMambaError, SkipReason, StrictError
 from .report import Report
+from .state import DSQState
 
 
 class _Commands(typer.core.TyperGroup):
@@ -53,7 +55,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = rich.console.Console()
+# Without markup: a path, or a shape in the text of a skip, has brackets.
+_out = rich.console.Console(markup=False)
 _err = rich.console.Console(stderr=True)
 
 _RECOMPILE_LIMIT = 64
@@ -71,11 +74,12 @@ _GPU_KERNELS = (
 )
 
 Model = Annotated[str, typer.Option(help="Folder or hub name of a transformers model, or 'toy' for a tiny random one.")]
-Bits = Annotated[str, typer.Option(help="Bits of the SSM state: 8, 4, 2 or none.")]
-Weights = Annotated[str, typer.Option(help="Linears: int8 or none.")]
-Scales = Annotated[str, typer.Option(help="Scales of the state: dynamic or calibrated.")]
-Rounding = Annotated[str, typer.Option(help="nearest or stochastic.")]
-Calibration = Annotated[str | None, typer.Option(help="Calibration artifact.")]
+# The variables are those of `QMambaConfig.from_options`: a default of the command line must not hide them.
+Bits = Annotated[str, typer.Option(envvar="QMAMBA_STATE_BITS", help="Bits of the SSM state: 8, 4, 2 or none.")]
+Weights = Annotated[str, typer.Option(envvar="QMAMBA_WEIGHTS", help="Linears: int8 or none.")]
+Scales = Annotated[str, typer.Option(envvar="QMAMBA_STATE_SCALES", help="Scales of the state: dynamic or calibrated.")]
+Rounding = Annotated[str, typer.Option(envvar="QMAMBA_ROUNDING", help="nearest or stochastic.")]
+Calibration = Annotated[str | None, typer.Option(envvar="QMAMBA_CALIBRATION", help="Calibration artifact.")]
 
 
 @app.command()
@@ -104,12 +108,14 @@ def explain(
         cache = _cache_of(network(ids, use_cache=True))
         network(ids[:, :1], use_cache=True, **cache)
     weight_bytes.append(held_nbytes(network))
+    held = {"weights": tuple(weight_bytes), "state of one sequence": _state_bytes(*cache.values())}
     reports = list(report_module.recent)
     if as_json:
-        _out.print_json(data=_explain_json(model, reports, weight_bytes))
+        _out.print_json(data=_explain_json(model, reports, held))
     else:
-        _print_reports(reports, weight_bytes)
-    if strict and any(report.skips() or report.phase == "other" for report in reports):
+        _print_reports(reports, held)
+    unwanted = [skip for report in reports for skip in report.skips() if skip.reason is not SkipReason.EXCLUDED]
+    if strict and (unwanted or any(report.phase == "other" for report in reports)):
         raise StrictError(f"{model}: something was left alone (see above); name it in skip_layers or drop --strict")
 
 
@@ -119,7 +125,12 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and of stochastic rounding.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            envvar="QMAMBA_SEED", min=0, max=LARGEST_SEED, help="Seed of sampling and of stochastic rounding."
+        ),
+    ] = 0,
     state_bits: Bits = "4",
     weights: Weights = "int8",
     state_scales: Scales = "dynamic",
@@ -128,6 +139,8 @@ def generate(
 ) -> None:
     """Continue a prompt with the compiled model, printing text as it comes."""
     options = {**_options(state_bits, weights, state_scales, rounding, calibration), "seed": seed}
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of bytes that are no text
+        raise ConfigError("--prompt is not valid text in this terminal's encoding; give it in UTF-8")
     network = _load(model)
     encode, decode = _text_codec(model, network)
     ids = torch.tensor([encode(prompt)])
@@ -137,9 +150,8 @@ def generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     _err.print("compiling on the first tokens, once for each kind of input ...", style="dim")
-    sys.stdout.write(prompt)
     with contextlib.suppress(KeyboardInterrupt):
-        network.generate(ids, max_new_tokens=max_new_tokens, streamer=_Printer(decode), **sampling)
+        network.generate(ids, max_new_tokens=max_new_tokens, streamer=_Printer(prompt, decode), **sampling)
     sys.stdout.write("\n")
 
 
@@ -152,20 +164,30 @@ def render(
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
     flush_interval: Annotated[
-        int, typer.Option(help="ssm_update: steps from one store of the codes to the next.")
+        int,
+        typer.Option(envvar="QMAMBA_FLUSH_INTERVAL", help="ssm_update: steps from one store of the codes to the next."),
     ] = QMambaConfig.flush_interval,
-    ring_bits: Annotated[int, typer.Option(help="ssm_update: of the inputs since the last store, 16 or 8.")] = 16,
+    ring_bits: Annotated[
+        int, typer.Option(envvar="QMAMBA_RING_BITS", help="ssm_update: of the inputs since the last store, 16 or 8.")
+    ] = QMambaConfig.ring_bits,
     target: Annotated[
         str, typer.Option(help="cpu, or an instruction set (avx512, avx2, portable), or a GPU (sm_90, gfx942, ...).")
     ] = "cpu",
-    heads: Annotated[int, typer.Option(help="GPU: batch * nheads, by which block sizes are chosen.")] = 5120,
-    k: Annotated[int, typer.Option(help="GPU: features of a linear's input, or of a row.")] = 2560,
-    outputs: Annotated[int, typer.Option(help="GPU: outputs of a linear.")] = 10576,
-    rows: Annotated[int, typer.Option(help="GPU: rows of a linear's input.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="GPU: batch * nheads, by which block sizes are chosen.")] = 5120,
+    k: Annotated[int, typer.Option(min=1, help="GPU: features of a linear's input, or of a row.")] = 2560,
+    outputs: Annotated[int, typer.Option(min=1, help="GPU: outputs of a linear.")] = 10576,
+    rows: Annotated[int, typer.Option(min=1, help="GPU: rows of a linear's input.")] = 1,
     stats: Annotated[bool, typer.Option("--stats", help="GPU: what the compiler made of it, instead of text.")] = False,
 ) -> None:
     """Print the source that is generated for a kernel."""
-    QMambaConfig(flush_interval=flush_interval, ring_bits=ring_bits)  # refuses what is not allowed
+    # Refuses what is not allowed. Without a state no artifact is asked for; kernels have their own check of the bits.
+    QMambaConfig(
+        state_bits=None,
+        state_scales=state_scales,
+        rounding=rounding,
+        flush_interval=flush_interval,
+        ring_bits=ring_bits,
+    )
     scheme = (headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic")
     if target.startswith(("sm_", "gfx")):
         return _render_triton(kernel, target, heads, scheme, (flush_interval, ring_bits), (rows, outputs, k), stats)
@@ -257,7 +279,7 @@ def env() -> None:
     table.add_row("python", platform.python_version())
     for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
         table.add_row(package, _version(package))
-    table.add_row("C++ compiler", build.find_compiler() or "none found: the SSM step runs in plain torch; install g++")
+    table.add_row("C++ compiler", build.find_compiler() or "none found: on the CPU plain torch runs; install g++")
     table.add_row("instruction set", build.best_isa())
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
@@ -274,14 +296,14 @@ def _options(
     state_bits: str, weights: str, state_scales: str, rounding: str, calibration: str | None
 ) -> dict[str, Any]:
     def number(text: str) -> Any:
-        return None if text == "none" else int(text) if text.isdigit() else text
+        return None if text.lower() == "none" else int(text) if text.isdecimal() else text
 
     options = {
         "state_bits": number(state_bits),
-        "weights": None if weights == "none" else weights,
+        "weights": None if weights.lower() == "none" else weights,
         "state_scales": state_scales,
         "rounding": rounding,
-        "calibration": calibration,
+        "calibration": None if calibration is not None and calibration.lower() == "none" else calibration,
     }
     QMambaConfig.from_options(options)
     return options
@@ -327,16 +349,18 @@ def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
 
 
 class _Printer:
-    """Streamer of `generate`: prints tokens as they come, without the prompt."""
+    """Streamer of `generate`: prints the prompt with the first token, when nothing can be refused any more."""
 
-    def __init__(self, decode: Any) -> None:
+    def __init__(self, prompt: str, decode: Any) -> None:
+        self._prompt = prompt
         self._decode = decode
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         if not self._is_prompt:
-            sys.stdout.write(self._decode(value.flatten().tolist()))
+            sys.stdout.write(self._prompt + self._decode(value.flatten().tolist()))
             sys.stdout.flush()
+            self._prompt = ""
         self._is_prompt = False
 
     def end(self) -> None:
@@ -359,26 +383,27 @@ def _version(package: str) -> str:
 # --- explain -------------------------------------------------------------------------------------------------------
 
 
-def _explain_json(model: str, reports: list[Report], weight_bytes: list[int]) -> dict[str, Any]:
+def _explain_json(model: str, reports: list[Report], held: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    names = {"weights": "weights", "state of one sequence": "state_per_sequence"}
     return {
         "model": model,
         "graphs": [report.to_json() for report in reports],
-        "bytes": {
-            "weights": dict(zip(("before", "after"), weight_bytes, strict=True)),
-            "state_per_sequence": dict(zip(("before", "after"), _state_bytes(reports), strict=True)),
-        },
+        "bytes": {names[label]: dict(zip(("before", "after"), held[label], strict=True)) for label in names},
     }
 
 
-def _state_bytes(reports: list[Report]) -> tuple[int, int]:
-    for report in reports:
-        if report.phase == "prefill":
-            entries = report.rewritten("quantize_state")
-            return sum(e.bytes_before for e in entries), sum(e.bytes_after for e in entries)
-    return 0, 0
+def _state_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes of the SSM states that a cache of one sequence holds: as floats, and as they are.
+
+    What all sequences share, such as calibrated scales, is not counted.
+    """
+    states = [s for layer in cache.layers for s in getattr(layer, "recurrent_states", {}).values() if s is not None]
+    packed = [round(s.bits_per_element * s.numel() / 8) if isinstance(s, DSQState) else s.nbytes for s in states]
+    return sum(s.nbytes for s in states), sum(packed)
 
 
-def _print_reports(reports: list[Report], weight_bytes: list[int]) -> None:
+def _print_reports(reports: list[Report], held: dict[str, tuple[int, ...]]) -> None:
+    """Args: held: bytes before and after, by what holds them."""
     for report in reports:
         table = rich.table.Table(title=report.phase, title_justify="left", box=None, title_style="bold")
         for column in ("pass", "found", "rewritten", "skipped"):
@@ -392,12 +417,11 @@ def _print_reports(reports: list[Report], weight_bytes: list[int]) -> None:
         for entry in report.skips():
             assert entry.reason is not None
             _out.print(
-                f"  {entry.rewrite} left {entry.layer} alone: {entry.reason.value}: {entry.detail}", style="yellow"
+                f"  {entry.rewrite} left {entry.layer} alone: {entry.reason.value}: {entry.detail}",
+                style="yellow",
+                soft_wrap=True,
             )
-    for label, (before, after) in {
-        "weights": tuple(weight_bytes),
-        "state of one sequence": _state_bytes(reports),
-    }.items():
+    for label, (before, after) in held.items():
         share = f", {after / before:.2f} of it" if before else ""
         _out.print(f"{label}: {before:,} bytes before, {after:,} after{share}")
 
@@ -415,7 +439,7 @@ def _readable_errors() -> Iterator[None]:
         cause = getattr(problem, "inner_exception", problem)
         if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
             raise
-        _err.print(f"{type(cause).__name__}: {cause}", style="red", markup=False, highlight=False)
+        _err.print(f"{type(cause).__name__}: {cause}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1 if isinstance(cause, StrictError) else 2)
 
 
@@ -424,6 +448,8 @@ def main() -> None:
     # Both warn about their own optional parts at import.
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may well make what the terminal's encoding has not
     with _readable_errors():
         app(standalone_mode=True)
 

@@ -183,11 +183,15 @@ def fingerprint(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...
 def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
     """Write to ``path`` in one step: a reader, or a kill at any moment, finds the old file or the new one.
 
+    A symbolic link stays one: what it points to is written.
+
     Raises:
-        ArtifactError: the artifact is not valid; the file is left as it was.
+        ArtifactError: the artifact is not valid, or ``path`` is something that no file may replace; all is left as it
+            was.
     """
-    path = Path(path)
+    require_file_name(path)
     _check(dataclasses.replace(artifact, source=str(path)))
+    path = Path(os.path.realpath(path))
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in artifact.tensors.items()}
     content = safetensors.torch.save(tensors, metadata={_HEADER_KEY: artifact.header.to_json()})
     replace_file(path, content)
@@ -204,6 +208,19 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_file_name(path: str | os.PathLike[str]) -> None:
+    """Refuse what a new file would replace although it is none: a folder, a device such as ``/dev/full``, a pipe.
+
+    Raises:
+        ArtifactError: it is one of these.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device, pipe or socket"
+        example = path / "scales.safetensors" if path.is_dir() else "scales.safetensors"
+        raise ArtifactError(f"{path}: {kind}; give the name of the file to write, such as {example}")
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -19,6 +20,7 @@ from . import quant, startup
 from . import report as report_module
 from .artifact import Artifact, read_artifact
 from .config import QMambaConfig
+from .cpu_templates.build import find_compiler, inductor_compiler
 from .cpu_templates.call_site import inductor_options
 from .errors import NonFiniteStateError
 from .fx_utils import InputSource, copy_graph, mark_written_static, placeholders, value_of
@@ -52,6 +54,9 @@ def qmamba(
     config = QMambaConfig.from_options(options)
     report = Report(strict=config.strict)
     report.phase = phase_of(gm.graph)
+    if config.inner_backend == "inductor" and _runs_on_cpu(gm) and inductor_compiler() is None:
+        find_compiler()  # warns, once
+        config = dataclasses.replace(config, inner_backend="eager")
     inner = _inner_compiler(config, mode or config.mode, report.phase)
     _warn_before_recompile_limit()
     report_module.recent.append(report)

@@ -12,6 +12,8 @@ from .errors import ConfigError
 
 _ENV_PREFIX = "QMAMBA_"
 
+LARGEST_SEED = 2**32 - 1
+
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "weights": ("int8", None),
     "state_bits": (8, 4, 2, None),
@@ -77,7 +79,7 @@ class QMambaConfig:
             value = getattr(self, field.name)
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 raise ConfigError(f"{field.name}={value!r} is not allowed; use True or False")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= LARGEST_SEED:
             raise ConfigError(f"seed={self.seed!r} is not allowed; use an integer from 0 to 2**32 - 1")
         if self.calibration is not None:
             if not isinstance(self.calibration, (str, os.PathLike)):

@@ -177,9 +177,9 @@ def new_ring(
     return Ring(
         torch.zeros(batch, slots, nheads, headdim, dtype=dtype, device=device),
         torch.zeros(batch, slots, ngroups, dstate, dtype=dtype, device=device),
-        torch.zeros(batch, slots, nheads, device=device),
+        torch.zeros(batch, slots, nheads, dtype=torch.float32, device=device),
         torch.full((batch,), start, dtype=torch.int32, device=device),
-        None if dtype.is_floating_point else torch.zeros(batch, slots, nheads, device=device),
+        None if dtype.is_floating_point else torch.zeros(batch, slots, nheads, dtype=torch.float32, device=device),
     )
 
 

@@ -200,6 +200,25 @@ class HalfFile(io.FileIO):
         raise KeyboardInterrupt
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """``--out /dev/full``, tried as root, used to leave a file where the device had been."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("pipe", "a device, pipe"), ("folder", "a folder")):
+        with pytest.raises(ArtifactError, match=f"{name}: {kind}"):
+            write_artifact(tmp_path / name, make_artifact())
+    assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "a.safetensors"
+    link.symlink_to(tmp_path / "elsewhere" / "b.safetensors")
+    write_artifact(link, make_artifact())
+    write_artifact(link, make_artifact(data="new data"))
+    assert link.is_symlink() and read_artifact(tmp_path / "elsewhere" / "b.safetensors").header.data == "new data"
+
+
 def test_an_invalid_artifact_is_not_written(tmp_path):
     path = tmp_path / "a.safetensors"
     write_artifact(path, make_artifact())

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from qmamba_compile import __main__ as cli
 from qmamba_compile import errors
+from qmamba_compile.report import Report
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "tiny-mamba2"
 runner = CliRunner()
@@ -56,6 +57,60 @@ def test_explain_gives_bytes_before_and_after(toy):
     assert weights["before"] - weights["after"] > 0.7 * linears
 
 
+@pytest.mark.parametrize(
+    "variables, arguments, share",
+    [
+        ({}, (), 27656),
+        ({"STATE_BITS": "8"}, (), 44040),
+        ({"STATE_BITS": "8"}, ("--state-bits", "4"), 27656),
+        ({"STATE_BITS": "None"}, (), 131072),
+        ({"QUANTIZE_STATE": "0"}, (), 131072),
+        ({"SKIP_LAYERS": "backbone.layers.0"}, (), 27656 // 2 + 131072 // 2),
+    ],
+)
+def test_explain_follows_the_variables_and_counts_what_the_cache_holds(monkeypatch, variables, arguments, share):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"QMAMBA_{name}", value)
+    result = invoke("explain", "--model", "toy", "--json", *arguments)
+    assert json.loads(result.stdout)["bytes"]["state_per_sequence"] == {"before": 131072, "after": share}
+
+
+def test_render_follows_the_variables(monkeypatch):
+    monkeypatch.setenv("QMAMBA_FLUSH_INTERVAL", "1")
+    monkeypatch.setenv("QMAMBA_ROUNDING", "stochastic")
+    assert (
+        "ssm_update_p64_n128_b4_dynamic_stochastic_portable"
+        in invoke("render", "ssm_update", "--target", "portable").stdout
+    )
+
+
+def test_strict_accepts_what_skip_layers_names(monkeypatch):
+    monkeypatch.setenv("QMAMBA_SKIP_LAYERS", "lm_head")
+    result = invoke("explain", "--model", "toy", "--strict")
+    assert result.exit_code == 0 and "lm_head alone" in result.stdout
+
+
+def test_explain_prints_brackets_as_they_are(capsys):
+    report = Report()
+    report.skipped("layer", errors.SkipReason.UNKNOWN_STRUCTURE, "shape [3], not [b, h, p, n] nor [/b]")
+    cli._print_reports([report], {})
+    assert "shape [3], not [b, h, p, n] nor [/b]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--model", "toy", "--prompt", "x", "--seed", "-1"),
+        ("generate", "--model", "toy", "--prompt", "x", "--seed", str(2**64)),
+        ("render", "w8a8_linear", "--target", "sm_90", "--k", "0"),
+        ("render", "w8a8_linear", "--target", "sm_90", "--rows", "-1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and arguments[-2] in result.output
+
+
 def test_explain_prints_a_table_of_passes():
     result = invoke("explain", "--model", "toy", "--state-bits", "8", "--weights", "none")
     assert result.exit_code == 0, result.output
@@ -81,7 +136,9 @@ def test_strict_refuses_a_model_without_a_mamba2_layer(tmp_path):
         (("explain", "--model", "toy", "--state-bits", "3"), ("state_bits=3", "8, 4, 2")),
         (("explain", "--model", "toy", "--weights", "int4"), ("weights='int4'", "int8")),
         (("explain", "--model", "toy", "--state-scales", "calibrated"), ("calibration", "qmamba calibrate")),
+        (("explain", "--model", "toy", "--state-bits", "²"), ("state_bits='²'", "8, 4, 2")),
         (("generate", "--model", "toy", "--prompt", ""), ("--prompt",)),
+        (("generate", "--model", "toy", "--prompt", "caf\udce9"), ("--prompt", "UTF-8")),
         (("render", "ssm_updat"), ("ssm_updat", "ssm_update")),
         (("render", "ssm_update", "--dstate", "95"), ("dstate=95", "4 bits")),
     ],
@@ -153,6 +210,9 @@ def test_render_prints_by_default_what_runs_by_default():
     "arguments, named",
     [
         (["ssm_update", "--target", "sm_70"], "sm_70"),
+        (["ssm_update", "--target", "sm_"], "sm_"),
+        (["ssm_update", "--rounding", "up"], "rounding='up'"),
+        (["ssm_update", "--state-scales", "static"], "state_scales='static'"),
         (["ssm_scan", "--target", "sm_90"], "ssm_scan"),
         (["conv_update", "--target", "sm_90", "--stats"], "conv_update"),
         (["ssm_update", "--stats"], "--stats"),

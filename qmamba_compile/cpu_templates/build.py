@@ -77,23 +77,30 @@ def has_vnni() -> bool:
     return "avx512" in available_isas() and bool(torch.cpu._is_vnni_supported())
 
 
-@functools.cache
-def find_compiler() -> str | None:
-    """The C++ compiler that Inductor uses. ``None``, and one warning, where there is none."""
+def inductor_compiler() -> str | None:
+    """The C++ compiler that Inductor uses, without which it compiles nothing for the CPU; ``None`` without one."""
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    if sys.platform == "win32":
-        log.warning("C++ kernels are written for g++ and clang++; on Windows the slower torch reference runs instead")
-        return None
     try:
         return get_cpp_compiler()
     except exc.InvalidCxxCompiler:
-        log.warning(
-            "no C++ compiler was found: the SSM state is updated by the torch reference, many times slower. "
-            "Install g++, or set CXX to a compiler"
-        )
         return None
+
+
+@functools.cache
+def find_compiler() -> str | None:
+    """The C++ compiler that our kernels are built with, Inductor's. ``None``, and one warning, where there is none."""
+    if sys.platform == "win32":
+        log.warning("C++ kernels are written for g++ and clang++; on Windows the slower torch reference runs instead")
+        return None
+    compiler = inductor_compiler()
+    if compiler is None:
+        log.warning(
+            "no C++ compiler was found: on the CPU plain torch runs, Inductor's graphs and the SSM step included, many "
+            "times slower. Install g++, or set CXX to a compiler"
+        )
+    return compiler
 
 
 def build(spec: Spec | LayerSpec) -> pathlib.Path | None:

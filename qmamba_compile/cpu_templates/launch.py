@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def ssm_update(
     function = kernel("ssm_update", headdim, dstate, bits, dynamic, stochastic, interval, kept_as)
     if function is None or not _writable(packed, channel_scale, state_scale_out, rng, ring):
         return None
-    y = torch.empty(x.shape, dtype=x.dtype if x.dtype in DTYPES else torch.float32)
+    y = empty(x.shape, x.dtype if x.dtype in DTYPES else torch.float32)
     # A step that only reads its codes has a quarter of the work.
     team = threads(batch * nheads * headdim * dstate // (1 if ring is None else 4))
     fields: list[Field] = [packed, channel_scale, *_scale(state_scale_out, state_scale), rng, *(ring or ())]
@@ -104,7 +105,7 @@ def ssm_update_float(
     function = kernel("ssm_update", headdim, dstate, None, False, False)
     if function is None or state.dtype != torch.float32 or not state.is_contiguous():
         return None
-    y = torch.empty(x.shape, dtype=x.dtype if x.dtype in DTYPES else torch.float32)
+    y = empty(x.shape, x.dtype if x.dtype in DTYPES else torch.float32)
     fields: list[Field] = [state, *_inputs(x, B, C, D), *_steps(dt, A, dt_bias, dt_softplus)]
     fields += [y, batch, nheads, B.shape[1], threads(state.numel())]
     return Launch(function, fields, y, x.dtype).run()
@@ -141,13 +142,19 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
     if function is None:
         return None
     state_scale = readable(state_scale, contiguous=True)
-    state = torch.empty((batch, nheads, headdim, dstate))
+    state = empty((batch, nheads, headdim, dstate))
     batch_stride = nheads * dstate if state_scale.dim() == 3 else 0
     fields: list[Field] = [packed.contiguous(), channel_scale.contiguous()]
     fields += [state_scale, DTYPES[state_scale.dtype], batch_stride, 0]
     fields += [state, batch, nheads, threads(state.numel())]
     function(pack(fields))
     return state
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel writes to: never in the dtype or on the device that ``torch.set_default_dtype`` and
+    ``torch.set_default_device`` give to tensors without one of their own."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def threads(elements: int) -> int:
@@ -158,7 +165,11 @@ def _writable(
     packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None = None
 ) -> bool:
     """The kernels write in place, so these cannot be copied into a layout that suits them."""
-    if ring is not None and not all(part is None or part.is_contiguous() for part in ring):
+    if ring is not None and not (
+        all(part is None or part.is_contiguous() for part in ring)
+        and ring.decay.dtype is torch.float32
+        and (ring.scale is None or ring.scale.dtype is torch.float32)
+    ):
         return False
     return (
         packed.is_contiguous()

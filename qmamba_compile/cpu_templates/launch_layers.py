@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import build
 from .call_site import Field, Launch, launched
-from .launch import ABSENT, DTYPES, contiguous_float, vector
+from .launch import ABSENT, DTYPES, contiguous_float, empty, vector
 from .render import LayerSpec
 
 PARALLEL_WEIGHTS = 2**18
@@ -86,7 +86,7 @@ def _linear(
         dtype = torch.promote_types(dtype, norm_weight.dtype)
     if act_pre_scale is not None and act_pre_scale.dtype is not dtype:
         return None
-    y = torch.empty((*x.shape[:-1], o), dtype=dtype)
+    y = empty((*x.shape[:-1], o), dtype)
     tokens = x.numel() // k
     fields: list[Field] = [*rows, *(ABSENT if gate is None else _rows(gate, k))]
     fields += [*vector(norm_weight), *vector(act_pre_scale), *vector(bias)]
@@ -117,7 +117,7 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
         or not 1 <= taps <= length + 1
     ):
         return None
-    y = torch.empty((batch, channels, 1), dtype=dtype)
+    y = empty((batch, channels, 1), dtype)
     fields: list[Field] = [conv_state, xBC, DTYPES[dtype], xBC.stride(0), xBC.stride(1)]
     fields += [*vector(weight), *vector(bias), y, batch, channels, length, taps, silu]
     return Launch(function, fields, y, dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import quant
 from . import build
 from .call_site import Field, pack
-from .launch import DTYPES, contiguous_float, kernel, threads, vector
+from .launch import DTYPES, contiguous_float, empty, kernel, threads, vector
 
 
 def chunk_scan(
@@ -26,7 +26,7 @@ def chunk_scan(
     function = kernel("chunk_scan", headdim, dstate, None, False, False)
     if function is None:
         return None
-    y, state = torch.empty((batch, seqlen, nheads, headdim)), torch.empty((batch, nheads, headdim, dstate))
+    y, state = empty((batch, seqlen, nheads, headdim)), empty((batch, nheads, headdim, dstate))
     D_float, *floats = [None if tensor is None else contiguous_float(tensor) for tensor in (D, dt, dtA, initial_state)]
     fields: list[Field] = [*_sequences(x, B, C), D_float, 0, 0, 0, *floats, y, state]
     function(pack([*fields, batch, seqlen, nheads, B.shape[2], threads(seqlen * state.numel())]))
@@ -65,15 +65,15 @@ def ssm_scan(
     )
     if function is None:
         return None
-    outputs = [torch.empty((batch, seqlen, nheads, headdim))]
+    outputs = [empty((batch, seqlen, nheads, headdim))]
     if bits is None:
-        outputs.append(torch.empty((batch, nheads, headdim, dstate)))
+        outputs.append(empty((batch, nheads, headdim, dstate)))
         results: list[Field] = [*outputs, 0, 0, 0]
     else:
         outputs += [
-            torch.empty((batch, nheads, headdim, dstate), dtype=torch.int8),
-            torch.empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE),
-            torch.empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE),
+            empty((batch, nheads, headdim, dstate), torch.int8),
+            empty((batch, nheads, headdim), quant.SCALE_DTYPE),
+            empty((batch, nheads, dstate), quant.SCALE_DTYPE),
         ]
         results = [outputs[0], 0, *outputs[1:]]
     function(pack([*fields, *results, *[0] * _GRADIENT_FIELDS]))
@@ -128,7 +128,7 @@ def ssm_scan_backward(
         (*tokens, dstate),
         (batch, nheads, headdim, dstate),
     ]
-    outputs = [torch.empty(shape) for shape in shapes]
+    outputs = [empty(shape) for shape in shapes]
     function(pack([*fields, *[0] * 5, grad_y, grad_state, *outputs]))
     return outputs
 

@@ -18,7 +18,7 @@ from torch import fx
 from ..artifact import Artifact, check_model
 from ..config import QMambaConfig
 from ..errors import ArtifactError
-from ..fx_utils import iter_calls, op_name, parameter_path, placeholders, shape_of
+from ..fx_utils import iter_calls, layer_of, op_name, parameter_path, placeholders, shape_of
 from ..report import Report
 from .apply_tuned_conv import ApplyTunedConv, is_convolution
 from .base import GraphPass, PassContext, StateOutput
@@ -55,6 +55,7 @@ def phase_of(graph: fx.Graph) -> str:
 
 def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> None:
     """Run every enabled pass on ``gm``, a copy made by `fx_utils.copy_graph`."""
+    _warn_of_unknown_names(gm.graph, context.config)
     if context.artifact is not None:
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
         context.artifact = check_model(context.artifact, shapes)
@@ -66,6 +67,20 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
             rewrite(context)(gm, report)
     # Once: printing the code of a whole model takes as long as rewriting it.
     gm.recompile()
+
+
+def _warn_of_unknown_names(graph: fx.Graph, config: QMambaConfig) -> None:
+    """No error: a graph need not hold the whole model, such as one that starts from ``inputs_embeds``."""
+    if not config.skip_layers:
+        return
+    layers = {layer_of(node) for node in graph.nodes}
+    for name in config.skip_layers:
+        if not any(layer == name or layer.startswith(name + ".") for layer in layers):
+            logger.warning(
+                "qmamba: skip_layers names %r, and nothing in this graph has that path; its layers are named like %r",
+                name,
+                max(layers, key=len),
+            )
 
 
 def _refuse_unapplied(artifact: Artifact, config: QMambaConfig) -> None:

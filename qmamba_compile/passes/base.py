@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..artifact import Artifact
 from ..config import QMambaConfig
-from ..errors import SkipReason
+from ..errors import ConfigError, SkipReason
 from ..fx_utils import removable
 from ..recurrence import Ring, new_ring
 from ..report import Report
@@ -148,5 +148,10 @@ def _dump(gm: fx.GraphModule, label: str) -> None:
     folder = os.environ.get("QMAMBA_DUMP")
     if folder:
         path = pathlib.Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / f"{next(_dump_number):04d}_{label}.py").write_text(gm.print_readable(print_output=False))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / f"{next(_dump_number):04d}_{label}.py").write_text(gm.print_readable(print_output=False))
+        except OSError as problem:
+            raise ConfigError(
+                f"QMAMBA_DUMP={folder!r}: cannot be written ({problem.strerror}); give a folder that can, or unset it"
+            ) from problem

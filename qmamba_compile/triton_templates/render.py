@@ -34,7 +34,7 @@ def target_of(architecture: str) -> str:
     """
     if architecture in TARGETS:
         return architecture
-    if architecture.startswith("sm_"):
+    if architecture.startswith("sm_") and architecture[3:].isdecimal():
         older = [name for name in TARGETS if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
         if older:
             return max(older, key=lambda name: int(name[3:]))

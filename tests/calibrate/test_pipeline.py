@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -196,8 +197,15 @@ def test_no_room_for_activations(calibrate, monkeypatch):
 
 def test_an_output_that_is_a_folder(calibrate, tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(CalibrationError, match="folder: a folder; give the name of the file"):
+    with pytest.raises(ArtifactError, match="folder: a folder; give the name of the file"):
         calibrate("folder")
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
+def test_a_learning_rate_that_is_none(calibrate, rate):
+    esr = EsrOptions(learning_rate=rate)
+    with pytest.raises(CalibrationError, match="--esr-lr"):
+        calibrate(options=dataclasses.replace(SMALL, esr=esr))
 
 
 def test_a_model_that_is_not_finite(calibrate, lively):
