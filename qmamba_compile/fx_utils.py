@@ -72,11 +72,14 @@ def nbytes_of(node: Any) -> int:
 
 
 def op_name(node: Any) -> str:
-    """``"mul"`` for ``operator.mul``, ``torch.mul`` and ``Tensor.mul`` alike; the qualified name for our own ops."""
+    """``"mul"`` for ``operator.mul``, ``torch.mul`` and ``Tensor.mul`` alike; the qualified name for our own ops.
+
+    Under `torch.set_default_device` Dynamo writes operators as methods, ``~`` as ``__invert__``.
+    """
     if not isinstance(node, fx.Node):
         return ""
     if node.op == "call_method":
-        return str(node.target)
+        return re.sub(r"^__(\w+)__$", r"\1", str(node.target))
     if node.op == "call_function":
         if isinstance(node.target, torch._ops.OpOverload):
             return node.target._schema.name.replace("::", ".")

@@ -32,13 +32,14 @@ def test_without_a_compiler_the_model_runs_all_the_same(no_compiler, make_model,
     torch.testing.assert_close(logits, expected)
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
-def test_defaults_of_torch_decide_nothing(make_model, compiled, tokens, decode, default):
+@pytest.mark.parametrize("flush_interval", [1, 8])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "cpu", "meta"], ids=str)
+def test_defaults_of_torch_decide_nothing(make_model, compiled, tokens, decode, default, flush_interval):
     """Kernels used to write float32 into outputs of the default dtype, beyond their end where it is shorter."""
     prompt, more = tokens(2, 9), tokens(2, 3, seed=2)
-    expected, _ = decode(compiled(make_model(), flush_interval=1), prompt, more)
+    expected, _ = decode(compiled(make_model(), flush_interval=flush_interval), prompt, more)
     torch._dynamo.reset()
-    model = compiled(make_model(), flush_interval=1)
+    model = compiled(make_model(), flush_interval=flush_interval)
     mask = torch.ones(2, 9, dtype=torch.int64)
     try:
         if isinstance(default, str):

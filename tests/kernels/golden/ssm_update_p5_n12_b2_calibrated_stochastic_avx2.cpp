@@ -550,11 +550,12 @@ inline void update_rows(
             const int at = (run * RUN_VECTORS + j) * LANES;
             Floats h[COUNT];  // what the inputs since the last store add, then the state
             const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
+            const Floats scale = load<Floats>(s.state_scale + at);
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
                 h[r] = dB * x[r];
                 // A code times its scales is exact in float32, in any order.
-                const Floats old = unpack(bytes[r], run) * load<Floats>(s.state_scale + at) * channel[r];
+                const Floats old = unpack(bytes[r], run) * scale * channel[r];
                 h[r] = fused_multiply_add(old, splat(decay), h[r]);
                 sums[r] = multiply_add(h[r], C, sums[r]);
                 h[r] *= load<Floats>(s.inverse + at);

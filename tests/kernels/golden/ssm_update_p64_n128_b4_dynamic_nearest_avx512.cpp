@@ -502,11 +502,12 @@ inline void update_rows(
             const int at = (run * RUN_VECTORS + j) * LANES;
             Floats h[COUNT];  // what the inputs since the last store add, then the state
             const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
+            const Floats scale = load<Floats>(s.state_scale + at);
 #pragma GCC unroll 2
             for (int r = 0; r < COUNT; ++r) {
                 h[r] = dB * x[r];
                 // A code times its scales is exact in float32, in any order.
-                const Floats old = look_up(channel[r], widen(bytes[r]) >> (run * BITS)) * load<Floats>(s.state_scale + at);
+                const Floats old = look_up(channel[r], widen(bytes[r]) >> (run * BITS)) * scale;
                 h[r] = fused_multiply_add(old, splat(decay), h[r]);
                 sums[r] = multiply_add(h[r], C, sums[r]);
                 store(rows + r * ROW + at, h[r]);
