@@ -80,6 +80,13 @@ def test_training_mode_without_gradients_runs(make_model, tokens, compiled, capl
     assert not warnings_of(caplog) and report.recent[-1].rewritten("fuse_chunk_scan")
 
 
+@pytest.mark.parametrize("bits, warnings", [(2, 1), (4, 0)])
+def test_two_bits_with_measured_scales_are_warned_of(make_model, tokens, compiled, caplog, bits, warnings):
+    with torch.no_grad():
+        compiled(make_model(), state_bits=bits)(tokens(2, 9), use_cache=True)
+    assert len(warnings_of(caplog)) == warnings
+
+
 def test_model_without_mamba2_gives_a_warning_and_the_plain_result(compiled, caplog):
     class Perceptron(nn.Module):
         def __init__(self):

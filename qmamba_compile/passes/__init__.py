@@ -62,6 +62,11 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
         _refuse_unapplied(context.artifact, context.config)
         if context.artifact.tuned_for not in (None, context.config.flush_interval):
             logger.warning(context.artifact.other_interval(context.config.flush_interval))
+    if context.config.state_bits == 2 and context.config.state_scales == "dynamic":
+        logger.warning(
+            "state_bits=2 with dynamic scales makes a model useless (perplexity times 4 on the bundled one); make "
+            "calibrated ones by `qmamba calibrate`, and use state_scales='calibrated', or state_bits=4"
+        )
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)
