@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class Calibration:
         )
         require_file_name(out)
         with writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
+            Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
         self.work = Work(out, self._identity(), resume=resume)
         self.choices: list[Choice] = []
         self.results: list[Any] = []

@@ -91,7 +91,9 @@ def explain(
     rounding: Rounding = "nearest",
     calibration: Calibration = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    strict: Annotated[bool, typer.Option(help="Exit with status 1 when anything was left alone.")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Exit with status 1 when anything was left alone but by skip_layers.")
+    ] = False,
 ) -> None:
     """What the passes found, rewrote and left alone in a model, why, and the bytes before and after."""
     from .passes.int8_weight import held_nbytes
@@ -160,7 +162,7 @@ def render(
     kernel: Annotated[str, typer.Argument(help=f"CPU: such as ssm_update. GPU: {', '.join(_GPU_KERNELS)}.")],
     headdim: Annotated[int, typer.Option()] = 64,
     dstate: Annotated[int, typer.Option()] = 128,
-    bits: Annotated[int, typer.Option(help="8, 4 or 2.")] = 4,
+    bits: Annotated[int, typer.Option(envvar="QMAMBA_STATE_BITS", help="8, 4 or 2.")] = 4,
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
     flush_interval: Annotated[

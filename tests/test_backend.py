@@ -80,10 +80,9 @@ def test_training_mode_without_gradients_runs(make_model, tokens, compiled, capl
     assert not warnings_of(caplog) and report.recent[-1].rewritten("fuse_chunk_scan")
 
 
-@pytest.mark.parametrize("bits, warnings", [(2, 1), (4, 0)])
-def test_two_bits_with_measured_scales_are_warned_of(make_model, tokens, compiled, caplog, bits, warnings):
-    with torch.no_grad():
-        compiled(make_model(), state_bits=bits)(tokens(2, 9), use_cache=True)
+@pytest.mark.parametrize("options, warnings", [({}, 1), ({"quantize_state": False}, 0), ({"state_bits": 4}, 0)])
+def test_two_bits_with_measured_scales_are_warned_of(make_model, tokens, compiled, decode, caplog, options, warnings):
+    decode(compiled(make_model(), **{"state_bits": 2, **options}), tokens(2, 9), tokens(2, 1))
     assert len(warnings_of(caplog)) == warnings
 
 

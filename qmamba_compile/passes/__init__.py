@@ -55,18 +55,14 @@ def phase_of(graph: fx.Graph) -> str:
 
 def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> None:
     """Run every enabled pass on ``gm``, a copy made by `fx_utils.copy_graph`."""
-    _warn_of_unknown_names(gm.graph, context.config)
+    if report.phase == "prefill":
+        _warn_of_options(gm.graph, context.config)
     if context.artifact is not None:
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
         context.artifact = check_model(context.artifact, shapes)
         _refuse_unapplied(context.artifact, context.config)
         if context.artifact.tuned_for not in (None, context.config.flush_interval):
             logger.warning(context.artifact.other_interval(context.config.flush_interval))
-    if context.config.state_bits == 2 and context.config.state_scales == "dynamic":
-        logger.warning(
-            "state_bits=2 with dynamic scales makes a model useless (perplexity times 4 on the bundled one); make "
-            "calibrated ones by `qmamba calibrate`, and use state_scales='calibrated', or state_bits=4"
-        )
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)
@@ -74,11 +70,20 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
     gm.recompile()
 
 
-def _warn_of_unknown_names(graph: fx.Graph, config: QMambaConfig) -> None:
-    """No error: a graph need not hold the whole model, such as one that starts from ``inputs_embeds``."""
-    if not config.skip_layers:
-        return
-    layers = {layer_of(node) for node in graph.nodes}
+def _warn_of_options(graph: fx.Graph, config: QMambaConfig) -> None:
+    """Of what is allowed and yet hardly meant, once a prompt's graph: a decode step's would only repeat it.
+
+    A name that no layer has is no error, for a graph need not hold the whole model, such as one that starts from
+    ``inputs_embeds``.
+    """
+    if config.quantize_state and config.state_bits == 2 and config.state_scales == "dynamic":
+        logger.warning(
+            "state_bits=2 with dynamic scales makes a model useless (perplexity times 4 on the bundled one); make "
+            "calibrated ones by `qmamba calibrate`, and use state_scales='calibrated', or state_bits=4"
+        )
+    # A convolution is traced in its mixer; its weight has its name.
+    parameters = {parameter_path(node).rpartition(".")[0] for node in placeholders(graph)}
+    layers = {layer_of(node) for node in graph.nodes} | parameters
     for name in config.skip_layers:
         if not any(layer == name or layer.startswith(name + ".") for layer in layers):
             logger.warning(
