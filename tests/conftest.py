@@ -96,24 +96,12 @@ def tokens_fixture():
     return tokens
 
 
-def _prepare_interpreter() -> None:
-    """Up to Triton 3.6 its fma rounds twice. In float64 it does so for one sum in 2**29."""
-    torch.set_num_threads(1)
-    from triton.runtime import interpreter
-
-    def create_fma(self, x, y, z):
-        wide = x.data.astype("float64") * y.data + z.data
-        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_fma = create_fma
-
-
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable[..., Any]]:
     """``interpreted(function, *args)`` calls a module's function there. ``TRITON_INTERPRET`` must be set before Triton
     is imported, and in this process it may be long since."""
     context = multiprocessing.get_context("spawn")
-    options = {"mp_context": context, "initializer": _prepare_interpreter}
+    options = {"mp_context": context, "initializer": torch.set_num_threads, "initargs": (1,)}
     with concurrent.futures.ProcessPoolExecutor(1, **options) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")

@@ -333,6 +333,7 @@ def test_codes_under_a_scale_that_is_not_finite_are_defined():
 
 
 @settings(max_examples=100, deadline=None)
+@example(seed=105, rows=2, width=1, log=-25)
 @given(
     seed=st.integers(0, 9999),
     rows=st.integers(1, 6),
@@ -344,8 +345,9 @@ def test_rows_of_int8(seed, rows, width, log):
     codes, scale = quant.quantize_rows(x)
     assert codes.dtype == torch.int8 and codes.shape == x.shape
     assert scale.dtype == torch.float32 and scale.shape == (rows, 1)
-    torch.testing.assert_close(scale.double(), x.double().abs().amax(-1, keepdim=True) / 127, rtol=2.0**-23, atol=0)
-    assert codes.long().abs().amax(-1).eq(127).all()
+    exact = x.double().abs().amax(-1, keepdim=True) / 127
+    torch.testing.assert_close(scale.double(), exact.clamp(min=quant.TINY_SCALE), rtol=2.0**-23, atol=0)
+    assert codes.long().abs().amax(-1, keepdim=True)[exact >= quant.TINY_SCALE].eq(127).all()
     assert ((x.double() / scale.double() - codes.double()).abs() <= 0.5 + FLOAT_SLACK).all()
 
 
