@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from by_hand import BFLOAT16, FLOAT_SLACK, LARGEST, TINY, codes_by_hand, float32, random_state, steps, word
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from qmamba_compile import quant
