@@ -81,6 +81,8 @@ def _warn_of_options(graph: fx.Graph, config: QMambaConfig) -> None:
             "state_bits=2 with dynamic scales makes a model useless (perplexity times 4 on the bundled one); make "
             "calibrated ones by `qmamba calibrate`, and use state_scales='calibrated', or state_bits=4"
         )
+    if not config.skip_layers:
+        return
     # A convolution is traced in its mixer; its weight has its name.
     parameters = {parameter_path(node).rpartition(".")[0] for node in placeholders(graph)}
     layers = {layer_of(node) for node in graph.nodes} | parameters
