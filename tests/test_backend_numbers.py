@@ -12,19 +12,19 @@ from model_parts import INNER, make_artifact, some_scales, states
 from qmamba_compile import DSQState, NonFiniteStateError, quant, report
 
 
-def rows_on_a_tie(found, expected):
-    """How many rows of two states differ, by no more than a channel_scale on a tie of bfloat16 explains.
+def on_a_tie(found, expected):
+    """How many rows and codes of two states differ, by no more than what lies on a tie explains.
 
     Kernels and the model's own code add and approximate in their own ways, so h differs in its last bits. Where
-    channel_scale lies that near the middle of two bfloat16s, it goes either way and the codes of its row with it.
+    channel_scale lies that near the middle of two bfloat16s, it goes either way and the codes of its row with it;
+    where it does not, a code still may, that lies as near the middle of two integers.
     """
     assert torch.equal(found.state_scale, expected.state_scale) and torch.equal(found.rng, expected.rng)
-    apart = (found.channel_scale.view(torch.int16) - expected.channel_scale.view(torch.int16)).abs()
-    assert apart.max() <= 1
-    assert torch.equal(found.packed[apart == 0], expected.packed[apart == 0])
-    codes = [quant.unpack(state.packed[apart == 1], state.bits).int() for state in (found, expected)]
-    assert (codes[0] - codes[1]).abs().le(1).all()
-    return int(apart.sum())
+    rows = (found.channel_scale.view(torch.int16) - expected.channel_scale.view(torch.int16)).abs()
+    codes = [quant.unpack(state.packed, state.bits).int() for state in (found, expected)]
+    apart = (codes[0] - codes[1]).abs()
+    assert rows.max() <= 1 and apart.max() <= 1
+    return torch.tensor([int(rows.sum()), int(apart[rows == 0].sum())])
 
 
 def _all_kinds_of_state():
@@ -50,7 +50,7 @@ def test_decode_equals_an_eager_step_loop(make_model, tokens, compiled, tmp_path
         tensors = some_scales(model)
         make_artifact(tmp_path / "a.safetensors", model, tensors=tensors)
         options["calibration"], (chosen,) = str(tmp_path / "a.safetensors"), tensors.values()
-    fast, ties = compiled(model, **options), 0
+    fast, ties = compiled(model, **options), torch.zeros(2, dtype=torch.int64)
     with torch.no_grad():
         cache, other = (which(prompt, use_cache=True).cache_params for which in (fast, plain))
         (state,), (h,) = states(cache), states(other)
@@ -66,15 +66,17 @@ def test_decode_equals_an_eager_step_loop(make_model, tokens, compiled, tmp_path
             )
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             assert torch.equal(cache.layers[0].conv_states[0], other.layers[0].conv_states[0])
-            ties += rows_on_a_tie(*states(cache), *states(other))
+            ties += on_a_tie(*states(cache), *states(other))
     (state,) = states(cache)
     assert report.recent[-1].rewritten("fuse_ssm_update") and (state.bits, state.dynamic, state.stochastic) == (
         bits,
         scales == "dynamic",
         rounding == "stochastic",
     )
-    # 1,536 rows; h differs by up to 2^-21 of itself and bfloat16s by 2^-8 or more: 0.2 ties are expected at most.
-    assert ties <= 1
+    # h differs by up to 2^-21 of itself. bfloat16s differ by 2^-8 or more: of 1,536 rows 0.2 are expected on a tie at
+    # most. A code c moves by c * 2^-21: of 49,152 codes, 44 on average at 8 bits and 2.3 at 4, 1 and 0.05.
+    rows, codes = ties.tolist()
+    assert rows <= 1 and codes <= (3 if bits == 8 else 1)
 
 
 def test_groups_biases_and_bfloat16(make_model, tokens, compiled, decode):
