@@ -203,8 +203,7 @@ def render(
     ring = None
     if kernel == "ssm_update" and flush_interval > 1:
         ring = {16: "bfloat16", 8: "int8"}[ring_bits]
-    vnni = ring is not None and isa == "avx512" and build.has_vnni()
-    spec = Spec(kernel, *scheme, isa, flush_interval if ring else 1, ring, vnni)
+    spec = build.for_this_machine(Spec(kernel, *scheme, isa, flush_interval if ring else 1, ring))
     sys.stdout.write(render_source(spec))
 
 

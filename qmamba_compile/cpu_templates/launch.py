@@ -44,13 +44,12 @@ def kernel(
 ) -> build.Kernel | None:
     """The loaded kernel for this machine, ``None`` when there is no compiler or no kernel for these extents."""
     isa = build.best_isa()
-    vnni = ring is not None and isa == "avx512" and build.has_vnni()
     try:
-        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, isa, flush_interval, ring, vnni)
+        spec = Spec(name, headdim, dstate, bits, dynamic, stochastic, isa, flush_interval, ring)
     except ConfigError as error:
         log.warning("no C++ kernel, the slower torch reference runs instead: %s", error)
         return None
-    return build.load(spec)
+    return build.load(build.for_this_machine(spec))
 
 
 @launched

@@ -20,9 +20,7 @@ PARALLEL_WEIGHTS = 2**18
 @functools.cache
 def layer_kernel(name: str) -> build.Kernel | None:
     """The loaded `LayerSpec` kernel for this machine, ``None`` when there is no compiler."""
-    isa = build.best_isa()
-    vnni = name == "w8a8_linear" and isa == "avx512" and build.has_vnni()
-    return build.load(LayerSpec(name, isa, vnni))
+    return build.load(build.for_this_machine(LayerSpec(name, build.best_isa())))
 
 
 @launched

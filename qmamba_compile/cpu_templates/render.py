@@ -32,6 +32,8 @@ LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 
 RINGS = ("bfloat16", "int8", "float32")
 
+CACHES = ("L1", "L2")
+
 MAX_FLUSH_INTERVAL = 64
 
 MAX_ELEMENTS = 2**16
@@ -67,6 +69,7 @@ class Spec:
         flush_interval: steps from one store of the codes to the next (``ssm_update`` only).
         ring: what the inputs since the last store are kept in, one of `RINGS`; None when every step stores.
         vnni: vpdpbusd may be used (with a ring and ``isa="avx512"`` only).
+        prefetch: the nearest cache that codes are fetched into ahead of their use, one of `CACHES` (with a ring only).
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -82,6 +85,7 @@ class Spec:
     flush_interval: int = 1
     ring: str | None = None
     vnni: bool = False
+    prefetch: str = "L1"
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -116,8 +120,12 @@ class Spec:
                 f"flush_interval={self.flush_interval} needs kernel='ssm_update', packed bits and a ring of {RINGS}; "
                 f"not {self.kernel!r}, {self.bits} and {self.ring!r}"
             )
-        if self.vnni and (self.ring is None or self.isa != "avx512"):
-            raise ConfigError(f"vnni=True is not allowed with ring={self.ring!r} and isa={self.isa!r}")
+        _check_tuning(self, f"ring={self.ring!r}")
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """The products are of integers: `vnni` and `prefetch` are for these kernels only."""
+        return self.ring is not None
 
     def slug(self) -> str:
         """Name of the kernel's function and the beginning of its file's name."""
@@ -130,7 +138,7 @@ class Spec:
                 words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
         if self.flush_interval > 1:
             words += [f"L{self.flush_interval}", str(self.ring)]
-        return "_".join([*words, self.isa, *(["vnni"] if self.vnni else [])])
+        return "_".join([*words, self.isa, *_tuning(self)])
 
 
 LAYER_KERNELS = ("w8a8_linear", "conv_update")
@@ -144,6 +152,7 @@ class LayerSpec:
         kernel: one of `LAYER_KERNELS`; the template's name.
         isa: one of `LANES`.
         vnni: vpdpbusd may be used (``w8a8_linear`` with ``isa="avx512"`` only).
+        prefetch: as `Spec.prefetch`, for weights (``w8a8_linear`` only).
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -152,18 +161,36 @@ class LayerSpec:
     kernel: str
     isa: str = "avx512"
     vnni: bool = False
+    prefetch: str = "L1"
 
     def __post_init__(self) -> None:
         if self.kernel not in LAYER_KERNELS:
             raise ConfigError(f"kernel={self.kernel!r} is not known; use one of {LAYER_KERNELS}")
         if self.isa not in LANES:
             raise ConfigError(f"isa={self.isa!r} is not known; use one of {tuple(LANES)}")
-        if self.vnni and (self.kernel, self.isa) != ("w8a8_linear", "avx512"):
-            raise ConfigError(f"vnni=True is not allowed with {self.kernel!r} and isa={self.isa!r}")
+        _check_tuning(self, repr(self.kernel))
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """As `Spec.multiplies_codes`."""
+        return self.kernel == "w8a8_linear"
 
     def slug(self) -> str:
         """Name of the kernel's function and the beginning of its file's name."""
-        return f"{self.kernel}_{self.isa}{'_vnni' if self.vnni else ''}"
+        return "_".join([self.kernel, self.isa, *_tuning(self)])
+
+
+def _check_tuning(spec: Spec | LayerSpec, what: str) -> None:
+    """Args: what: of ``spec`` decides whether it multiplies codes."""
+    if spec.vnni and not (spec.multiplies_codes and spec.isa == "avx512"):
+        raise ConfigError(f"vnni=True is not allowed with {what} and isa={spec.isa!r}")
+    if spec.prefetch not in (CACHES if spec.multiplies_codes else CACHES[:1]):
+        raise ConfigError(f"prefetch={spec.prefetch!r} is not allowed with {what}")
+
+
+def _tuning(spec: Spec | LayerSpec) -> list[str]:
+    """Words of a slug."""
+    return ["vnni"] * spec.vnni + ["prefetch" + spec.prefetch] * (spec.prefetch != "L1")
 
 
 def render(spec: Spec | LayerSpec) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qmamba_compile import ops, quant, recurrence
 from qmamba_compile.cpu_templates import build, launch
+from qmamba_compile.cpu_templates.render import CACHES
 from qmamba_compile.recurrence import Ring
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
@@ -133,6 +134,16 @@ def test_equals_reference(change: dict[str, Any]) -> None:
 def test_every_instruction_set(isa: str) -> None:
     Problem().check(steps=12)
     Problem(bits=8, dynamic=False, stochastic=True, dstate=33, ring=torch.int8).check(steps=12)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_wherever_codes_are_fetched_to(monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    monkeypatch.setattr(build, "prefetch_cache", lambda: cache)
+    launch.kernel.cache_clear()
+    try:
+        Problem().check(steps=12)
+    finally:
+        launch.kernel.cache_clear()
 
 
 @pytest.mark.skipif(not build.has_vnni(), reason="avx512 has no vpdpbusd here: the other tests run without it")

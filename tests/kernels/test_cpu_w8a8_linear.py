@@ -18,14 +18,14 @@ from torch import Tensor
 from qmamba_compile import ops
 from qmamba_compile.cpu_templates import build
 from qmamba_compile.cpu_templates import launch_layers as launch
-from qmamba_compile.cpu_templates.render import LayerSpec, render
+from qmamba_compile.cpu_templates.render import LAYER_KERNELS, LayerSpec, render
 from qmamba_compile.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPECS = [LayerSpec("w8a8_linear", isa) for isa in ("avx512", "avx2", "portable")]
-SPECS.append(LayerSpec("w8a8_linear", "avx512", vnni=True))
+SPECS += [LayerSpec("w8a8_linear", "avx512", vnni=True), LayerSpec("w8a8_linear", "avx512", True, prefetch="L2")]
 RUNNABLE = [spec for spec in SPECS if spec.isa in build.available_isas() and (build.has_vnni() or not spec.vnni)]
 
 
@@ -36,6 +36,7 @@ def only(spec: LayerSpec) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QMAMBA_CPU_ISA", spec.isa)
         patch.setattr(build, "has_vnni", lambda: spec.vnni)
+        patch.setattr(build, "prefetch_cache", lambda: spec.prefetch)
         patch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
         launch.layer_kernel.cache_clear()
         yield
@@ -231,22 +232,43 @@ def test_the_operator_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(y, ops.w8a8_linear_reference(*arguments))
 
 
-def test_vnni_is_chosen_where_the_machine_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_machine_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     monkeypatch.setattr(build, "load", built.append)
     monkeypatch.delenv("QMAMBA_CPU_ISA", raising=False)
     for isas, vnni in ((("avx512",), True), (("avx512",), False), (("avx2",), True)):
         monkeypatch.setattr(build, "available_isas", lambda isas=isas: isas)
         monkeypatch.setattr(build, "has_vnni", lambda vnni=vnni: vnni)
+        monkeypatch.setattr(build, "prefetch_cache", lambda vnni=vnni: "L2" if vnni else "L1")
         launch.layer_kernel.cache_clear()
-        launch.layer_kernel("w8a8_linear")
+        for name in LAYER_KERNELS:
+            launch.layer_kernel(name)
     launch.layer_kernel.cache_clear()
-    assert [(spec.isa, spec.vnni) for spec in built] == [("avx512", True), ("avx512", False), ("avx2", False)]
+    linears = [LayerSpec("w8a8_linear", *rest) for rest in (("avx512", True, "L2"), ("avx512",), ("avx2", False, "L2"))]
+    assert built[::2] == linears and built[1::2] == [LayerSpec("conv_update", spec.isa) for spec in linears]
+
+
+def test_an_amd_core_prefetches_to_its_l2_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, cache in (("vendor_id : AuthenticAMD", "L2"), ("vendor_id : GenuineIntel", "L1"), (None, "L1")):
+
+        def read_text(path: pathlib.Path, text: str | None = text) -> str:
+            if text is None:
+                raise FileNotFoundError(path)
+            return text
+
+        monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+        assert build.prefetch_cache.__wrapped__() == cache
 
 
 @pytest.mark.parametrize(
     "change, named",
-    [({"kernel": "ssm_update"}, "ssm_update"), ({"isa": "mmx"}, "mmx"), ({"vnni": True, "isa": "avx2"}, "avx2")],
+    [
+        ({"kernel": "ssm_update"}, "ssm_update"),
+        ({"isa": "mmx"}, "mmx"),
+        ({"vnni": True, "isa": "avx2"}, "avx2"),
+        ({"prefetch": "L3"}, "L3"),
+        ({"kernel": "conv_update", "prefetch": "L2"}, "L2"),
+    ],
 )
 def test_spec_refuses(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
@@ -262,7 +284,7 @@ def test_rendered_text_is_readable(spec: LayerSpec) -> None:
     assert len({other.slug() for other in SPECS}) == len(SPECS)
 
 
-@pytest.mark.parametrize("spec", [SPECS[-1], SPECS[-2]], ids=LayerSpec.slug)
+@pytest.mark.parametrize("spec", [SPECS[2], SPECS[3]], ids=LayerSpec.slug)
 def test_golden_text(spec: LayerSpec) -> None:
     """After a wanted change: ``QMAMBA_UPDATE_GOLDEN=1 pytest`` on this file, and read the diff."""
     golden = GOLDEN / f"{spec.slug()}.cpp"

@@ -1,4 +1,4 @@
-// w8a8_linear_avx512_vnni: y = x W^T on int8 codes, with the quantization of x (and the norm before it) in front.
+// w8a8_linear_avx512_vnni: y = x W^T on int8 codes, in front of it the norm, if any, and the quantization of x.
 //
 // Tensors (m tokens, k in_features, o out_features: arguments of the call, so one library serves every layer):
 //     x           [m, k] row stride       read
@@ -273,8 +273,8 @@ inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             w[r] = load_weights(weights + r * a.k + i);
-            // The rows after these, R * k bytes ahead: the hardware alone reads too little ahead. One token, 768x3352,
-            // one thread: 106 us if they go no further than the L2 cache, 99 if to the L1; four tokens: 114 and 105.
+            // Rows after these: the hardware alone reads too little ahead. One token, 768x3352, one thread, Emerald
+            // Rapids: 106 us if they go no further than the L2 cache, 99 if to the L1; four tokens: 114 and 105.
             __builtin_prefetch(weights + (r + R) * a.k + i, 0, 3);
         }
 #pragma GCC unroll 4
