@@ -1,4 +1,4 @@
-// w8a8_linear_avx512_vnni: y = x W^T on int8 codes, in front of it the norm, if any, and the quantization of x.
+// w8a8_linear_avx512_vnni: y = x W^T on int8 codes, after the norm (if any) and the quantization of x.
 //
 // Tensors (m tokens, k in_features, o out_features: arguments of the call, so one library serves every layer):
 //     x           [m, k] row stride       read
