@@ -83,23 +83,19 @@ def has_vnni() -> bool:
 
 
 @functools.cache
-def prefetch_cache() -> str:
-    """The nearest cache to prefetch to, one of `render.CACHES`.
-
-    What an AMD core fetches into its L1 cache takes the few places of the loads that wait (in_proj of 130M, a row: 301
-    us with such prefetches, 295 without any, 156 with those to the L2 cache); ring.cpp.jinja has figures of Intel's.
-    """
+def core() -> str:
+    """Whose cores this machine has, of `render.CORES`: what those of one like of their way to memory, others do not."""
     with contextlib.suppress(OSError):
         if "AuthenticAMD" in pathlib.Path("/proc/cpuinfo").read_text():
-            return "L2"
-    return "L1"
+            return "amd"
+    return "intel"
 
 
 def for_this_machine(spec: AnySpec) -> AnySpec:
     """``spec`` with what this machine has beside the instruction set of its ``isa``."""
     if not spec.multiplies_codes:
         return spec
-    return dataclasses.replace(spec, vnni=spec.isa == "avx512" and has_vnni(), prefetch=prefetch_cache())
+    return dataclasses.replace(spec, vnni=spec.isa == "avx512" and has_vnni(), core=core())
 
 
 def inductor_compiler() -> str | None:

@@ -32,7 +32,7 @@ LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 
 RINGS = ("bfloat16", "int8", "float32")
 
-CACHES = ("L1", "L2")
+CORES = ("intel", "amd")
 
 MAX_FLUSH_INTERVAL = 64
 
@@ -69,7 +69,7 @@ class Spec:
         flush_interval: steps from one store of the codes to the next (``ssm_update`` only).
         ring: what the inputs since the last store are kept in, one of `RINGS`; None when every step stores.
         vnni: vpdpbusd may be used (with a ring and ``isa="avx512"`` only).
-        prefetch: the nearest cache that codes are fetched into ahead of their use, one of `CACHES` (with a ring only).
+        core: whose way to memory the kernel is tuned for, one of `CORES` (with a ring only).
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -85,7 +85,7 @@ class Spec:
     flush_interval: int = 1
     ring: str | None = None
     vnni: bool = False
-    prefetch: str = "L1"
+    core: str = "intel"
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -124,7 +124,7 @@ class Spec:
 
     @property
     def multiplies_codes(self) -> bool:
-        """The products are of integers: `vnni` and `prefetch` are for these kernels only."""
+        """The products are of integers: `vnni` and `core` are for these kernels only."""
         return self.ring is not None
 
     def slug(self) -> str:
@@ -152,7 +152,7 @@ class LayerSpec:
         kernel: one of `LAYER_KERNELS`; the template's name.
         isa: one of `LANES`.
         vnni: vpdpbusd may be used (``w8a8_linear`` with ``isa="avx512"`` only).
-        prefetch: as `Spec.prefetch`, for weights (``w8a8_linear`` only).
+        core: as `Spec.core` (``w8a8_linear`` only).
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -161,7 +161,7 @@ class LayerSpec:
     kernel: str
     isa: str = "avx512"
     vnni: bool = False
-    prefetch: str = "L1"
+    core: str = "intel"
 
     def __post_init__(self) -> None:
         if self.kernel not in LAYER_KERNELS:
@@ -184,13 +184,13 @@ def _check_tuning(spec: Spec | LayerSpec, what: str) -> None:
     """Args: what: of ``spec`` decides whether it multiplies codes."""
     if spec.vnni and not (spec.multiplies_codes and spec.isa == "avx512"):
         raise ConfigError(f"vnni=True is not allowed with {what} and isa={spec.isa!r}")
-    if spec.prefetch not in (CACHES if spec.multiplies_codes else CACHES[:1]):
-        raise ConfigError(f"prefetch={spec.prefetch!r} is not allowed with {what}")
+    if spec.core not in (CORES if spec.multiplies_codes else CORES[:1]):
+        raise ConfigError(f"core={spec.core!r} is not allowed with {what}")
 
 
 def _tuning(spec: Spec | LayerSpec) -> list[str]:
     """Words of a slug."""
-    return ["vnni"] * spec.vnni + ["prefetch" + spec.prefetch] * (spec.prefetch != "L1")
+    return ["vnni"] * spec.vnni + [spec.core] * (spec.core != "intel")
 
 
 def render(spec: Spec | LayerSpec) -> str:

@@ -76,8 +76,8 @@ def test_rendered_text_is_readable(kernel: str, bits: int, dynamic: bool, stocha
         ({"bits": None}, "float32"),
         ({"vnni": True, "isa": "avx512"}, "vnni"),
         ({"vnni": True, "flush_interval": 8, "ring": "int8"}, "portable"),
-        ({"prefetch": "L2"}, "L2"),
-        ({"prefetch": "L3", "flush_interval": 8, "ring": "int8"}, "L3"),
+        ({"core": "amd"}, "amd"),
+        ({"core": "arm", "flush_interval": 8, "ring": "int8"}, "arm"),
     ],
 )
 def test_spec_refuses(change: dict[str, Any], named: str) -> None:

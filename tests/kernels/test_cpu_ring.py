@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qmamba_compile import ops, quant, recurrence
 from qmamba_compile.cpu_templates import build, launch
-from qmamba_compile.cpu_templates.render import CACHES
+from qmamba_compile.cpu_templates.render import CORES
 from qmamba_compile.recurrence import Ring
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
@@ -136,9 +136,9 @@ def test_every_instruction_set(isa: str) -> None:
     Problem(bits=8, dynamic=False, stochastic=True, dstate=33, ring=torch.int8).check(steps=12)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_wherever_codes_are_fetched_to(monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
-    monkeypatch.setattr(build, "prefetch_cache", lambda: cache)
+@pytest.mark.parametrize("core", CORES)
+def test_tuned_for_every_core(monkeypatch: pytest.MonkeyPatch, core: str) -> None:
+    monkeypatch.setattr(build, "core", lambda: core)
     launch.kernel.cache_clear()
     try:
         Problem().check(steps=12)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ co
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPECS = [LayerSpec("w8a8_linear", isa) for isa in ("avx512", "avx2", "portable")]
-SPECS += [LayerSpec("w8a8_linear", "avx512", vnni=True), LayerSpec("w8a8_linear", "avx512", True, prefetch="L2")]
+SPECS += [LayerSpec("w8a8_linear", "avx512", vnni=True), LayerSpec("w8a8_linear", "avx512", True, "amd")]
 RUNNABLE = [spec for spec in SPECS if spec.isa in build.available_isas() and (build.has_vnni() or not spec.vnni)]
 
 
@@ -36,7 +36,7 @@ def only(spec: LayerSpec) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QMAMBA_CPU_ISA", spec.isa)
         patch.setattr(build, "has_vnni", lambda: spec.vnni)
-        patch.setattr(build, "prefetch_cache", lambda: spec.prefetch)
+        patch.setattr(build, "core", lambda: spec.core)
         patch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
         launch.layer_kernel.cache_clear()
         yield
@@ -239,17 +239,18 @@ def test_what_the_machine_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     for isas, vnni in ((("avx512",), True), (("avx512",), False), (("avx2",), True)):
         monkeypatch.setattr(build, "available_isas", lambda isas=isas: isas)
         monkeypatch.setattr(build, "has_vnni", lambda vnni=vnni: vnni)
-        monkeypatch.setattr(build, "prefetch_cache", lambda vnni=vnni: "L2" if vnni else "L1")
+        monkeypatch.setattr(build, "core", lambda vnni=vnni: "amd" if vnni else "intel")
         launch.layer_kernel.cache_clear()
         for name in LAYER_KERNELS:
             launch.layer_kernel(name)
     launch.layer_kernel.cache_clear()
-    linears = [LayerSpec("w8a8_linear", *rest) for rest in (("avx512", True, "L2"), ("avx512",), ("avx2", False, "L2"))]
+    machines = (("avx512", True, "amd"), ("avx512", False, "intel"), ("avx2", False, "amd"))
+    linears = [LayerSpec("w8a8_linear", *machine) for machine in machines]
     assert built[::2] == linears and built[1::2] == [LayerSpec("conv_update", spec.isa) for spec in linears]
 
 
-def test_an_amd_core_prefetches_to_its_l2_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, cache in (("vendor_id : AuthenticAMD", "L2"), ("vendor_id : GenuineIntel", "L1"), (None, "L1")):
+def test_the_core_is_the_kernels_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, core in (("vendor_id : AuthenticAMD", "amd"), ("vendor_id : GenuineIntel", "intel"), (None, "intel")):
 
         def read_text(path: pathlib.Path, text: str | None = text) -> str:
             if text is None:
@@ -257,7 +258,7 @@ def test_an_amd_core_prefetches_to_its_l2_cache(monkeypatch: pytest.MonkeyPatch)
             return text
 
         monkeypatch.setattr(pathlib.Path, "read_text", read_text)
-        assert build.prefetch_cache.__wrapped__() == cache
+        assert build.core.__wrapped__() == core
 
 
 @pytest.mark.parametrize(
@@ -266,8 +267,8 @@ def test_an_amd_core_prefetches_to_its_l2_cache(monkeypatch: pytest.MonkeyPatch)
         ({"kernel": "ssm_update"}, "ssm_update"),
         ({"isa": "mmx"}, "mmx"),
         ({"vnni": True, "isa": "avx2"}, "avx2"),
-        ({"prefetch": "L3"}, "L3"),
-        ({"kernel": "conv_update", "prefetch": "L2"}, "L2"),
+        ({"core": "arm"}, "arm"),
+        ({"kernel": "conv_update", "core": "amd"}, "amd"),
     ],
 )
 def test_spec_refuses(change: dict[str, Any], named: str) -> None:
