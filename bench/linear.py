@@ -18,6 +18,7 @@ from torchao.quantization import Int8Tensor
 
 import qmamba_compile.ops  # noqa: F401  (registers qmamba::*)
 from qmamba_compile.cpu_templates.call_site import inductor_options
+from qmamba_compile.huge_pages import HugePages
 from qmamba_compile.passes.int8_weight import quantize_weight
 
 from . import cli
@@ -78,7 +79,8 @@ class _Layers:
         extents = (linear.out_features, linear.in_features)
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(extents, generator=generator) for _ in range(self.count)]
-        int8 = [quantize_weight(w) for w in weights] if {INT_MM, OURS} & set(chosen) else []
+        pages = HugePages()
+        int8 = [quantize_weight(w, pages=pages) for w in weights] if {INT_MM, OURS} & set(chosen) else []
         calls: dict[str, Callable[[], Call]] = {
             FLOAT: lambda: lambda x: [F.linear(x, w) for w in weights],
             FLOAT_FREEZING: lambda: _inductor(_float_layers(weights), freezing=True),

@@ -18,6 +18,7 @@ ALLOWED = {
     "config": {"errors"},
     "quant": {"errors"},
     "recurrence": {"errors", "quant"},
+    "huge_pages": set(),
     "artifact": {"errors", "quant"},
     "cpu_templates": {"errors", "quant", "recurrence"},
     "triton_templates": {"errors", "quant", "recurrence"},

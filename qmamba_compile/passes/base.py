@@ -18,6 +18,7 @@ from ..artifact import Artifact
 from ..config import QMambaConfig
 from ..errors import ConfigError, SkipReason
 from ..fx_utils import removable
+from ..huge_pages import HugePages
 from ..recurrence import Ring, new_ring
 from ..report import Report
 
@@ -88,12 +89,14 @@ class PassContext:
         state_outputs: filled by `quantize_state`, in the order of the outputs.
         state_inputs: position of each `DSQState` argument and its layer, for `check_finite`.
         scope: where names of Dynamo's sources evaluate, to reach the modules of the model.
+        pages: where the quantized weights go.
     """
 
     config: QMambaConfig
     artifact: Artifact | None
     example_inputs: list[Any]
     scope: dict[str, Any]
+    pages: HugePages = dataclasses.field(default_factory=HugePages)
     state_outputs: list[StateOutput] = dataclasses.field(default_factory=list)
     state_inputs: dict[int, str] = dataclasses.field(default_factory=dict)
 

@@ -12,30 +12,36 @@ from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTe
 
 from .. import quant
 from ..artifact import Artifact, with_last_rows
+from ..huge_pages import HugePages
 from .parameter_forms import forms_of
 
 BLOCK_WEIGHTS = 2**16
 """Weights quantized at once. lm_head [50288, 768]: 0.19 s with intermediate results in the cache, 0.52 s as a whole."""
 
 
-def quantize_for_layer(weight: Tensor, layer: str, artifact: Artifact | None) -> Int8Tensor:
+def quantize_for_layer(
+    weight: Tensor, layer: str, artifact: Artifact | None, pages: HugePages | None = None
+) -> Int8Tensor:
     """`quantize_weight` with what the artifact says of the layer."""
     if artifact is None:
-        return quantize_weight(weight)
-    return quantize_weight(weight, smooth=artifact.smooth(layer), tuned=artifact.weight_bcdt(layer))
+        return quantize_weight(weight, pages=pages)
+    return quantize_weight(weight, smooth=artifact.smooth(layer), tuned=artifact.weight_bcdt(layer), pages=pages)
 
 
-def quantize_weight(weight: Tensor, *, smooth: Tensor | None = None, tuned: Tensor | None = None) -> Int8Tensor:
+def quantize_weight(
+    weight: Tensor, *, smooth: Tensor | None = None, tuned: Tensor | None = None, pages: HugePages | None = None
+) -> Int8Tensor:
     """torchao ``Int8Tensor`` of a weight [o, k]: symmetric, one scale per output channel.
 
     Args:
         smooth: SmoothQuant factors [k] that multiply the activations; the weight is divided by them.
         tuned: rows [r, k] that replace the last r of the weight (B, C and dt of a Mamba2 ``in_proj``, by ESR).
+        pages: where the codes go; by default pages of their own.
     """
     if tuned is not None:
         weight = with_last_rows(weight, tuned)
     factors = None if smooth is None else smooth.to(weight)
-    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    codes = (pages or HugePages()).empty(weight.shape, torch.int8, weight.device)
     scale = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
     step = max(1, BLOCK_WEIGHTS // weight.shape[1])
     for block in (slice(row, row + step) for row in range(0, weight.shape[0], step)):

@@ -44,7 +44,8 @@ def put_int8(weight: fx.Node, layer: str, context: PassContext, guards: dict[int
     index = weight.meta["qmamba_input"].index
     value, slots = context.example_inputs[index], _slots_of(weight, layer, context)
     with torch.inference_mode(False), torch.no_grad():
-        quantized = nn.Parameter(quantize_for_layer(value, layer, context.artifact), requires_grad=False)
+        quantized = quantize_for_layer(value, layer, context.artifact, context.pages)
+        quantized = nn.Parameter(quantized, requires_grad=False)
     for module, name in slots:
         module._parameters[name] = quantized
     retarget_guards(guards, value, quantized)

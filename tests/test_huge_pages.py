@@ -1,0 +1,98 @@
+"""Tensors in huge pages: theirs alone, one behind the other, freed with the last of them, and plain ones elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import mmap
+import weakref
+
+import pytest
+import torch
+
+from qmamba_compile.huge_pages import HUGE_PAGE, SMALLEST, HugePages
+from qmamba_compile.passes.int8_weight import quantize_weight
+
+CPU = torch.device("cpu")
+
+needs_huge_pages = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no madvise here")
+
+
+@needs_huge_pages
+def test_tensors_lie_one_behind_the_other_from_the_beginning_of_a_huge_page() -> None:
+    pages = HugePages()
+    first = pages.empty((3, SMALLEST), torch.int8, CPU)
+    second = pages.empty((SMALLEST + 1,), torch.int16, CPU)
+    third = pages.empty((SMALLEST,), torch.int8, CPU)
+    assert first.data_ptr() % HUGE_PAGE == 0 and first.shape == (3, SMALLEST) and first.dtype is torch.int8
+    assert second.data_ptr() == first.data_ptr() + first.nbytes and second.dtype is torch.int16
+    assert third.data_ptr() == second.data_ptr() + second.nbytes + 62
+    for value, tensor in enumerate((first, second, third)):
+        tensor.fill_(value + 1)
+    assert [int(tensor.unique()) for tensor in (first, second, third)] == [1, 2, 3]
+
+
+@needs_huge_pages
+def test_a_tensor_larger_than_a_chunk_and_one_that_does_not_fit_behind_it() -> None:
+    pages = HugePages()
+    large = pages.empty((2**27,), torch.int8, CPU)
+    other = pages.empty((2**24,), torch.int8, CPU)
+    assert large.data_ptr() % HUGE_PAGE == 0 and other.data_ptr() % HUGE_PAGE == 0
+    large[-1], other[0] = 1, 2
+    assert int(large[-1]) == 1
+
+
+@needs_huge_pages
+def test_the_last_tensor_frees_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = []
+
+    class Chunk(mmap.mmap):
+        pass
+
+    def new(*args: int, **flags: int) -> Chunk:
+        chunk = Chunk(*args, **flags)
+        chunks.append(weakref.ref(chunk))
+        return chunk
+
+    monkeypatch.setattr(mmap, "mmap", new)
+    pages = HugePages()
+    first, second = (pages.empty((SMALLEST,), torch.int8, CPU) for _ in range(2))
+    del pages, first
+    gc.collect()
+    assert [chunk() is None for chunk in chunks] == [False]
+    second.zero_()
+    del second
+    gc.collect()
+    assert [chunk() is None for chunk in chunks] == [True]
+
+
+@needs_huge_pages
+def test_a_saved_or_copied_tensor_takes_no_other_with_it() -> None:
+    pages = HugePages()
+    pages.empty((SMALLEST,), torch.int8, CPU).fill_(1)
+    tensor = pages.empty((SMALLEST,), torch.int8, CPU).random_()
+    assert tensor.untyped_storage().nbytes() == SMALLEST
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    assert len(file.getvalue()) < SMALLEST + 4096
+    file.seek(0)
+    assert torch.equal(torch.load(file), tensor) and torch.equal(copy.deepcopy(tensor), tensor)
+
+
+def test_what_is_small_or_elsewhere_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "mmap", None)
+    pages = HugePages()
+    assert pages.empty((SMALLEST - 1,), torch.int8, CPU).shape == (SMALLEST - 1,)
+    assert pages.empty((SMALLEST,), torch.int8, torch.device("meta")).is_meta
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert pages.empty((SMALLEST,), torch.int8, CPU).shape == (SMALLEST,)
+
+
+@needs_huge_pages
+def test_weights_share_pages() -> None:
+    pages, weights = HugePages(), [torch.randn(600, 512) for _ in range(2)]
+    made = [quantize_weight(weight, pages=pages) for weight in weights]
+    assert made[1].qdata.data_ptr() == made[0].qdata.data_ptr() + made[0].qdata.nbytes
+    for weight, quantized in zip(weights, made, strict=True):
+        torch.testing.assert_close(quantized.dequantize(), weight, rtol=0, atol=float(weight.abs().max()) / 254 + 1e-6)
