@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import build
 from .call_site import Field, Launch, launched
-from .launch import ABSENT, DTYPES, contiguous_float, empty, vector
+from .launch import ABSENT, DTYPES, contiguous_float, empty, threads, vector
 from .render import LayerSpec
 
 PARALLEL_WEIGHTS = 2**18
@@ -118,6 +118,7 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
     y = empty((batch, channels, 1), dtype)
     fields: list[Field] = [conv_state, xBC, DTYPES[dtype], xBC.stride(0), xBC.stride(1)]
     fields += [*vector(weight), *vector(bias), y, batch, channels, length, taps, silu]
+    fields.append(threads(conv_state.numel()) if batch > 1 else 1)
     return Launch(function, fields, y, dtype)
 
 

@@ -295,7 +295,28 @@ def _layer_constants(spec: LayerSpec) -> dict[str, object]:
         "chunk_bytes": _CHUNK_BYTES,
         "panels_from": _PANELS_FROM,
         "group_bytes": _GROUP_BYTES,
+        **_transposition(lanes),
         "tiny_scale": repr(quant.TINY_SCALE),
+    }
+
+
+def _transposition(lanes: int) -> dict[str, list[list[int]]]:
+    """Lane orders of conv_update, where a vector holds four taps of each of ``lanes / 4`` channels.
+
+    ``shifts[i]`` moves the taps of vector i by one and takes the new ones from a vector with one for each channel;
+    ``by_taps`` makes of two vectors one with their taps 0 and 1, and one with 2 and 3; ``halves`` joins such vectors.
+    """
+    channels, half = range(lanes // 4), lanes // 2
+    return {
+        "shifts": [
+            [lane + 1 if lane % 4 < 3 else lanes + i * len(channels) + lane // 4 for lane in range(lanes)]
+            for i in range(4)
+        ],
+        "by_taps": [
+            [4 * channel + vector * lanes + tap for tap in taps for vector in (0, 1) for channel in channels]
+            for taps in ((0, 1), (2, 3))
+        ],
+        "halves": [[begin + lane + vector * lanes for vector in (0, 1) for lane in range(half)] for begin in (0, half)],
     }
 
 

@@ -77,12 +77,31 @@ def check(silu: bool = True, **change: Any) -> None:
         {"length": 4, "taps": 1},
         {"length": 4, "taps": 5},
         {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "batch": 1, "channels": 1792},
         {"dtype": torch.bfloat16, "length": 3, "silu": False, "bias": False},
     ],
     ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()) or "base",
 )
 def test_equals_reference(isa: str, change: dict[str, Any]) -> None:
     check(**change)
+
+
+def test_inputs_that_lie_apart(isa: str) -> None:
+    state, inputs, weight, bias = problem(channels=64)
+    expected_state = state.clone()
+    for x in inputs:
+        apart = torch.stack([x, x + 1], dim=2)[:, :, 0]
+        assert apart.stride(1) == 2
+        y = launch.conv_update(state, apart, weight, bias, True)
+        expected = ops.conv_update_reference(expected_state, x, weight, bias, True)
+        torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
+        assert torch.equal(state, expected_state)
+
+
+def test_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "threads", lambda elements: 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(batch=5, channels=80, dtype=dtype)
 
 
 def test_steps_are_the_convolution_of_the_sequence(isa: str) -> None:
@@ -118,6 +137,14 @@ def test_what_the_kernel_does_not_read_is_left_to_the_reference(change: Any) -> 
 def test_op_is_declared_truthfully(bias: bool) -> None:
     state, (x, *_), weight, values = problem(bias=bias)
     torch.library.opcheck(torch.ops.qmamba.conv_update.default, (state, x.contiguous(), weight, values, True))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_rendered_text_is_readable(isa: str) -> None:
+    text = render(LayerSpec("conv_update", isa))
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert "\n\n\n" not in text and "{%" not in text and "{{" not in text.replace("{{}", "")
 
 
 def test_golden_text() -> None:

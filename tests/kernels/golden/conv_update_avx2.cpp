@@ -6,7 +6,7 @@
 //     weight      [d, t], bias [d] or null
 //     y           [b, d]                  written; silu of the sum when `silu` is set
 //
-// Work: one thread; a step of the largest Mamba2 moves half a megabyte a sequence.
+// Work: sequences are shared among OpenMP threads; one thread a sequence, half a megabyte for the largest Mamba2.
 //
 // Promises: the state is the reference's. y is summed in float32, oldest input first, and rounded where torch rounds.
 #include <math.h>
@@ -180,7 +180,7 @@ struct Arguments {
     void* state;
     Input x, weight, bias;
     void* y;
-    int64_t batch, channels, length, taps, silu;
+    int64_t batch, channels, length, taps, silu, threads;
 };
 
 inline float from_stored(float value) { return value; }
@@ -200,53 +200,65 @@ inline float step_channel(Element* state, Element x, const Element* weight, int6
     return sum;
 }
 
-typedef float Four __attribute__((vector_size(16)));
-typedef int32_t FourInts __attribute__((vector_size(16)));
-#if defined(__clang__)
-#define PICKED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICKED(a, b, ...) __builtin_shuffle(a, b, (FourInts){__VA_ARGS__})
-#endif
+// Floats of a vector in memory, and back; bfloat16 holds what was read from bfloat16.
+inline Floats widen_stored(const float* from) { return load<Floats>(from); }
+inline Floats widen_stored(const uint16_t* from) { return (Floats)(widen_halves(load<Halves>(from)) << 16); }
+inline void narrow_stored(float* to, Floats values) { store(to, values); }
+inline void narrow_stored(uint16_t* to, Floats values) { store(to, narrow_to_halves((Words)values >> 16)); }
 
-// Four taps on a state of four, for four channels: what Mamba2 has. The same sums in the same order.
-inline Four step_four_channels(float* state, const float* x, int64_t x_stride, const float* weight) {
-    Four products[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const Four now = PICKED(load<Four>(state + 4 * i), Four{} + x[i * x_stride], 1, 2, 3, 4);
-        store(state + 4 * i, now);
-        products[i] = now * load<Four>(weight + 4 * i);
-    }
-    const Four low0 = PICKED(products[0], products[1], 0, 4, 1, 5), low1 = PICKED(products[2], products[3], 0, 4, 1, 5);
-    const Four high0 = PICKED(products[0], products[1], 2, 6, 3, 7);
-    const Four high1 = PICKED(products[2], products[3], 2, 6, 3, 7);
-    return PICKED(low0, low1, 0, 1, 4, 5) + PICKED(low0, low1, 2, 3, 6, 7) + PICKED(high0, high1, 0, 1, 4, 5) +
-           PICKED(high0, high1, 2, 3, 6, 7);
+// Four taps on a state of four, as Mamba2 has them, for LANES channels: a vector holds a quarter of them.
+template <class Element>
+inline Floats step_channels(Element* state, Floats x, const Element* weight) {
+    const Floats old0 = widen_stored(state + 0 * LANES);
+    const Floats now0 = SHUFFLED(old0, x, 1, 2, 3, 8, 5, 6, 7, 9);
+    narrow_stored(state + 0 * LANES, now0);
+    const Floats product0 = now0 * widen_stored(weight + 0 * LANES);
+    const Floats old1 = widen_stored(state + 1 * LANES);
+    const Floats now1 = SHUFFLED(old1, x, 1, 2, 3, 10, 5, 6, 7, 11);
+    narrow_stored(state + 1 * LANES, now1);
+    const Floats product1 = now1 * widen_stored(weight + 1 * LANES);
+    const Floats old2 = widen_stored(state + 2 * LANES);
+    const Floats now2 = SHUFFLED(old2, x, 1, 2, 3, 12, 5, 6, 7, 13);
+    narrow_stored(state + 2 * LANES, now2);
+    const Floats product2 = now2 * widen_stored(weight + 2 * LANES);
+    const Floats old3 = widen_stored(state + 3 * LANES);
+    const Floats now3 = SHUFFLED(old3, x, 1, 2, 3, 14, 5, 6, 7, 15);
+    narrow_stored(state + 3 * LANES, now3);
+    const Floats product3 = now3 * widen_stored(weight + 3 * LANES);
+    // By taps: of half of the channels the first two and the last two, then of all channels each.
+    const Floats first0 = SHUFFLED(product0, product1, 0, 4, 8, 12, 1, 5, 9, 13);
+    const Floats last0 = SHUFFLED(product0, product1, 2, 6, 10, 14, 3, 7, 11, 15);
+    const Floats first1 = SHUFFLED(product2, product3, 0, 4, 8, 12, 1, 5, 9, 13);
+    const Floats last1 = SHUFFLED(product2, product3, 2, 6, 10, 14, 3, 7, 11, 15);
+    const Floats tap0 = SHUFFLED(first0, first1, 0, 1, 2, 3, 8, 9, 10, 11);
+    const Floats tap1 = SHUFFLED(first0, first1, 4, 5, 6, 7, 12, 13, 14, 15);
+    const Floats tap2 = SHUFFLED(last0, last1, 0, 1, 2, 3, 8, 9, 10, 11);
+    const Floats tap3 = SHUFFLED(last0, last1, 4, 5, 6, 7, 12, 13, 14, 15);
+    return tap0 + tap1 + tap2 + tap3;
 }
 
 template <class Element>
 void step(const Arguments& a) {
-    const bool four = sizeof(Element) == 4 && a.length == 4 && a.taps == 4;
+    const bool four = a.length == 4 && a.taps == 4 && a.x.head_stride == 1;
     const Element* weight = (const Element*)a.weight.data;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
     for (int64_t b = 0; b < a.batch; ++b) {
         const Element* x = (const Element*)a.x.data + b * a.x.batch_stride;
         Element* state = (Element*)a.state + b * a.channels * a.length;
         for (int64_t d = 0; d < a.channels; d += LANES) {
             const int64_t count = a.channels - d < LANES ? a.channels - d : LANES;
-            float sums[LANES] = {};
-            int64_t lane = 0;
-            for (; four && lane + 4 <= count; lane += 4) {
-                float* old = (float*)state + (d + lane) * 4;
-                const float* input = (const float*)x + (d + lane) * a.x.head_stride;
-                const float* taps = (const float*)weight + (d + lane) * 4;
-                store(sums + lane, step_four_channels(old, input, a.x.head_stride, taps));
+            Floats y;
+            if (four && count == LANES) {
+                y = step_channels(state + d * 4, widen_stored(x + d), weight + d * 4);
+            } else {
+                float sums[LANES] = {};
+                for (int64_t lane = 0; lane < count; ++lane) {
+                    Element* old = state + (d + lane) * a.length;
+                    const Element input = x[(d + lane) * a.x.head_stride];
+                    sums[lane] = step_channel(old, input, weight + (d + lane) * a.taps, a.length, a.taps);
+                }
+                y = load<Floats>(sums);
             }
-            for (; lane < count; ++lane) {
-                const Element* taps = weight + (d + lane) * a.taps;
-                const Element input = x[(d + lane) * a.x.head_stride];
-                sums[lane] = step_channel(state + (d + lane) * a.length, input, taps, a.length, a.taps);
-            }
-            Floats y = load<Floats>(sums);
             if (a.bias.data) y += read(a.bias, d, count);
             y = round_to(y, a.x.dtype);
             if (a.silu) y = silu(y);
