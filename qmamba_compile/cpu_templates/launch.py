@@ -209,8 +209,7 @@ def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> 
     """The ``Steps`` struct of ssm_update."""
     if dt.dtype not in DTYPES:
         dt = dt.float()
-    bias = None if dt_bias is None else contiguous_float(dt_bias)
-    return [dt, DTYPES[dt.dtype], *dt.stride(), bias, contiguous_float(A), dt_softplus]
+    return [dt, DTYPES[dt.dtype], *dt.stride(), *vector(dt_bias), contiguous_float(A), dt_softplus]
 
 
 def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> list[Field]:

@@ -26,6 +26,14 @@ def step_arguments(ring_dtype=None):
     return [state.packed, *scales, x.view(b, h, p), dt, *vectors, None, True, 4, False, *ring]
 
 
+def bfloat16(arguments, *kept):
+    """As a model in bfloat16 gives them: all floats but those at ``kept`` and the states."""
+    return [
+        a.bfloat16() if isinstance(a, torch.Tensor) and a.dtype is torch.float32 and i not in kept else a
+        for i, a in enumerate(arguments)
+    ]
+
+
 def linear_arguments(dtype=torch.float32):
     x = torch.randn(b, 1, k + 8, dtype=dtype)[..., :k]
     return [x, torch.randint(-127, 128, (o, k), dtype=torch.int8), torch.rand(o, 1), torch.randn(o), None, None]
@@ -44,9 +52,13 @@ CASES = {
     "ssm_update": step_arguments,
     "ssm_update, ring": lambda: step_arguments(torch.bfloat16),
     "ssm_update, int8 ring": lambda: step_arguments(torch.int8),
+    "ssm_update, bfloat16": lambda: bfloat16(step_arguments(), 6),  # A
     "w8a8_linear": linear_arguments,
+    "w8a8_linear, bfloat16": lambda: bfloat16(linear_arguments(), 2),  # the scale of the weight
     "norm_w8a8_linear": norm_arguments,
+    "norm_w8a8_linear, bfloat16": lambda: bfloat16(norm_arguments(), 6),
     "conv_update": conv_arguments,
+    "conv_update, bfloat16": lambda: bfloat16(conv_arguments()),
 }
 
 

@@ -304,7 +304,8 @@ inline Floats exact_softplus(Floats x) {
 
 struct StepInputs {
     Input dt;                     // [b, h] as the caller has it
-    const float *dt_bias, *A;     // [h]; no bias when null
+    Input dt_bias;                // [h]; none when null
+    const float* A;               // [h]
     int64_t softplus;
 };
 
@@ -326,7 +327,7 @@ struct Steps {
             float *dt = this->dt + b * stride, *total = this->total + b * stride, *decay = this->decay + b * stride;
             for (int64_t head = 0; head < nheads; ++head) {
                 dt[head] = in.dt.at(b * in.dt.batch_stride + head * in.dt.head_stride);
-                if (in.dt_bias) dt[head] += in.dt_bias[head];
+                if (in.dt_bias.data) dt[head] += in.dt_bias.at(head);
                 decay[head] = in.A[head];
             }
             for (int64_t at = 0; at < stride; at += LANES) {
