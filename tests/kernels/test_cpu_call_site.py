@@ -182,3 +182,22 @@ def test_inductor_calls_what_has_fixed_sizes(dynamic):
         y, (code,) = run_and_get_code(torch.compile(layer, dynamic=dynamic), *arguments)
     assert torch.equal(y, layer(*arguments))
     assert (f"CallSite('w8a8_linear', {{0: ((2, 1, 64), ({2 * k}, {2 * k}, 1), {k})}})" in code) is not dynamic
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_a_model_prepares_no_launch_anew(make_model, tokens, compiled, monkeypatch, dtype):
+    pytest.importorskip("torch._inductor.codegen.custom_extern_kernel_codegen")  # torch 2.11: operators are called
+    model = compiled(make_model(num_hidden_layers=1, dtype=dtype), inner_backend="inductor")
+    token = tokens(2, 1, seed=1)
+
+    with torch.no_grad():
+        cache = model(tokens(2, 9), use_cache=True).cache_params
+        for _ in range(2):
+            model(token, cache_params=cache, use_cache=True)
+
+        def refuse(*arguments):
+            raise AssertionError("a launch is prepared")
+
+        for name in LAUNCHERS:
+            monkeypatch.setitem(LAUNCHERS, name, refuse)
+        assert model(token, cache_params=cache, use_cache=True).logits.isfinite().all()
