@@ -1,7 +1,7 @@
 """Ways to run a whole model: eager, Inductor, torchao under Inductor, and this project's backend.
 
 Variants share the weights they can share: one float32 model, one in bfloat16, one of torchao, one with our int8
-weights. Each gets a compiled graph of its own.
+weights of each. Each gets a compiled graph of its own.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("ours-w8a8", "int8", "qmamba", _INT8, {"state_bits": None}),
         Variant("ours-w8a8h8", "int8", "qmamba", _INT8, {"state_bits": 8, "flush_interval": 1}),
         Variant(OURS, "int8", "qmamba", _INT8),
+        Variant("ours-w8a8h4-bfloat16", "int8_of_bfloat16", "qmamba", _INT8),
         Variant("ours-w8a8h4-flush1", "int8", "qmamba", _INT8, {"flush_interval": 1}),
         Variant(
             "ours-w8a8h4-flush1-stochastic",
@@ -150,6 +151,10 @@ class Models:
     def int8(self) -> Any:
         # The backend puts int8 weights in place of the float ones when it first compiles this model.
         return copy.deepcopy(self.float32)
+
+    @functools.cached_property
+    def int8_of_bfloat16(self) -> Any:
+        return copy.deepcopy(self.bfloat16)
 
     @functools.cached_property
     def int8_alone(self) -> Any:
