@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 _ENV_PREFIX = "QMAMBA_"
+
+_OTHER_VARIABLES = tuple(_ENV_PREFIX + name for name in ("CPU_ISA", "DUMP", "TRACEBACK", "UPDATE_GOLDEN"))
+"""Of no option."""
 
 LARGEST_SEED = 2**32 - 1
 
@@ -109,6 +117,10 @@ class QMambaConfig:
             text = os.environ.get(_ENV_PREFIX + name.upper())
             if text:
                 values[name] = _parse(_ENV_PREFIX + name.upper(), text, field.default)
+        known = (*_OTHER_VARIABLES, *(_ENV_PREFIX + name.upper() for name in fields))
+        for variable in os.environ:
+            if variable.startswith(_ENV_PREFIX) and variable not in known:
+                _warn_of_variable(variable, known)
         for name, value in (options or {}).items():
             if name not in fields:
                 raise ConfigError(f"unknown option {name!r}; allowed: {', '.join(sorted(fields))}")
@@ -124,6 +136,13 @@ def layer_seed(seed: int, layer: str) -> int:
     """Philox key of a layer's stochastic rounding, from the option ``seed``: layers must not share their noise."""
     digest = hashlib.blake2b(f"{seed}:{layer}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@functools.cache
+def _warn_of_variable(variable: str, known: tuple[str, ...]) -> None:
+    near = difflib.get_close_matches(variable, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "README lists the variables"
+    log.warning("the environment variable %s is set, but nothing reads it; %s", variable, hint)
 
 
 def _require(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

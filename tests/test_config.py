@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qmamba_compile import config as config_module
 from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ConfigError, QMambaError
 
@@ -161,6 +162,16 @@ def test_the_environment_is_checked_too(monkeypatch, name, text):
 def test_an_empty_variable_is_no_override(monkeypatch, name):
     monkeypatch.setenv(f"QMAMBA_{name.upper()}", "")
     assert QMambaConfig.from_options() == QMambaConfig()
+
+
+def test_a_variable_that_nothing_reads_is_named_once(monkeypatch, caplog):
+    monkeypatch.setenv("QMAMBA_STATE_BIT", "8")
+    monkeypatch.setenv("QMAMBA_DUMP", "")
+    config_module._warn_of_variable.cache_clear()
+    for _ in range(2):
+        assert QMambaConfig.from_options() == QMambaConfig()
+    assert [record.args[0] for record in caplog.records] == ["QMAMBA_STATE_BIT"]
+    assert "QMAMBA_STATE_BITS" in caplog.text
 
 
 def test_skip_layers_name_a_module_or_a_parent_of_it():
