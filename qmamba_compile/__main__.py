@@ -281,7 +281,7 @@ def env() -> None:
     for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
         table.add_row(package, _version(package))
     table.add_row("C++ compiler", build.find_compiler() or "none found: on the CPU plain torch runs; install g++")
-    table.add_row("instruction set", build.best_isa())
+    table.add_row("instruction set", f"{build.best_isa()}, kernels tuned for {build.core()}")
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     defaults, current = QMambaConfig(), QMambaConfig.from_options()

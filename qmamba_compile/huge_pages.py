@@ -13,10 +13,11 @@ HUGE_PAGE = 2**21
 """Bytes of one on x86; where they are larger, as on some Arm machines, nothing is gained and nothing lost."""
 
 SMALLEST = 2**18
-"""Bytes of a tensor that is worth it: a smaller one stays in a core's own cache."""
+"""Bytes of a tensor that is put there. The linears of the 130M shape are 1 and 2.5 MB; smaller ones than this would
+waste more of a model's last huge page than they gain."""
 
 _CHUNK = 2**26
-"""Bytes of address space taken at a time. What nothing is put into takes no memory."""
+"""Bytes of address space taken at a time, for 20 linears of that shape; what nothing is put into takes no memory."""
 
 _LINE = 64
 """Bytes from one tensor to the next: a multiple of a line of the cache."""
@@ -28,7 +29,7 @@ class HugePages:
     With pages of 4 KiB, a core that reads weights looks up an address more often than its tables hold, and what it
     fetches ahead by itself ends with the page. One linear of 768x3352 for one token, one thread of Zen 4: 131 us so,
     98 us from huge pages. A tensor in pages of its own would waste half a one; so all of a model share them, and
-    the last of the tensors frees them.
+    the last of the tensors frees them. A copy of one is a plain tensor.
     """
 
     def __init__(self) -> None:
@@ -36,22 +37,27 @@ class HugePages:
         self._free = slice(0, 0)  # of the chunk
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """As `torch.empty`, which makes it where huge pages cannot be asked for, and what is small."""
+        """As `torch.empty`, which makes it where the system has no huge pages to give, and what is small."""
         elements = math.prod(shape)
         nbytes = elements * dtype.itemsize
-        if nbytes < SMALLEST or device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        if nbytes < SMALLEST or device.type != "cpu" or not self._has_room(nbytes):
             return torch.empty(shape, dtype=dtype, device=device)
-        if self._chunk is None or self._free.stop - self._free.start < nbytes:
-            self._take_chunk(nbytes)
-        assert self._chunk is not None
         begin = self._free.start
         self._free = slice(begin + -(-nbytes // _LINE) * _LINE, self._free.stop)
         # A storage of these bytes alone, so that saving the tensor saves no others; it keeps the chunk alive.
         return torch.frombuffer(self._chunk, dtype=dtype, count=elements, offset=begin).view(shape)
 
-    def _take_chunk(self, nbytes: int) -> None:
+    def _has_room(self, nbytes: int) -> bool:
+        """True when the chunk has room for so many bytes, if need be a new one."""
+        if self._free.stop - self._free.start >= nbytes:
+            return True
         size = max(_CHUNK, nbytes) + HUGE_PAGE
-        self._chunk = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._chunk.madvise(mmap.MADV_HUGEPAGE)
-        address = torch.frombuffer(self._chunk, dtype=torch.uint8, count=1).data_ptr()
-        self._free = slice(-address % HUGE_PAGE, size)
+        try:
+            chunk = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            chunk.madvise(mmap.MADV_HUGEPAGE)
+        except (AttributeError, OSError, TypeError):
+            # Not Linux, a kernel without huge pages, or no address space to spare.
+            return False
+        address = torch.frombuffer(chunk, dtype=torch.uint8, count=1).data_ptr()
+        self._chunk, self._free = chunk, slice(-address % HUGE_PAGE, size)
+        return True

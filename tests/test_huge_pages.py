@@ -6,7 +6,9 @@ import copy
 import gc
 import io
 import mmap
+import pathlib
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -80,13 +82,52 @@ def test_a_saved_or_copied_tensor_takes_no_other_with_it() -> None:
     assert torch.equal(torch.load(file), tensor) and torch.equal(copy.deepcopy(tensor), tensor)
 
 
+def no_madvise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+
+
+def no_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chunk(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError("a kernel without huge pages")
+
+    monkeypatch.setattr(mmap, "mmap", Chunk)
+
+
+def no_address_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: int, **flags: int) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+
+
+@pytest.mark.parametrize("lacking", [no_madvise, no_huge_pages, no_address_space])
+def test_tensors_are_plain_where_there_are_none(monkeypatch: pytest.MonkeyPatch, lacking: Any) -> None:
+    lacking(monkeypatch)
+    pages = HugePages()
+    for _ in range(2):
+        assert pages.empty((SMALLEST,), torch.int8, CPU).fill_(1).sum() == SMALLEST
+
+
 def test_what_is_small_or_elsewhere_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "mmap", None)
     pages = HugePages()
     assert pages.empty((SMALLEST - 1,), torch.int8, CPU).shape == (SMALLEST - 1,)
     assert pages.empty((SMALLEST,), torch.int8, torch.device("meta")).is_meta
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert pages.empty((SMALLEST,), torch.int8, CPU).shape == (SMALLEST,)
+
+
+@needs_huge_pages
+def test_the_kernel_is_asked_for_huge_pages() -> None:
+    tensor = HugePages().empty((SMALLEST,), torch.int8, CPU)
+    flags, inside = "", False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            begin, end = (int(address, 16) for address in words[0].split("-"))
+            inside = begin <= tensor.data_ptr() < end
+        elif inside and words[0] == "VmFlags:":
+            flags = line
+    assert "hg" in flags.split()
 
 
 @needs_huge_pages

@@ -84,7 +84,7 @@ def has_vnni() -> bool:
 
 @functools.cache
 def core() -> str:
-    """Whose cores this machine has, of `render.CORES`: what those of one like of their way to memory, others do not."""
+    """``"amd"`` where the kernel says so, otherwise ``"intel"``, on whose cores the rest was measured."""
     with contextlib.suppress(OSError):
         if "AuthenticAMD" in pathlib.Path("/proc/cpuinfo").read_text():
             return "amd"

@@ -118,6 +118,7 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
     y = empty((batch, channels, 1), dtype)
     fields: list[Field] = [conv_state, xBC, DTYPES[dtype], xBC.stride(0), xBC.stride(1)]
     fields += [*vector(weight), *vector(bias), y, batch, channels, length, taps, silu]
+    # 2^16 elements take 26 us of one thread, 18 of two (Zen 4).
     fields.append(threads(conv_state.numel()) if batch > 1 else 1)
     return Launch(function, fields, y, dtype)
 

@@ -33,6 +33,7 @@ LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 RINGS = ("bfloat16", "int8", "float32")
 
 CORES = ("intel", "amd")
+"""Whose cores the way to memory of a kernel was measured on; other makers' get what is best on Intel's."""
 
 MAX_FLUSH_INTERVAL = 64
 
@@ -69,7 +70,7 @@ class Spec:
         flush_interval: steps from one store of the codes to the next (``ssm_update`` only).
         ring: what the inputs since the last store are kept in, one of `RINGS`; None when every step stores.
         vnni: vpdpbusd may be used (with a ring and ``isa="avx512"`` only).
-        core: whose way to memory the kernel is tuned for, one of `CORES` (with a ring only).
+        core: whose cores it is tuned for, one of `CORES` (with a ring only).
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -181,11 +182,13 @@ class LayerSpec:
 
 
 def _check_tuning(spec: Spec | LayerSpec, what: str) -> None:
-    """Args: what: of ``spec`` decides whether it multiplies codes."""
+    """Refuse what this machine's cores are said to be or to have. ``what`` of ``spec`` tells if it multiplies codes."""
+    if spec.core not in CORES:
+        raise ConfigError(f"core={spec.core!r} is not known; use one of {CORES}")
     if spec.vnni and not (spec.multiplies_codes and spec.isa == "avx512"):
         raise ConfigError(f"vnni=True is not allowed with {what} and isa={spec.isa!r}")
-    if spec.core not in (CORES if spec.multiplies_codes else CORES[:1]):
-        raise ConfigError(f"core={spec.core!r} is not allowed with {what}")
+    if spec.core != "intel" and not spec.multiplies_codes:
+        raise ConfigError(f"core={spec.core!r} is not allowed with {what}, for which no core is told from another")
 
 
 def _tuning(spec: Spec | LayerSpec) -> list[str]:

@@ -36,12 +36,13 @@ def quantize_weight(
     Args:
         smooth: SmoothQuant factors [k] that multiply the activations; the weight is divided by them.
         tuned: rows [r, k] that replace the last r of the weight (B, C and dt of a Mamba2 ``in_proj``, by ESR).
-        pages: where the codes go; by default pages of their own.
+        pages: where the codes go; without, into a plain tensor.
     """
     if tuned is not None:
         weight = with_last_rows(weight, tuned)
     factors = None if smooth is None else smooth.to(weight)
-    codes = (pages or HugePages()).empty(weight.shape, torch.int8, weight.device)
+    empty = torch.empty if pages is None else pages.empty
+    codes = empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
     step = max(1, BLOCK_WEIGHTS // weight.shape[1])
     for block in (slice(row, row + step) for row in range(0, weight.shape[0], step)):

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ co
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPECS = [LayerSpec("w8a8_linear", isa) for isa in ("avx512", "avx2", "portable")]
 SPECS += [LayerSpec("w8a8_linear", "avx512", vnni=True), LayerSpec("w8a8_linear", "avx512", True, "amd")]
+SPECS += [LayerSpec("w8a8_linear", isa, core="amd") for isa in ("avx2", "portable")]
 RUNNABLE = [spec for spec in SPECS if spec.isa in build.available_isas() and (build.has_vnni() or not spec.vnni)]
 
 

@@ -1,6 +1,7 @@
 """`QuantizeLinear`: int8 weights in place of float ones, equal to the plain reference, and what it leaves alone."""
 
 import gc
+import mmap
 import weakref
 
 import pytest
@@ -60,6 +61,15 @@ def test_every_linear_becomes_int8(make_model, tokens, capture, n_layers):
         weight = model.get_submodule(entry.layer).weight
         assert entry.bytes_before == 4 * weight.numel()
         assert entry.bytes_after == weight.numel() + 4 * weight.shape[0] == weight.qdata.nbytes + weight.scale.nbytes
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
+def test_weights_share_huge_pages(capture):
+    layers, backend = Two(linear(600, 512), linear(512, 600)), capture(QuantizeLinear)
+    with torch.no_grad():
+        backend.compile(layers)(torch.randn(2, 600))
+    first, second = (layer.weight.qdata for layer in (layers.first, layers.second))
+    assert second.data_ptr() == first.data_ptr() + first.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,7 +6,7 @@
 //     weight      [d, t], bias [d] or null
 //     y           [b, d]                  written; silu of the sum when `silu` is set
 //
-// Work: sequences are shared among OpenMP threads; one thread a sequence, half a megabyte for the largest Mamba2.
+// Work: sequences are shared among OpenMP threads; one moves half a megabyte at the most, so one thread does it.
 //
 // Promises: the state is the reference's. y is summed in float32, oldest input first, and rounded where torch rounds.
 #include <math.h>

@@ -240,14 +240,14 @@ typedef float FourFloats __attribute__((vector_size(16)));
 // How weights are read: the hardware alone reads too little ahead. Microseconds of one thread of Emerald Rapids,
 // 768x3352, one and four tokens: 99 and 105 with the rows that follow fetched to the L1 cache, 106 and 114 to the L2.
 constexpr int ROWS_AHEAD = ROWS, CACHE = 3;  // 3 is the L1
+constexpr int ABREAST_FOR_FEW = ROWS;
 
-// y of `R` rows (from `row`) and `T` tokens (from `token`).
-template <int R, int T>
+// y of `R` rows (from `row`), of which ABREAST are read at a time, and `T` tokens (from `token`).
+template <int R, int T, int ABREAST>
 inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int64_t token) {
     const int8_t* weights = a.qdata + row * a.k;
     const int8_t* codes = t.codes + token * t.width;
     constexpr int VECTORS = (R * T + LANES - 1) / LANES;  // of results
-    constexpr int ABREAST = R;  // rows
     // Every loop over these is unrolled: an index that is no constant would keep them in memory.
     Ints sums[VECTORS * LANES] = {};
 #pragma GCC unroll 4
@@ -303,7 +303,7 @@ inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int
     }
 }
 
-template <int T>
+template <int T, int ABREAST>
 inline void multiply_tokens(const Arguments& a, const Tokens& t, int64_t row, int64_t end, int64_t token) {
     // Results of the next tokens: rows of y lie too far apart for the hardware to foresee them. 512 tokens, 768x3352,
     // one thread: 8.0 ms without, 6.0 with.
@@ -312,14 +312,16 @@ inline void multiply_tokens(const Arguments& a, const Tokens& t, int64_t row, in
         const char* y = (const char*)a.y + (next * a.o + row) * element;
         for (int64_t at = 0; at < (end - row) * element; at += 64) __builtin_prefetch(y + at, 1);
     }
-    for (; row + ROWS <= end; row += ROWS) multiply_block<ROWS, T>(a, t, row, token);
-    for (; row < end; ++row) multiply_block<1, T>(a, t, row, token);
+    for (; row + ROWS <= end; row += ROWS) multiply_block<ROWS, T, ABREAST>(a, t, row, token);
+    for (; row < end; ++row) multiply_block<1, T, 1>(a, t, row, token);
 }
 
-// Tokens `token` to `last` over weight rows `row` to `end`.
+// Tokens `token` to `last` over weight rows `row` to `end`, which lie in the L1 cache behind the first tokens.
 inline void multiply_panel(const Arguments& a, const Tokens& t, int64_t row, int64_t end, int64_t token, int64_t last) {
-    for (; token + TOKENS <= last; token += TOKENS) multiply_tokens<TOKENS>(a, t, row, end, token);
-    if (token < last) multiply_tokens<1>(a, t, row, end, token);
+    const int64_t first = token;
+    for (; token + TOKENS <= last; token += TOKENS) multiply_tokens<TOKENS, ROWS>(a, t, row, end, token);
+    if (last - token == 1 && token == first) multiply_tokens<1, ABREAST_FOR_FEW>(a, t, row, end, token);
+    if (last - token == 1 && token > first) multiply_tokens<1, ROWS>(a, t, row, end, token);
 }
 
 // x, or x * silu(gate), over groups of features by their root mean square, times the weight of the norm.
