@@ -84,7 +84,7 @@ def has_vnni() -> bool:
 
 @functools.cache
 def core() -> str:
-    """``"amd"`` where the kernel says so, otherwise ``"intel"``, on whose cores the rest was measured."""
+    """``"amd"`` where /proc/cpuinfo says so, otherwise ``"intel"``, on whose cores the rest was measured."""
     with contextlib.suppress(OSError):
         if "AuthenticAMD" in pathlib.Path("/proc/cpuinfo").read_text():
             return "amd"

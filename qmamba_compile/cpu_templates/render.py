@@ -182,7 +182,7 @@ class LayerSpec:
 
 
 def _check_tuning(spec: Spec | LayerSpec, what: str) -> None:
-    """Refuse what this machine's cores are said to be or to have. ``what`` of ``spec`` tells if it multiplies codes."""
+    """Refuse a core and instructions for which no such kernel is made; ``what`` of ``spec`` decides that."""
     if spec.core not in CORES:
         raise ConfigError(f"core={spec.core!r} is not known; use one of {CORES}")
     if spec.vnni and not (spec.multiplies_codes and spec.isa == "avx512"):
