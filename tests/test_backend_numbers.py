@@ -12,19 +12,25 @@ from model_parts import INNER, make_artifact, some_scales, states
 from qmamba_compile import DSQState, NonFiniteStateError, quant, report
 
 
-def on_a_tie(found, expected):
-    """How many rows and codes of two states differ, by no more than what lies on a tie explains.
+def on_a_tie(found, expected, h, noise):
+    """How many rows and codes of two states differ, each of them as only what lies on a tie may.
 
-    Kernels and the model's own code add and approximate in their own ways, so h differs in its last bits. Where
-    channel_scale lies that near the middle of two bfloat16s, it goes either way and the codes of its row with it;
-    where it does not, a code still may, that lies as near the middle of two integers.
+    Kernels and the model's own code add and approximate in their own ways, so ``h`` (the model's own) differs in its
+    last bits. Where channel_scale lies that near the middle of two bfloat16s, it goes either way and the codes of its
+    row with it; where it does not, a code still may, whose h lies as near to where rounding turns.
     """
     assert torch.equal(found.state_scale, expected.state_scale) and torch.equal(found.rng, expected.rng)
     rows = (found.channel_scale.view(torch.int16) - expected.channel_scale.view(torch.int16)).abs()
     codes = [quant.unpack(state.packed, state.bits).int() for state in (found, expected)]
     apart = (codes[0] - codes[1]).abs()
     assert rows.max() <= 1 and apart.max() <= 1
-    return torch.tensor([int(rows.sum()), int(apart[rows == 0].sum())])
+    alone = (apart == 1) & (rows == 0)[..., None]
+    step = expected.channel_scale.double()[..., None] * expected.state_scale.double()[..., None, :]
+    scaled = (h.double() / step)[alone]
+    # Between the two codes; where noise is added before rounding down, at the upper one.
+    turn = (codes[0] + codes[1])[alone] / 2 if noise is None else torch.maximum(*codes)[alone] - noise[alone]
+    assert ((scaled - turn).abs() <= 2**-20 * (scaled.abs() + 1)).all()
+    return torch.tensor([int(rows.sum()), int(alone.sum())])
 
 
 def _all_kinds_of_state():
@@ -59,14 +65,16 @@ def test_decode_equals_an_eager_step_loop(make_model, tokens, compiled, tmp_path
         assert all(torch.equal(getattr(state, name), getattr(stored, name)) for name in INNER)
         for token in more.split(1, dim=1):
             # The model's own code from the same state: what one step may differ by does not add up.
-            other = copy.deepcopy(cache)
-            found, expected = (
+            other, floating = copy.deepcopy(cache), copy.deepcopy(cache)
+            floating.layers[0].recurrent_states[0] = states(cache)[0].dequantize()
+            noise = quant.uniform_noise(states(cache)[0].rng, h.shape[1:]) if rounding == "stochastic" else None
+            found, expected, _ = (
                 which(token.contiguous(), cache_params=before, use_cache=True).logits
-                for which, before in ((fast, cache), (plain, other))
+                for which, before in ((fast, cache), (plain, other), (plain, floating))
             )
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             assert torch.equal(cache.layers[0].conv_states[0], other.layers[0].conv_states[0])
-            ties += on_a_tie(*states(cache), *states(other))
+            ties += on_a_tie(*states(cache), *states(other), *states(floating), noise)
     (state,) = states(cache)
     assert report.recent[-1].rewritten("fuse_ssm_update") and (state.bits, state.dynamic, state.stochastic) == (
         bits,

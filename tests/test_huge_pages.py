@@ -18,7 +18,9 @@ from qmamba_compile.passes.int8_weight import quantize_weight
 
 CPU = torch.device("cpu")
 
-needs_huge_pages = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no madvise here")
+needs_huge_pages = pytest.mark.skipif(
+    not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages"
+)
 
 
 @needs_huge_pages
