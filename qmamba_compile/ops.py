@@ -63,6 +63,7 @@ _define(
     "norm_w8a8_linear(Tensor x, Tensor? gate, Tensor norm_weight, float epsilon, int group_size, Tensor qdata, "
     "Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale) -> Tensor"
 )
+_define("causal_conv(Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
 _define("conv_update(Tensor(a!) conv_state, Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
 
 
@@ -435,7 +436,41 @@ def _(x, gate, norm_weight, epsilon, group_size, qdata, *args) -> Tensor:  # typ
     return x.new_empty((*x.shape[:-1], qdata.shape[0]), dtype=torch.promote_types(x.dtype, norm_weight.dtype))
 
 
-# --- causal convolution of a decode step ---------------------------------------------------------------------------
+# --- causal convolution: of a sequence, of a decode step -----------------------------------------------------------
+
+
+@_implement("causal_conv")
+def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """`causal_conv_reference` by the fastest kernel that this device has."""
+    if xBC.is_cpu or xBC.is_cuda:
+        kernels = cpu_layers if xBC.is_cpu else gpu_layers
+        y = kernels.causal_conv(xBC, weight, bias, silu)
+        if y is not None:
+            return y
+    return causal_conv_reference(xBC, weight, bias, silu)
+
+
+def causal_conv_reference(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """The depthwise causal convolution of a sequence, in plain torch: y [b, d, l], tokens outermost in memory.
+
+    Args:
+        xBC: the inputs [b, d, l]; those before the first are zero.
+        weight: [d, 1, d_conv]; its dtype is xBC's and y's.
+        silu: whether y goes through it.
+    """
+    y = F.conv1d(xBC, weight, bias, padding=weight.shape[-1] - 1, groups=weight.shape[0])[..., : xBC.shape[-1]]
+    return _tokens_outermost(F.silu(y) if silu else y)
+
+
+def _tokens_outermost(y: Tensor) -> Tensor:
+    """y [b, d, l] as a view of [b, l, d]: what follows reads the channels of a token together."""
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@_fake("causal_conv")
+def _(xBC: Tensor, weight: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
+    batch, channels, seqlen = xBC.shape
+    return xBC.new_empty((batch, seqlen, channels), dtype=weight.dtype).transpose(1, 2)
 
 
 @_implement("conv_update")
