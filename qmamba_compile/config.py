@@ -56,7 +56,7 @@ class QMambaConfig:
         mode: Inductor's mode, for torch.compile takes either its own ``mode`` or ``options``. ``"reduce-overhead"``
             replays decode as CUDA graphs.
         quantize_linear, fuse_chunk_scan, quantize_state, fuse_ssm_update, apply_tuned_conv, fuse_conv_update,
-            fuse_norm_linear: one switch a pass.
+            fuse_causal_conv, fuse_norm_linear: one switch a pass.
     """
 
     weights: str | None = "int8"
@@ -78,6 +78,7 @@ class QMambaConfig:
     fuse_ssm_update: bool = True
     apply_tuned_conv: bool = True
     fuse_conv_update: bool = True
+    fuse_causal_conv: bool = True
     fuse_norm_linear: bool = True
 
     def __post_init__(self) -> None:

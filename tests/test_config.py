@@ -29,7 +29,7 @@ def test_defaults_are_w8a8h4_with_every_pass_on():
         "nearest",
     )
     passes = ("quantize_linear", "fuse_chunk_scan", "quantize_state", "fuse_ssm_update")
-    passes += ("apply_tuned_conv", "fuse_conv_update", "fuse_norm_linear")
+    passes += ("apply_tuned_conv", "fuse_conv_update", "fuse_causal_conv", "fuse_norm_linear")
     assert all(getattr(config, name) is True for name in passes)
     assert config.calibration is None and config.skip_layers == ()
 

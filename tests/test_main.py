@@ -39,6 +39,7 @@ def test_explain_counts_what_the_toy_model_has(toy):
         "fuse_ssm_update": (0, 0),
         "apply_tuned_conv": (0, 0),
         "fuse_conv_update": (0, 0),
+        "fuse_causal_conv": (2, 2),
         "quantize_linear": (5, 5),
         "fuse_norm_linear": (5, 5),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import build
 from .call_site import Field, Launch, launched
 from .launch import ABSENT, DTYPES, contiguous_float, empty, threads, vector
-from .render import LayerSpec
+from .render import MOST_TAPS, LayerSpec
 
 PARALLEL_WEIGHTS = 2**18
 """Weights (times tokens over 16) below which one thread does a linear: 13 microseconds of reading at 20 GB/s."""
@@ -97,6 +97,23 @@ def _linear(
 def _bits_of(number: float) -> int:
     """The integer whose 8 bytes are those of a C double."""
     return int(struct.unpack("q", struct.pack("d", number))[0])
+
+
+@launched
+def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Launch | None:
+    """`ops.causal_conv` on the CPU: y [b, d, l], tokens outermost in memory."""
+    function = layer_kernel("causal_conv")
+    dtype = weight.dtype
+    taps = weight.shape[-1]
+    if function is None or dtype not in DTYPES or xBC.dtype is not dtype or taps > MOST_TAPS:
+        return None
+    batch, channels, seqlen = xBC.shape
+    if xBC.stride(1) != 1:
+        xBC = xBC.transpose(1, 2).contiguous().transpose(1, 2)
+    y = empty((batch, seqlen, channels), dtype).transpose(1, 2)
+    fields: list[Field] = [xBC, DTYPES[dtype], xBC.stride(0), xBC.stride(2), *vector(weight), *vector(bias)]
+    fields += [y, batch, seqlen, channels, taps, silu, threads(y.numel())]
+    return Launch(function, fields, y, dtype)
 
 
 @launched

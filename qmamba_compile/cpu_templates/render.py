@@ -142,7 +142,10 @@ class Spec:
         return "_".join([*words, self.isa, *_tuning(self)])
 
 
-LAYER_KERNELS = ("w8a8_linear", "conv_update")
+MOST_TAPS = 4
+"""Of `causal_conv`, whose window of inputs lies in registers."""
+
+LAYER_KERNELS = ("w8a8_linear", "causal_conv", "conv_update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +303,7 @@ def _layer_constants(spec: LayerSpec) -> dict[str, object]:
         "group_bytes": _GROUP_BYTES,
         **_transposition(lanes),
         "tiny_scale": repr(quant.TINY_SCALE),
+        "most_taps": MOST_TAPS,
     }
 
 

@@ -5,6 +5,7 @@ quantize_state    (semantic)  prefill hands the state over packed, decode keeps 
 fuse_ssm_update   (fusion)    a decode step runs on the packed state
 apply_tuned_conv  (semantic)  convolutions get the channels that ESR has tuned
 fuse_conv_update  (fusion)    a decode step's causal convolution becomes one operator
+fuse_causal_conv  (fusion)    a prompt's as well
 quantize_linear   (semantic)  linears become int8 W8A8, and embeddings tied to them read the codes
 fuse_norm_linear  (fusion)    the norm before a linear becomes part of it
 """
@@ -22,6 +23,7 @@ from ..fx_utils import iter_calls, layer_of, op_name, parameter_path, placeholde
 from ..report import Report
 from .apply_tuned_conv import ApplyTunedConv, is_convolution
 from .base import GraphPass, PassContext, StateOutput
+from .fuse_causal_conv import FuseCausalConv
 from .fuse_chunk_scan import FuseChunkScan
 from .fuse_conv_update import FuseConvUpdate
 from .fuse_norm_linear import FuseNormLinear
@@ -40,6 +42,7 @@ PIPELINE: tuple[type[GraphPass], ...] = (
     FuseSsmUpdate,
     ApplyTunedConv,
     FuseConvUpdate,
+    FuseCausalConv,
     QuantizeLinear,
     FuseNormLinear,
 )

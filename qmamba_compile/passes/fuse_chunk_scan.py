@@ -5,13 +5,10 @@ import operator
 import torch
 from torch import fx
 
-from ..fx_utils import insert_call, layer_of, replace_node, same_size, value_of
+from ..fx_utils import insert_call, layer_of, replace_node
 from ..report import Report
 from .base import GraphPass, NoMatchError
 from .match_mamba2 import match_scan, scan_anchors
-
-_READ_BY_ROWS = ("cuda",)
-"""Devices whose kernel reads x, B and C with their last dimension contiguous."""
 
 
 class FuseChunkScan(GraphPass):
@@ -19,9 +16,6 @@ class FuseChunkScan(GraphPass):
 
     Left alone, the scan is hundreds of nodes with symbolic sizes that Inductor needs minutes for, it repeats B and C
     for every head, and it holds a [b, c, l, s, h] tensor.
-
-    x, B and C leave the convolution as [b, d, l]; a GPU's kernel wants tokens outermost. Asked for in the graph, that
-    is no copy, but the order in which Inductor writes what it computes between the two.
 
     Before:
         G = einsum("bclhn,bcshn->bclsh", C, B)
@@ -45,11 +39,11 @@ class FuseChunkScan(GraphPass):
             fused = insert_call(
                 scan.y,
                 torch.ops.qmamba.chunk_scan.default,
-                _by_rows(scan.x),
+                scan.x,
                 time.dt,
                 scan.A,
-                _by_rows(scan.B),
-                _by_rows(scan.C),
+                scan.B,
+                scan.C,
                 scan.D,
                 time.dt_bias,
                 scan.initial_state,
@@ -63,17 +57,6 @@ class FuseChunkScan(GraphPass):
                 _move_before(fused, scan.final_state)
                 replace_node(scan.final_state, insert_call(scan.final_state, operator.getitem, fused, 1))
             report.rewrote(layer, "scan")
-
-
-def _by_rows(node: fx.Node) -> fx.Node:
-    """``node`` in the layout that its device's kernel reads."""
-    value = value_of(node)
-    if value.device.type not in _READ_BY_ROWS or same_size(value.stride(-1), 1):
-        return node
-    behind = node.next
-    while behind.op == "placeholder":
-        behind = behind.next
-    return insert_call(behind, torch.Tensor.contiguous, node)
 
 
 def _move_before(node: fx.Node, reader: fx.Node) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,13 +13,12 @@ from ..fx_utils import (
     layer_of,
     op_name,
     replace_node,
-    same_size,
     shape_of,
     strip,
-    users,
 )
 from ..report import Report
 from .base import GraphPass, NoMatchError
+from .match_conv import activation_of, match_depthwise, only_reader
 
 _CASTS = ("to", "float", "type_as")
 
@@ -94,22 +92,17 @@ def match_conv_update(store: fx.Node) -> ConvMatch:
     convolutions = [user for user in window.users if user is not stored]
     if len(convolutions) != 1 or len(stored.users) != 1 or (window is not joined and len(joined.users) != 1):
         raise NoMatchError(SkipReason.SECOND_READER, f"{window} has {len(window.users)} readers, expected two")
-    conv = convolutions[0]
-    channels = shape_of(conv_state)[1]
-    weight, bias = argument(conv, 1, "weight"), argument(conv, 2, "bias")
-    defaults = {"stride": (3, 1), "padding": (4, 0), "dilation": (5, 1), "groups": (6, 1)}
-    options = {name: argument(conv, position, name, default) for name, (position, default) in defaults.items()}
-    plain = all(_is_number(options[name], default) for name, (_, default) in defaults.items() if name != "groups")
-    if op_name(conv) != "conv1d" or not plain or not same_size(options["groups"], channels):
-        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected a depthwise conv1d, found {op_name(conv)} ({conv})")
-    if shape_of(weight)[0] != channels or shape_of(weight)[-1] > shape_of(conv_state)[-1] + 1:
-        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{weight} has shape {list(shape_of(weight))}")
-    y = _only_reader(conv, "getitem")
+    conv = match_depthwise(convolutions[0])
+    if conv is None or conv.padding:
+        found = f"{op_name(convolutions[0])} ({convolutions[0]})"
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected a depthwise conv1d without padding, found {found}")
+    if shape_of(conv.weight)[0] != shape_of(conv_state)[1] or conv.taps > shape_of(conv_state)[-1] + 1:
+        raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{conv.weight} has shape {list(shape_of(conv.weight))}")
+    y = only_reader(convolutions[0], "getitem")
     if y.args[1] != (slice(None), slice(None), slice(-1, None, None)):
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{y} does not take the last result")
-    activations = users(y, "silu")
-    silu = len(activations) == 1 and len(y.users) == 1
-    return ConvMatch(xBC, weight, bias, silu, activations[0] if silu else y)
+    activation = activation_of(y)
+    return ConvMatch(xBC, conv.weight, conv.bias, activation is not None, y if activation is None else activation)
 
 
 def _window_of(store: fx.Node) -> fx.Node | None:
@@ -125,14 +118,3 @@ def _window_of(store: fx.Node) -> fx.Node | None:
         return None
     latest = (slice(None), slice(None), slice(-shape_of(state)[-1], None, None))
     return window if index == latest else None
-
-
-def _only_reader(node: fx.Node, name: str) -> fx.Node:
-    found = list(node.users)
-    if len(found) != 1 or op_name(found[0]) != name:
-        raise NoMatchError(SkipReason.SECOND_READER, f"{node} has {len(found)} readers, expected one {name}")
-    return found[0]
-
-
-def _is_number(value: Any, wanted: int) -> bool:
-    return value in (wanted, (wanted,), [wanted])

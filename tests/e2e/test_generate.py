@@ -103,6 +103,7 @@ def test_every_graph_was_rewritten_completely(runs):
             "fuse_ssm_update": of_decode,
             "apply_tuned_conv": (0, 0),
             "fuse_conv_update": of_decode,
+            "fuse_causal_conv": of_prefill,
             # This model keeps its linears in floating point.
             "quantize_linear": (0, 0),
             "fuse_norm_linear": (0, 0),

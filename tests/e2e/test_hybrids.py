@@ -176,6 +176,7 @@ def test_counts(ran):
                 "fuse_ssm_update": steps,
                 "apply_tuned_conv": 0,
                 "fuse_conv_update": steps,
+                "fuse_causal_conv": scans,
                 # With an embedding that is tied to the head.
                 "quantize_linear": linears + (linears > 0 and family.config.tie_word_embeddings),
                 "fuse_norm_linear": NORMS[type(family.config).__name__] if linears else 0,

@@ -6,7 +6,7 @@ from regions import Scan, scan_inputs
 
 from qmamba_compile.errors import SkipReason
 from qmamba_compile.fx_utils import iter_calls, layer_of, value_of
-from qmamba_compile.passes import FuseChunkScan, fuse_chunk_scan
+from qmamba_compile.passes import FuseChunkScan
 
 CHUNK_SCAN = "qmamba.chunk_scan"
 
@@ -46,22 +46,6 @@ def test_new_nodes_carry_layer_and_value(make_model, tokens, capture):
         assert [tuple(value.shape) for value in value_of(node)] == [(2, 37, 2, 64), (2, 2, 64, 32)]
         parts = {user.args[1]: user for user in node.users}
         assert value_of(parts[0]).shape == (2, 37, 2, 64) and value_of(parts[1]).shape == (2, 2, 64, 32)
-
-
-@pytest.mark.parametrize("by_rows", [True, False])
-def test_tokens_are_outermost_where_the_kernel_wants_them(make_model, tokens, capture, monkeypatch, by_rows):
-    """Decided by the device, which no test has: here the CPU stands in for it."""
-    monkeypatch.setattr(fuse_chunk_scan, "_READ_BY_ROWS", ("cpu",) if by_rows else ())
-    model, prompt = make_model(dtype=torch.bfloat16), tokens(2, 37)
-    backend = capture(FuseChunkScan)
-    with torch.no_grad():
-        logits = backend.compile(model)(prompt).logits
-        expected = capture(FuseChunkScan).compile(model)(prompt).logits
-    fused = list(iter_calls(backend.only.gm.graph, CHUNK_SCAN))
-    assert len(fused) == 2
-    for node in fused:
-        assert [value_of(node.args[i]).stride(-1) == 1 for i in (0, 3, 4)] == [by_rows] * 3
-    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""What the passes over depthwise convolutions have in common: the call, its one reader, the activation behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import fx
+
+from ..errors import SkipReason
+from ..fx_utils import argument, op_name, same_size, shape_of, users
+from .base import NoMatchError
+
+
+@dataclasses.dataclass(frozen=True)
+class Depthwise:
+    """A depthwise convolution without stride and dilation.
+
+    Attributes:
+        x: [b, d, l]; weight: [d, 1, d_conv]; bias: [d] or None.
+        padding: zeros on both sides.
+    """
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    padding: int
+
+    @property
+    def taps(self) -> int:
+        """d_conv."""
+        return int(shape_of(self.weight)[-1])
+
+
+def match_depthwise(conv: fx.Node) -> Depthwise | None:
+    """Name the parts of ``conv``; None if it is something else."""
+    if op_name(conv) != "conv1d":
+        return None
+    weight, padding = argument(conv, 1, "weight"), _number(argument(conv, 4, "padding", 0))
+    steps = [_number(argument(conv, position, name, 1)) for position, name in ((3, "stride"), (5, "dilation"))]
+    channels, depth, _ = shape_of(weight)
+    if depth != 1 or not same_size(argument(conv, 6, "groups", 1), channels) or padding is None or steps != [1, 1]:
+        return None
+    return Depthwise(conv.args[0], weight, argument(conv, 2, "bias"), padding)
+
+
+def only_reader(node: fx.Node, name: str) -> fx.Node:
+    """The one user of ``node``, which has to be ``name``.
+
+    Raises:
+        NoMatchError: there are others.
+    """
+    found = list(node.users)
+    if len(found) != 1 or op_name(found[0]) != name:
+        raise NoMatchError(SkipReason.SECOND_READER, f"{node} has {len(found)} readers, expected one {name}")
+    return found[0]
+
+
+def activation_of(y: fx.Node) -> fx.Node | None:
+    """silu, where nothing else reads ``y``."""
+    activations = users(y, "silu")
+    return activations[0] if len(activations) == len(y.users) == 1 else None
+
+
+def _number(value: Any) -> int | None:
+    """Of an option of conv1d, which may be a sequence of one; None for ``"same"`` and the like."""
+    if isinstance(value, (tuple, list)) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, int) else None
