@@ -31,7 +31,7 @@ STEP_TOLERANCE = 5e-6
 def no_kernels(monkeypatch):
     kernels = {
         launch: ("ssm_update", "quantize_state_", "dequantize_state"),
-        launch_layers: ("w8a8_linear", "norm_w8a8_linear", "conv_update"),
+        launch_layers: ("w8a8_linear", "norm_w8a8_linear", "causal_conv", "conv_update"),
     }
     for module, names in kernels.items():
         for name in names:
@@ -124,7 +124,7 @@ def update_arguments(scheme, **changes):
 def test_every_operator_is_checked():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("qmamba::")}
     checked = {"quantize_state", "quantize_state_", "dequantize_state", "ssm_update", "chunk_scan", "w8a8_linear"}
-    checked |= {"ssm_scan_quantized", "ssm_scan_quantized_backward", "norm_w8a8_linear", "conv_update"}
+    checked |= {"ssm_scan_quantized", "ssm_scan_quantized_backward", "norm_w8a8_linear", "causal_conv", "conv_update"}
     assert defined == checked, "a new operator needs an opcheck below"
 
 
@@ -199,8 +199,9 @@ def test_schemas_of_the_operators_around_a_linear(optional, no_kernels):
     torch.library.opcheck(
         qmamba.norm_w8a8_linear.default, (*norm, qdata, scale, bias if optional else None, None, None)
     )
-    convolution = (randn(5, 2, 6, 4), randn(6, 2, 6, 1), randn(7, 6, 1, 4), randn(8, 6) if optional else None)
-    torch.library.opcheck(qmamba.conv_update.default, (*convolution, optional))
+    convolution = (randn(7, 6, 1, 4), randn(8, 6) if optional else None, optional)
+    torch.library.opcheck(qmamba.conv_update.default, (randn(5, 2, 6, 4), randn(6, 2, 6, 1), *convolution))
+    torch.library.opcheck(qmamba.causal_conv.default, (randn(6, 2, 9, 6).mT, *convolution))
 
 
 # --- one step ------------------------------------------------------------------------------------------------------

@@ -48,6 +48,10 @@ def conv_arguments():
     return [torch.randn(b, k, 3), torch.randn(b, 1, k).mT, torch.randn(k, 1, 4), torch.randn(k), True]
 
 
+def sequence_arguments():
+    return [torch.randn(b, 7, k + 8)[..., :k].mT, torch.randn(k, 1, 4), torch.randn(k), True]
+
+
 CASES = {
     "ssm_update": step_arguments,
     "ssm_update, ring": lambda: step_arguments(torch.bfloat16),
@@ -59,6 +63,8 @@ CASES = {
     "norm_w8a8_linear, bfloat16": lambda: bfloat16(norm_arguments(), 6),
     "conv_update": conv_arguments,
     "conv_update, bfloat16": lambda: bfloat16(conv_arguments()),
+    "causal_conv": sequence_arguments,
+    "causal_conv, bfloat16": lambda: bfloat16(sequence_arguments()),
 }
 
 
