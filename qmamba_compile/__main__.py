@@ -70,6 +70,7 @@ _GPU_KERNELS = (
     "w8a8_linear",
     "quantize_rows",
     "norm_quantize_rows",
+    "causal_conv",
     "conv_update",
 )
 
@@ -233,6 +234,7 @@ def _render_triton(
         "w8a8_linear": lambda: tuning.w8a8_linear(target, *linear),
         "quantize_rows": lambda: tuning.quantize_rows(target, linear[2], None),
         "norm_quantize_rows": lambda: tuning.quantize_rows(target, linear[2], linear[2]),
+        "causal_conv": lambda: tuning.causal_conv(target, 1, heads * headdim, 1024, 4, 2),
         "conv_update": lambda: tuning.conv_update(target, heads * headdim, 4, 4),
     }
     assert tuple(choices) == _GPU_KERNELS

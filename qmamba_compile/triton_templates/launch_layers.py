@@ -8,6 +8,7 @@ quantized.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -147,6 +148,49 @@ def _quantize_and_multiply(
             partial, row_scale, scale, bias, y, rows, outputs, num_warps=spec.warps, enable_fp_fusion=False
         )
     return y
+
+
+def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
+    """`ops.causal_conv` on a GPU: y [b, d, l], tokens outermost in memory."""
+    architecture = launch.target(xBC.device.type, xBC.device.index)
+    if architecture is None:
+        return None
+    if unfit := _unfit_dtype(xBC, weight, bias):
+        return launch.refuse("causal_conv", unfit)
+    batch, channels, seqlen = xBC.shape
+    taps = weight.shape[-1]
+    if weight.shape != (channels, 1, taps) or (bias is not None and bias.shape != (channels,)):
+        return launch.refuse("causal_conv", "weight or bias is not of xBC's channels")
+    if any(t.dtype != weight.dtype for t in (xBC, bias) if t is not None):
+        return launch.refuse("causal_conv", "xBC, weight and bias differ in dtype")
+    if batch > _MOST_BATCH:
+        return launch.refuse("causal_conv", f"a batch above {_MOST_BATCH}")
+    try:
+        spec = tuning.causal_conv(architecture, batch, channels, seqlen, taps, weight.itemsize)
+    except ConfigError as error:
+        return launch.refuse("causal_conv", str(error))
+    y = torch.empty((batch, seqlen, channels), dtype=weight.dtype, device=xBC.device)
+    if y.numel() == 0:
+        return y.transpose(1, 2)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    stride_b, stride_d, stride_l = xBC.stride()
+    unit = math.gcd(16 // weight.itemsize, channels, stride_b, stride_l)
+    load(spec).causal_conv[-(-channels // spec.block) * -(-seqlen // spec.tokens), batch](
+        xBC,
+        weight,
+        bias,
+        y,
+        channels // unit,
+        seqlen,
+        stride_b // unit,
+        stride_l // unit,
+        stride_d,
+        unit,
+        silu,
+        num_warps=spec.warps,
+        enable_fp_fusion=False,
+    )
+    return y.transpose(1, 2)
 
 
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:

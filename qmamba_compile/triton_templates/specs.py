@@ -132,6 +132,56 @@ class ConvSpec(LayerSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class CausalConvSpec(LayerSpec):
+    """One `causal_conv` kernel. Batch, seqlen, channels, strides, dtypes and optional inputs come with the call.
+
+    Attributes:
+        taps: d_conv.
+        tokens: of a program, one after the other.
+        block: channels of a program.
+        warps: of a program.
+        target: one of `TARGETS`.
+    """
+
+    kernel: ClassVar[str] = "causal_conv"
+
+    taps: int
+    tokens: int = 16
+    block: int = 256
+    warps: int = 1
+    target: str = "sm_90"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ConfigError(f"target={self.target!r} is not known; use one of {TARGETS}")
+        if not 1 <= self.taps <= 8 or not 1 <= self.tokens <= 64:
+            raise ConfigError(f"taps={self.taps}, tokens={self.tokens}: 1 to 8 and 1 to 64 are allowed")
+        if not is_power_of_two(self.block) or not is_power_of_two(self.warps) or self.warps > 16:
+            raise ConfigError(
+                f"block={self.block}, warps={self.warps}: powers of two are allowed, and 16 warps at most"
+            )
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that are loaded before the one in work is computed."""
+        return min(self.tokens, TOKENS_AHEAD)
+
+    def slug(self) -> str:
+        """Name of the kernel, and the beginning of its file's name."""
+        return f"causal_conv_t{self.taps}_l{self.tokens}_c{self.block}_w{self.warps}_{self.target}"
+
+    def constants(self) -> dict[str, Any]:
+        """What the template needs besides the spec."""
+        return {}
+
+
+TOKENS_AHEAD = 6
+"""Loads of a `causal_conv` under way, 16 bytes a thread each: 48 KiB of a unit with the 16 warps that 128 registers
+leave it, the most that 6 take; 8 take 136. Left to itself the compiler asks for a token where the one before is stored,
+since y might be xBC."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SsmScanSpec(LayerSpec):
     """One `ssm_scan` kernel, of the faithful scan.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from .render import NOT_PREFETCHED, PREFETCHED_TILES, WALKING, LinearSpec, ScanSpec, Spec, padded
-from .specs import ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
+from .specs import CausalConvSpec, ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +281,33 @@ def conv_update(architecture: str, channels: int, length: int, taps: int) -> Con
     gpu = GPUS.get(architecture)
     warps = 1 if gpu and channels < 2 * 4 * lanes * gpu.units else 4
     return ConvSpec(length, taps, warps * lanes, warps, architecture)
+
+
+CONVOLVED_TOKENS = (16, 4)
+"""Most and fewest tokens of a program of `causal_conv`, which reads three more. Instructions an element (sm_90,
+bfloat16): 17.5 with 16 tokens, 19.9 with 8, 24.1 with 4. 16.5 with 32, of which half as many share a long prompt."""
+
+CONVOLVING_WARPS = 16
+"""Warps of `causal_conv` that a unit must at least hold at once."""
+
+
+def causal_conv(architecture: str, batch: int, channels: int, seqlen: int, taps: int, itemsize: int) -> CausalConvSpec:
+    """The kernel for xBC [batch, channels, seqlen]: one warp, of whose threads each has 16 bytes of a token.
+
+    A thread walks along the tokens, and so loads and converts an input once for its products with four taps: 17.5
+    instructions an element, where tiles with four shifted loads take 25 to 31 (sm_90, bfloat16). Fewer tokens a program
+    where programs would fill the GPU less than twice.
+
+    Raises:
+        ConfigError: no kernel serves these extents.
+    """
+    block = LANES.get(architecture, 32) * 16 // itemsize
+    gpu = GPUS.get(architecture)
+    wanted = 2 * gpu.units * CONVOLVING_WARPS if gpu else 1
+    tokens, fewest = CONVOLVED_TOKENS
+    while tokens > fewest and batch * -(-channels // block) * -(-seqlen // tokens) < wanted:
+        tokens //= 2
+    return CausalConvSpec(taps, tokens, block, 1, architecture)
 
 
 SCAN_ELEMENTS = 32
