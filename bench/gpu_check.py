@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.roofline import VARIANTS, Variant
 from bench.shapes import STEP_SHAPES, Shape
 from qmamba_compile import ops, quant, recurrence, scan_gradient, scan_ops
-from qmamba_compile.triton_templates import launch, launch_scan, tuning
+from qmamba_compile.triton_templates import launch, launch_layers, launch_scan, tuning
 
 CODES_OFF = 1e-5
 """Share of codes that may be off by one: exp and fused multiply-adds of the GPU differ from torch's in the last bit."""
@@ -205,6 +205,33 @@ def check_scan(model: Shape, device: str, dtype: torch.dtype, tokens: int = 1000
     return {"y_error": error, "state_error": state_error, "correct": max(error, state_error) <= 5e-3}
 
 
+def check_conv(model: Shape, device: str, dtype: torch.dtype, tokens: int = 1000, steps: int = 8) -> dict[str, Any]:
+    """Our convolution of a sequence, and of steps that go on from its middle, against torch's in float64."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    channels, begin = model.conv_dim, tokens // 2
+    zxBCdt = randn(2, tokens, model.d_inner + channels + model.nheads)
+    xBC = zxBCdt[..., model.d_inner : model.d_inner + channels].transpose(1, 2)
+    weight, bias = randn(channels, 1, 4), randn(channels)
+    found = launch_layers.causal_conv(xBC, weight, bias, True)
+    state = xBC[..., begin - 4 : begin].contiguous()
+    inputs = (xBC[..., t : t + 1] for t in range(begin, begin + steps))
+    stepped = [launch_layers.conv_update(state, x, weight, bias, True) for x in inputs]
+    if found is None or any(y is None for y in stepped):
+        return {"correct": False, "reason": "no kernel serves these extents"}
+    expected = ops.causal_conv_reference(xBC.double(), weight.double(), bias.double(), True)
+    largest = expected.abs().max()
+    error = float((found - expected).abs().max() / largest)
+    expected = expected[..., begin : begin + steps]
+    step_error = float((torch.cat(stepped, dim=-1) - expected).abs().max() / largest)  # type: ignore[arg-type]
+    # Rounded before silu and after.
+    correct = max(error, step_error) <= 2 * torch.finfo(dtype).eps
+    return {"y_error": error, "step_error": step_error, "correct": correct}
+
+
 def check_quantized_scan(model: Shape, variant: Variant, device: str, tokens: int = 16) -> dict[str, Any]:
     """The faithful scan and its gradient against their references: the share of codes, y and gradients that are off.
 
@@ -260,6 +287,7 @@ def check(device: str) -> dict[str, dict[str, Any]]:
         results[f"linear {rows} rows"] = check_linear(rows, 768, 1536, device)
         results[f"norm and linear, {rows} rows"] = check_norm_linear(rows, 768, 1536, device)
     for dtype in (torch.float32, torch.bfloat16):
+        results[f"convolution {dtype}"] = check_conv(model, device, dtype)
         results[f"chunk_scan {dtype}"] = check_scan(model, device, dtype)
     for name in ("int4 calibrated", "int4 dynamic", "int4 stochastic"):
         results[f"ssm_scan_quantized {name}"] = check_quantized_scan(model, VARIANTS[name], device)

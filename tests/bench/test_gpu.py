@@ -204,6 +204,24 @@ def test_the_faithful_scan_passes_its_check(interpreted: Callable[..., Any], nam
     assert found["correct"] and found["codes_off"] == 0, found
 
 
+def check_of_another_conv() -> dict[str, Any]:
+    """The check of a kernel that takes the taps from the wrong end."""
+    right = gpu_check.launch_layers.causal_conv
+    gpu_check.launch_layers.causal_conv = lambda xBC, weight, *rest: right(xBC, weight.flip(-1), *rest)
+    try:
+        return gpu_check.check_conv(TINY, "cpu", torch.float32, 20, 3)
+    finally:
+        gpu_check.launch_layers.causal_conv = right
+
+
+def test_convolutions_pass_their_check(interpreted: Callable[..., Any]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = interpreted(gpu_check.check_conv, TINY, "cpu", dtype, 20, 3)
+        assert found["correct"], found
+    wrong = interpreted(check_of_another_conv)
+    assert not wrong["correct"] and wrong["step_error"] < 1e-6 < wrong["y_error"]
+
+
 def check_of_linear_and_scan() -> tuple[dict[str, Any], dict[str, Any]]:
     linear = gpu_check.ops.w8a8_linear
     gpu_check.ops.w8a8_linear = gpu_check.launch.w8a8_linear
