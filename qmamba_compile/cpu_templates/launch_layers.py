@@ -104,10 +104,12 @@ def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     """`ops.causal_conv` on the CPU: y [b, d, l], tokens outermost in memory."""
     function = layer_kernel("causal_conv")
     dtype = weight.dtype
+    batch, channels, seqlen = xBC.shape
     taps = weight.shape[-1]
     if function is None or dtype not in DTYPES or xBC.dtype is not dtype or taps > MOST_TAPS:
         return None
-    batch, channels, seqlen = xBC.shape
+    if not _of_channels(channels, weight, bias):
+        return None
     if xBC.stride(1) != 1:
         xBC = xBC.transpose(1, 2).contiguous().transpose(1, 2)
     y = empty((batch, seqlen, channels), dtype).transpose(1, 2)
@@ -130,6 +132,7 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
         or xBC.dtype is not dtype
         or not conv_state.is_contiguous()
         or not 1 <= taps <= length + 1
+        or not _of_channels(channels, weight, bias)
     ):
         return None
     y = empty((batch, channels, 1), dtype)
@@ -138,6 +141,11 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
     # 2^16 elements take 26 us of one thread, 18 of two (Zen 4).
     fields.append(threads(conv_state.numel()) if batch > 1 else 1)
     return Launch(function, fields, y, dtype)
+
+
+def _of_channels(channels: int, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether weight and bias are those of a depthwise convolution; the reference says what is wrong."""
+    return weight.shape[:2] == (channels, 1) and (bias is None or bias.shape == (channels,))
 
 
 def _rows(x: Tensor, k: int) -> list[Field]:

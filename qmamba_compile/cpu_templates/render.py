@@ -142,7 +142,7 @@ class Spec:
         return "_".join([*words, self.isa, *_tuning(self)])
 
 
-MOST_TAPS = 4
+MOST_TAPS = 8
 """Of `causal_conv`, whose window of inputs lies in registers."""
 
 LAYER_KERNELS = ("w8a8_linear", "causal_conv", "conv_update")

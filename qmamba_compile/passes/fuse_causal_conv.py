@@ -4,10 +4,11 @@ import torch
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import insert_call, iter_calls, layer_of, replace_node, same_size, shape_of, value_of
+from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, same_size, shape_of, value_of
 from ..report import Report
 from .base import GraphPass, NoMatchError
-from .match_conv import activation_of, match_depthwise, only_reader
+from .match_conv import activation_of, match_depthwise, only_slice
+from .match_mamba2 import scan_layers
 
 
 class FuseCausalConv(GraphPass):
@@ -18,30 +19,41 @@ class FuseCausalConv(GraphPass):
 
     Before:
         y = silu(conv1d(xBC, weight, bias, padding=d_conv - 1, groups=d)[:, :, :seqlen])
+        ... y.transpose(1, 2)
     After:
         y = qmamba.causal_conv(xBC, weight, bias, silu)
+        ... y.transpose(1, 2)
 
-    Refuses: a convolution whose later results are read.
+    Refuses: other results than the first ``seqlen``, and a y that is read before it is turned back: it lies in memory
+    as that reader does not expect. Convolutions outside of Mamba2 layers are no anchors.
     """
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
+        layers = scan_layers(graph)
         for conv in iter_calls(graph, "conv1d"):
-            found = match_depthwise(conv)
+            found, layer = match_depthwise(conv), layer_of(conv)
             # A step has its past in front instead of zeros, and is another pass's anchor.
             if found is None or found.padding == 0 or found.padding != found.taps - 1:
                 continue
+            if not any(layer == scan or layer.startswith(f"{scan}.") for scan in layers):
+                continue
             try:
-                y = only_reader(conv, "getitem")
+                y = only_slice(conv)
                 if not _is_until(y.args[1], shape_of(found.x)[-1]):
                     raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{y} does not take the first results")
+                activation = activation_of(y)
+                end = y if activation is None else activation
+                _require_turned(end)
             except NoMatchError as refusal:
-                report.skipped(layer_of(conv), refusal.reason, refusal.detail)
+                report.skipped(layer, refusal.reason, refusal.detail)
                 continue
-            activation = activation_of(y)
-            end = y if activation is None else activation
+            # Where the convolution stood: what it reads may be written to before its result is used.
             operands = (found.x, found.weight, found.bias, activation is not None)
-            replace_node(end, insert_call(end, torch.ops.qmamba.causal_conv.default, *operands))
-            report.rewrote(layer_of(conv), f"{found.taps} taps")
+            fused = insert_call(conv, torch.ops.qmamba.causal_conv.default, *operands)
+            if value_of(fused).dtype != value_of(end).dtype:  # under autocast
+                fused = insert_call(conv, torch.ops.prims.convert_element_type.default, fused, value_of(end).dtype)
+            replace_node(end, fused)
+            report.rewrote(layer, f"{found.taps} taps")
 
 
 def _is_until(index: object, seqlen: object) -> bool:
@@ -51,3 +63,12 @@ def _is_until(index: object, seqlen: object) -> bool:
     first = index[:-1] in ((slice(None), slice(None)), (Ellipsis,))
     last = index[-1]
     return first and last.start is None and last.step is None and same_size(value_of(last.stop), seqlen)
+
+
+def _require_turned(y: fx.Node) -> None:
+    """Raise `NoMatchError` unless all that reads ``y``, converted or cut or not, is ``transpose(1, 2)``."""
+    for user in y.users:
+        if op_name(user) in ("to", "getitem"):
+            _require_turned(user)
+        elif op_name(user) != "transpose" or user.args[1:] != (1, 2):
+            raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{user} reads {y}, expected transpose(1, 2)")

@@ -18,7 +18,7 @@ from ..fx_utils import (
 )
 from ..report import Report
 from .base import GraphPass, NoMatchError
-from .match_conv import activation_of, match_depthwise, only_reader
+from .match_conv import activation_of, match_depthwise, only_slice
 
 _CASTS = ("to", "float", "type_as")
 
@@ -98,7 +98,7 @@ def match_conv_update(store: fx.Node) -> ConvMatch:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"expected a depthwise conv1d without padding, found {found}")
     if shape_of(conv.weight)[0] != shape_of(conv_state)[1] or conv.taps > shape_of(conv_state)[-1] + 1:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{conv.weight} has shape {list(shape_of(conv.weight))}")
-    y = only_reader(convolutions[0], "getitem")
+    y = only_slice(convolutions[0])
     if y.args[1] != (slice(None), slice(None), slice(-1, None, None)):
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{y} does not take the last result")
     activation = activation_of(y)

@@ -1,4 +1,4 @@
-"""What the passes over depthwise convolutions have in common: the call, its one reader, the activation behind it."""
+"""What the passes over depthwise convolutions have in common: the call, the part that is read, the activation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import argument, op_name, same_size, shape_of, users
+from ..fx_utils import argument, op_name, same_size, shape_of, users, value_of
 from .base import NoMatchError
 
 
@@ -33,26 +33,30 @@ class Depthwise:
 
 
 def match_depthwise(conv: fx.Node) -> Depthwise | None:
-    """Name the parts of ``conv``; None if it is something else."""
+    """Name the parts of ``conv``; None if it is something else, or autocast has to make one dtype of its operands."""
     if op_name(conv) != "conv1d":
         return None
-    weight, padding = argument(conv, 1, "weight"), _number(argument(conv, 4, "padding", 0))
+    x, weight, bias = (argument(conv, position, name) for position, name in enumerate(("input", "weight", "bias")))
+    padding = _number(argument(conv, 4, "padding", 0))
     steps = [_number(argument(conv, position, name, 1)) for position, name in ((3, "stride"), (5, "dilation"))]
     channels, depth, _ = shape_of(weight)
     if depth != 1 or not same_size(argument(conv, 6, "groups", 1), channels) or padding is None or steps != [1, 1]:
         return None
-    return Depthwise(conv.args[0], weight, argument(conv, 2, "bias"), padding)
+    dtypes = {value_of(node).dtype for node in (x, weight, bias) if node is not None}
+    if len(shape_of(x)) != 3 or len(dtypes) != 1:
+        return None
+    return Depthwise(x, weight, bias, padding)
 
 
-def only_reader(node: fx.Node, name: str) -> fx.Node:
-    """The one user of ``node``, which has to be ``name``.
+def only_slice(node: fx.Node) -> fx.Node:
+    """The one user of ``node``, which has to take a part of it.
 
     Raises:
         NoMatchError: there are others.
     """
     found = list(node.users)
-    if len(found) != 1 or op_name(found[0]) != name:
-        raise NoMatchError(SkipReason.SECOND_READER, f"{node} has {len(found)} readers, expected one {name}")
+    if len(found) != 1 or op_name(found[0]) != "getitem":
+        raise NoMatchError(SkipReason.SECOND_READER, f"{node} has {len(found)} readers, expected one slice")
     return found[0]
 
 

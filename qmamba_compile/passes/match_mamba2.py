@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..errors import SkipReason
-from ..fx_utils import ancestors, argument, op_name, same_size, shape_of, strip, users, value_of
+from ..fx_utils import ancestors, argument, iter_calls, layer_of, op_name, same_size, shape_of, strip, users, value_of
 from .base import NoMatchError
 
 _CASTS = ("to", "float", "type_as", "contiguous")
@@ -187,6 +187,11 @@ class ScanMatch:
 def scan_anchors(graph: fx.Graph) -> list[fx.Node]:
     """The einsum of each scan that carries states from chunk to chunk."""
     return [node for node in graph.nodes if _is_einsum(node, _CARRY)]
+
+
+def scan_layers(graph: fx.Graph) -> set[str]:
+    """Module paths of the layers whose scan, fused or not, this graph holds."""
+    return {layer_of(node) for node in (*scan_anchors(graph), *iter_calls(graph, "qmamba.chunk_scan"))}
 
 
 def final_state_of(anchor: fx.Node) -> fx.Node | None:

@@ -74,6 +74,8 @@ def check(silu: bool = True, **change: Any) -> None:
         {"taps": 1},
         {"taps": 2},
         {"taps": 3},
+        {"taps": 5},
+        {"taps": 8},
         {"dtype": torch.bfloat16},
         {"dtype": torch.bfloat16, "batch": 1, "channels": 1792},
         {"dtype": torch.bfloat16, "taps": 3, "silu": False, "bias": False},
@@ -115,6 +117,24 @@ def test_the_past_of_a_token_is_all_it_depends_on(isa: str) -> None:
     assert torch.equal(changed[kept], whole[kept])
 
 
+def test_silu_of_huge_values(isa: str) -> None:
+    """Where e^-x leaves float32: zero, and NaN for -inf, so that an overflow stays to be seen."""
+    x = torch.tensor([-88.5, -89.0, -1e5, -1e35, -3e38, -torch.inf, torch.nan, 88.5, 1e5, 3e38, torch.inf])
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = x.to(dtype).view(1, -1, 1), torch.ones(len(x), 1, 1, dtype=dtype), None, True
+        y, expected = launch.causal_conv(*arguments), ops.causal_conv_reference(*arguments)
+        torch.testing.assert_close(y, expected, rtol=0.0, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("weight, bias", [((10, 1, 4), None), ((37, 2, 4), None), ((37, 1, 4), 3)])
+def test_weights_of_other_channels_are_refused(weight: tuple[int, ...], bias: int | None) -> None:
+    """By torch's own message, not by reading what lies behind them."""
+    x, _, _ = problem()
+    values = None if bias is None else torch.randn(bias)
+    with pytest.raises(RuntimeError, match=r"channels|bias"):
+        torch.ops.qmamba.causal_conv(x, torch.randn(weight), values, True)
+
+
 def test_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "threads", lambda elements: 2)
     for dtype in (torch.float32, torch.bfloat16):
@@ -135,7 +155,7 @@ def test_steps_go_on_where_the_sequence_ended() -> None:
     [
         pytest.param(lambda x, w: (x.half(), w.half()), id="float16"),
         pytest.param(lambda x, w: (x.double(), w.double()), id="float64"),
-        pytest.param(lambda x, w: (x, torch.cat([w, w], dim=-1)), id="eight taps"),
+        pytest.param(lambda x, w: (x, torch.cat([w, w, w], dim=-1)), id="twelve taps"),
     ],
 )
 def test_what_the_kernel_does_not_read_is_left_to_the_reference(change: Any) -> None:

@@ -157,9 +157,9 @@ inline void write(void* output, int64_t dtype, int64_t index, Floats values, int
 }
 
 // e^x by 2^n * e^r with |r| <= log(2) / 2 and the Taylor polynomial of degree 7 (error below 1e-8): within 2 units in
-// the last place. Beyond the range of normal float32 it stays at the end of that range; NaN stays NaN.
-inline Floats exponential(Floats x) {
-    x = x > 88.0f ? splat(88.0f) : x < -87.0f ? splat(-87.0f) : x;
+// the last place. Infinite above 88, where float32 nearly ends, e^-87 below -87; NaN stays NaN.
+inline Floats exponential(Floats from) {
+    const Floats x = from < -87.0f ? splat(-87.0f) : from;
     const Floats shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits
     const Floats n = shifted - 12582912.0f;
     // log(2) in two parts, the first short enough for n times it to be exact.
@@ -171,7 +171,8 @@ inline Floats exponential(Floats x) {
     sum = multiply_add(sum, r, splat(1.0f / 6.0f));
     sum = multiply_add(sum, r, splat(1.0f / 2.0f));
     sum = multiply_add(sum * r, r, r) + 1.0f;
-    return sum * (Floats)(((Words)shifted - 0x4b400000u + 127u) << 23);
+    const Floats result = sum * (Floats)(((Words)shifted - 0x4b400000u + 127u) << 23);
+    return from > 88.0f ? splat(INFINITY) : result;
 }
 
 inline Floats silu(Floats x) { return x / (exponential(-x) + 1.0f); }
@@ -194,17 +195,18 @@ void convolve(const Arguments& a, const float* weight, int64_t b, int64_t begin,
     for (int64_t d = 0; d < a.channels; d += LANES) {
         const int64_t count = a.channels - d, inputs = b * x.batch_stride + d, results = b * a.seqlen * a.channels + d;
         const Floats bias = a.bias.data ? read(a.bias, d, count) : Floats{};
-        Floats taps[TAPS], window[TAPS];
-#pragma GCC unroll 4
-        for (int i = 0; i < TAPS; ++i) {
-            taps[i] = load_first<Floats>(weight + i * a.channels + d, count);
-            // Before the first token are zeros.
+        Floats taps[TAPS], window[TAPS] = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < TAPS; ++i) taps[i] = load_first<Floats>(weight + i * a.channels + d, count);
+        // The inputs before this block, in the places that the first token moves on by one; zeros before the sequence.
+#pragma GCC unroll 8
+        for (int i = 1; i < TAPS; ++i) {
             const int64_t t = begin + i - TAPS;
-            window[i] = t < 0 ? Floats{} : read(x, inputs + t * x.head_stride, count);
+            if (t >= 0) window[i] = read(x, inputs + t * x.head_stride, count);
         }
         for (int64_t t = begin; t < end; ++t) {
             Floats y = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < TAPS; ++i) {
                 window[i] = i < TAPS - 1 ? window[i + 1] : read(x, inputs + t * x.head_stride, count);
                 y = multiply_add(window[i], taps[i], y);
@@ -239,5 +241,9 @@ extern "C" void causal_conv_avx2(const void* packed_arguments) {
         case 2: return a.x.dtype == 0 ? convolve_all<0, 2>(a) : convolve_all<1, 2>(a);
         case 3: return a.x.dtype == 0 ? convolve_all<0, 3>(a) : convolve_all<1, 3>(a);
         case 4: return a.x.dtype == 0 ? convolve_all<0, 4>(a) : convolve_all<1, 4>(a);
+        case 5: return a.x.dtype == 0 ? convolve_all<0, 5>(a) : convolve_all<1, 5>(a);
+        case 6: return a.x.dtype == 0 ? convolve_all<0, 6>(a) : convolve_all<1, 6>(a);
+        case 7: return a.x.dtype == 0 ? convolve_all<0, 7>(a) : convolve_all<1, 7>(a);
+        case 8: return a.x.dtype == 0 ? convolve_all<0, 8>(a) : convolve_all<1, 8>(a);
     }
 }

@@ -157,9 +157,9 @@ inline void write(void* output, int64_t dtype, int64_t index, Floats values, int
 }
 
 // e^x by 2^n * e^r with |r| <= log(2) / 2 and the Taylor polynomial of degree 7 (error below 1e-8): within 2 units in
-// the last place. Beyond the range of normal float32 it stays at the end of that range; NaN stays NaN.
-inline Floats exponential(Floats x) {
-    x = x > 88.0f ? splat(88.0f) : x < -87.0f ? splat(-87.0f) : x;
+// the last place. Infinite above 88, where float32 nearly ends, e^-87 below -87; NaN stays NaN.
+inline Floats exponential(Floats from) {
+    const Floats x = from < -87.0f ? splat(-87.0f) : from;
     const Floats shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits
     const Floats n = shifted - 12582912.0f;
     // log(2) in two parts, the first short enough for n times it to be exact.
@@ -171,7 +171,8 @@ inline Floats exponential(Floats x) {
     sum = multiply_add(sum, r, splat(1.0f / 6.0f));
     sum = multiply_add(sum, r, splat(1.0f / 2.0f));
     sum = multiply_add(sum * r, r, r) + 1.0f;
-    return sum * (Floats)(((Words)shifted - 0x4b400000u + 127u) << 23);
+    const Floats result = sum * (Floats)(((Words)shifted - 0x4b400000u + 127u) << 23);
+    return from > 88.0f ? splat(INFINITY) : result;
 }
 
 inline Floats silu(Floats x) { return x / (exponential(-x) + 1.0f); }
