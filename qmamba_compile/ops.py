@@ -458,14 +458,10 @@ def causal_conv_reference(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu
         weight: [d, 1, d_conv]; its dtype is xBC's and y's.
         silu: whether y goes through it.
     """
-    y = F.conv1d(xBC, weight, bias, padding=weight.shape[-1] - 1, groups=weight.shape[0])[..., : xBC.shape[-1]]
-    return _tokens_outermost(F.silu(y) if silu else y)
-
-
-def _tokens_outermost(y: Tensor) -> Tensor:
-    """y [b, d, l] as a view of [b, l, d]: what follows reads the channels of a token together."""
-    batch, channels, seqlen = y.shape
-    return y.new_empty((batch, seqlen, channels)).transpose(1, 2).copy_(y)
+    batch, channels, seqlen = xBC.shape
+    y = F.conv1d(xBC, weight, bias, padding=weight.shape[-1] - 1, groups=weight.shape[0])[..., :seqlen]
+    # What follows reads the channels of a token together.
+    return y.new_empty((batch, seqlen, channels)).transpose(1, 2).copy_(F.silu(y) if silu else y)
 
 
 @_fake("causal_conv")

@@ -24,20 +24,27 @@ class FuseCausalConv(GraphPass):
         y = qmamba.causal_conv(xBC, weight, bias, silu)
         ... y.transpose(1, 2)
 
-    Refuses: other results than the first ``seqlen``, and a y that is read before it is turned back: it lies in memory
-    as that reader does not expect. Convolutions outside of Mamba2 layers are no anchors.
+    Refuses: a convolution that is not depthwise, of one dtype and padded like this, other results than the first
+    ``seqlen``, and a y that is read before it is turned back: it lies in memory as that reader does not expect.
+    Convolutions outside of Mamba2 layers are no anchors.
     """
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
         layers = scan_layers(graph)
         for conv in iter_calls(graph, "conv1d"):
-            found, layer = match_depthwise(conv), layer_of(conv)
-            # A step has its past in front instead of zeros, and is another pass's anchor.
-            if found is None or found.padding == 0 or found.padding != found.taps - 1:
-                continue
+            layer, found = layer_of(conv), match_depthwise(conv)
             if not any(layer == scan or layer.startswith(f"{scan}.") for scan in layers):
                 continue
+            if found is not None and found.padding == 0:
+                # A step's, with its past in front instead of zeros: another pass's anchor.
+                continue
             try:
+                if found is None or found.padding != found.taps - 1:
+                    raise NoMatchError(
+                        SkipReason.UNKNOWN_STRUCTURE,
+                        f"expected a depthwise conv1d of one dtype, padded by d_conv - 1, found {conv} with "
+                        f"arguments {conv.args[3:]} and {dict(conv.kwargs)}",
+                    )
                 y = only_slice(conv)
                 if not _is_until(y.args[1], shape_of(found.x)[-1]):
                     raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{y} does not take the first results")
