@@ -23,10 +23,11 @@ from .config import QMambaConfig
 from .cpu_templates.build import find_compiler, inductor_compiler
 from .cpu_templates.call_site import inductor_options
 from .errors import NonFiniteStateError
-from .fx_utils import InputSource, copy_graph, mark_written_static, placeholders, value_of
+from .fx_utils import InputSource, copy_graph, mark_written_static, placeholders, value_of, written_outputs
 from .passes import PassContext, StateOutput, phase_of, run_pipeline
 from .report import Report
 from .state import DSQState
+from .static_states import StaticStates
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,11 @@ def qmamba(
     config = QMambaConfig.from_options(options)
     report = Report(strict=config.strict)
     report.phase = phase_of(gm.graph)
-    if config.inner_backend == "inductor" and _runs_on_cpu(gm) and inductor_compiler() is None:
+    on_cpu, mode = _runs_on_cpu(gm), mode or config.mode
+    if config.inner_backend == "inductor" and on_cpu and inductor_compiler() is None:
         find_compiler()  # warns, once
         config = dataclasses.replace(config, inner_backend="eager")
-    inner = _inner_compiler(config, mode or config.mode, report.phase)
+    inner = _inner_compiler(config, mode, report.phase)
     _warn_before_recompile_limit()
     report_module.recent.append(report)
     if _needs_gradients(gm):
@@ -70,8 +72,10 @@ def qmamba(
         logger.warning("qmamba: no Mamba2 layer in this graph, so it is left to plain Inductor")
         return inner(gm, example_inputs)
     artifact = _load_artifact(config)
-    early = startup.ask_inductor_early() if config.inner_backend == "inductor" and _runs_on_cpu(gm) else None
+    early = startup.ask_inductor_early() if config.inner_backend == "inductor" and on_cpu else None
     rewritten = copy_graph(gm)
+    recorded = report.phase == "prefill" and not on_cpu and _records_cuda_graphs(config, mode)
+    static_states = StaticStates(written_outputs(rewritten.graph)) if recorded else None
     context = PassContext(config, artifact, list(example_inputs), _scope())
     run_pipeline(rewritten, context, report)
     mark_written_static(rewritten.graph)
@@ -79,7 +83,7 @@ def qmamba(
     inputs = _examples(sources, context)
     if early is not None:
         early.join()
-    return _Runner(inner(rewritten, inputs), sources, context)
+    return _Runner(inner(rewritten, inputs), sources, context, static_states)
 
 
 class _Runner:
@@ -88,8 +92,15 @@ class _Runner:
     AOTAutograd therefore sees plain tensors only: packed states and int8 weights are taken apart here.
     """
 
-    def __init__(self, compiled: Compiled, sources: Sequence[InputSource], context: PassContext) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        sources: Sequence[InputSource],
+        context: PassContext,
+        static_states: StaticStates | None = None,
+    ) -> None:
         self._compiled = compiled
+        self._static_states = static_states
         self._fetch = _fetch_all(sources)
         self._outputs = sorted(context.state_outputs, key=lambda output: output.position)
         self._state_inputs = context.state_inputs if context.config.check_finite else {}
@@ -99,6 +110,8 @@ class _Runner:
         results = self._compiled(*self._fetch(args))
         if self._outputs:
             results = self._wrap(list(results))
+        if self._static_states is not None:
+            results = self._static_states(results)
         for index, layer in self._state_inputs.items():
             _require_finite(args[index], layer)
         return results
@@ -181,10 +194,18 @@ def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compi
     patches = dict(inductor_options())
     if mode not in (None, "default"):
         patches |= torch._inductor.list_mode_options(mode)
-    if phase == "prefill" and "triton.cudagraphs" in patches:
+    if phase == "prefill":
         # The states that a prompt leaves must outlive the next prompt, and memory of a CUDA graph does not.
         patches["triton.cudagraphs"] = False
     return functools.partial(compile_fx, config_patches=patches)
+
+
+def _records_cuda_graphs(config: QMambaConfig, mode: str | None) -> bool:
+    """True when Inductor is to record decode steps, by ``mode`` or by its own setting."""
+    if config.inner_backend != "inductor":
+        return False
+    options = {} if mode in (None, "default") else torch._inductor.list_mode_options(mode)
+    return bool(options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
 
 
 def _runs_on_cpu(gm: fx.GraphModule) -> bool:

@@ -198,11 +198,20 @@ def mark_static(node: fx.Node) -> None:
 def mark_written_static(graph: fx.Graph) -> None:
     """Mark what the graph writes in place, the states of a cache: CUDA graphs refuse to write to a copy of an input.
 
-    A new cache has other addresses; a CUDA graph is recorded again for it.
+    A cache at other addresses has its CUDA graph recorded anew; `StaticStates` keeps that rare.
     """
     for node in placeholders(graph):
         if any(mutates(user) for user in node.users):
             mark_static(node)
+
+
+def written_outputs(graph: fx.Graph) -> list[int]:
+    """Positions in the outputs of tensors that the graph makes and writes in place: the states of a new cache."""
+    return [
+        position
+        for position, node in enumerate(output_node(graph).args[0])
+        if isinstance(node, fx.Node) and node.op != "placeholder" and any(mutates(user) for user in node.users)
+    ]
 
 
 def insert_call(before: fx.Node, target: Any, *args: Any) -> fx.Node:

@@ -130,6 +130,11 @@ class DSQState(torch.Tensor):
         return self.state_scale.dim() == 3
 
     @property
+    def own(self) -> tuple[str, ...]:
+        """Names of the inner tensors that no other state shares: all but calibrated scales."""
+        return tuple(name for name in self.form[0] if name != "state_scale" or self.dynamic)
+
+    @property
     def packed_nbytes(self) -> int:
         """Bytes really held, shared calibrated scales included (``nbytes`` shows the float facade)."""
         return sum(getattr(self, name).nbytes for name in self.__tensor_flatten__()[0])
@@ -402,9 +407,8 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
             raise StateError(
                 f"copy_ of {source!r} to {target!r}: layouts or scales differ; use copy_(source.dequantize())"
             )
-        for name in target.__tensor_flatten__()[0]:
-            if name != "state_scale" or target.dynamic:
-                getattr(target, name).copy_(getattr(source, name))
+        for name in target.own:
+            getattr(target, name).copy_(getattr(source, name))
         return target
     torch.ops.qmamba.quantize_state_(
         target.packed,

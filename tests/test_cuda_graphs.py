@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import fx
 
 from qmamba_compile import backend
 from qmamba_compile.fx_utils import mutates, placeholders
+from qmamba_compile.state import DSQState
 
 STATIC = ("guarded", "unguarded")
 
@@ -40,6 +43,47 @@ def test_decode_is_replayed_and_its_states_keep_their_place(
         assert node.meta["tensor_dict"]["_dynamo_static_input_type"] in STATIC, node
     assert bool(for_steps.get("triton.cudagraphs")) == (mode is not None)
     assert not for_prompts.get("triton.cudagraphs")
+
+
+@pytest.mark.parametrize("options", [{}, {"state_bits": None}], ids=["packed", "float"])
+def test_the_next_cache_lies_where_a_dropped_one_lay(
+    make_model, tokens, compiled, decode, handed_over, monkeypatch, options
+):
+    """Else each `generate` would record the decode step anew, and PyTorch keeps all recordings."""
+    monkeypatch.setattr(backend, "_runs_on_cpu", lambda gm: False)
+    options = {"inner_backend": "inductor", "mode": "reduce-overhead"} | options
+    model = compiled(make_model(), **options)
+    wanted, _ = decode(compiled(make_model(), **options | {"mode": None}), tokens(2, 9), tokens(2, 3))
+    places = []
+    for _ in range(3):
+        logits, cache = decode(model, tokens(2, 9), tokens(2, 3))
+        assert torch.equal(logits, wanted)
+        places.append(addresses(cache))
+        del cache
+        gc.collect()
+    assert places[0] == places[1] == places[2]
+    assert len(places[0]) == 2 * (2 if "state_bits" in options else 5 + 4)
+
+
+def addresses(cache) -> list[int]:
+    """Of all that a decode step writes to."""
+    found = []
+    for layer in cache.layers:
+        state = layer.recurrent_states[0]
+        found.append(layer.conv_states[0].data_ptr())
+        own = [getattr(state, name) for name in state.own] if isinstance(state, DSQState) else [state]
+        found += [tensor.data_ptr() for tensor in own]
+    return found
+
+
+@pytest.mark.parametrize("mode", [None, "default"])
+def test_without_cuda_graphs_memory_is_not_kept(make_model, tokens, compiled, handed_over, monkeypatch, mode):
+    monkeypatch.setattr(backend, "_runs_on_cpu", lambda gm: False)
+    monkeypatch.setattr(backend, "StaticStates", None)
+    with torch.no_grad():
+        compiled(make_model(), inner_backend="inductor", mode=mode)(tokens(2, 9))
+        with torch._inductor.config.patch("triton.cudagraphs", True), pytest.raises(Exception, match="callable"):
+            compiled(make_model(), inner_backend="inductor", mode=mode)(tokens(2, 9))
 
 
 def test_a_prompt_is_no_input_that_keeps_its_place(make_model, tokens, compiled, decode, handed_over):

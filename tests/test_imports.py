@@ -27,6 +27,7 @@ ALLOWED = {
     "ops": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates", "scan_gradient"},
     "state": {"errors", "quant", "recurrence", "ops"},
     "fx_utils": {"errors", "quant", "recurrence", "state", "ops"},
+    "static_states": {"state"},
     "report": {"errors", "config", "quant", "state"},
 }
 ALLOWED["passes"] = set(ALLOWED) | {"fx_utils", "report"}

@@ -107,7 +107,7 @@ class QuantizeState(GraphPass):
             layer,
             f"{state.bits}-bit state, {stores} store(s)",
             bytes_before=_float_nbytes(state),
-            bytes_after=sum(nbytes_of(part) for name, part in inner.items() if name != "state_scale" or state.dynamic),
+            bytes_after=sum(nbytes_of(inner[name]) for name in state.own),
         )
 
     def _store(self, copy: fx.Node, node: fx.Node, inner: dict[str, fx.Node], state: DSQState) -> None:
