@@ -12,6 +12,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <immintrin.h>
 #include <vector>
 
@@ -46,6 +49,22 @@ inline Words widen_halves(Halves halves) { return (Words)_mm256_cvtepu16_epi32((
 inline Halves narrow_to_halves(Words words) {
     const __m256i low_halves = (__m256i)(words & 0xffff), pairs = _mm256_packus_epi32(low_halves, low_halves);
     return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+}
+
+template <class Body>
+__attribute__((noinline)) void invoke(const Body& body) {
+    body();
+}
+
+// `body` by each of so many threads, which share its loops. One alone is no team: a team's barrier costs libgomp a
+// system call, 0.4 us. Inside of somebody else's team the loops would be shared with that.
+template <class Body>
+inline void by_threads(int64_t threads, const Body& body) {
+#ifdef _OPENMP
+    if (threads == 1 && !omp_in_parallel()) return invoke(body);
+#pragma omp parallel num_threads(threads)
+#endif
+    invoke(body);
 }
 
 // Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
@@ -224,11 +243,13 @@ void convolve_all(const Arguments& a) {
         for (int i = 0; i < TAPS; ++i) weight[i * a.channels + d] = a.weight.at(d * TAPS + i);
     }
     const int64_t blocks = (a.seqlen + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
-    for (int64_t block = 0; block < a.batch * blocks; ++block) {
-        const int64_t begin = block % blocks * BLOCK, end = begin + BLOCK < a.seqlen ? begin + BLOCK : a.seqlen;
-        convolve<DTYPE, TAPS>(a, weight.data(), block / blocks, begin, end);
-    }
+    by_threads(a.threads, [&] {
+#pragma omp for schedule(static) nowait
+        for (int64_t block = 0; block < a.batch * blocks; ++block) {
+            const int64_t begin = block % blocks * BLOCK, end = begin + BLOCK < a.seqlen ? begin + BLOCK : a.seqlen;
+            convolve<DTYPE, TAPS>(a, weight.data(), block / blocks, begin, end);
+        }
+    });
 }
 
 }  // namespace

@@ -12,6 +12,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <immintrin.h>
 #include <vector>
 
@@ -46,6 +49,22 @@ inline Words widen_halves(Halves halves) { return (Words)_mm256_cvtepu16_epi32((
 inline Halves narrow_to_halves(Words words) {
     const __m256i low_halves = (__m256i)(words & 0xffff), pairs = _mm256_packus_epi32(low_halves, low_halves);
     return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+}
+
+template <class Body>
+__attribute__((noinline)) void invoke(const Body& body) {
+    body();
+}
+
+// `body` by each of so many threads, which share its loops. One alone is no team: a team's barrier costs libgomp a
+// system call, 0.4 us. Inside of somebody else's team the loops would be shared with that.
+template <class Body>
+inline void by_threads(int64_t threads, const Body& body) {
+#ifdef _OPENMP
+    if (threads == 1 && !omp_in_parallel()) return invoke(body);
+#pragma omp parallel num_threads(threads)
+#endif
+    invoke(body);
 }
 
 // Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
@@ -242,30 +261,32 @@ template <class Element>
 void step(const Arguments& a) {
     const bool four = a.length == 4 && a.taps == 4 && a.x.head_stride == 1;
     const Element* weight = (const Element*)a.weight.data;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
-    for (int64_t b = 0; b < a.batch; ++b) {
-        const Element* x = (const Element*)a.x.data + b * a.x.batch_stride;
-        Element* state = (Element*)a.state + b * a.channels * a.length;
-        for (int64_t d = 0; d < a.channels; d += LANES) {
-            const int64_t count = a.channels - d < LANES ? a.channels - d : LANES;
-            Floats y;
-            if (four && count == LANES) {
-                y = step_channels(state + d * 4, widen_stored(x + d), weight + d * 4);
-            } else {
-                float sums[LANES] = {};
-                for (int64_t lane = 0; lane < count; ++lane) {
-                    Element* old = state + (d + lane) * a.length;
-                    const Element input = x[(d + lane) * a.x.head_stride];
-                    sums[lane] = step_channel(old, input, weight + (d + lane) * a.taps, a.length, a.taps);
+    by_threads(a.threads, [&] {
+#pragma omp for schedule(static) nowait
+        for (int64_t b = 0; b < a.batch; ++b) {
+            const Element* x = (const Element*)a.x.data + b * a.x.batch_stride;
+            Element* state = (Element*)a.state + b * a.channels * a.length;
+            for (int64_t d = 0; d < a.channels; d += LANES) {
+                const int64_t count = a.channels - d < LANES ? a.channels - d : LANES;
+                Floats y;
+                if (four && count == LANES) {
+                    y = step_channels(state + d * 4, widen_stored(x + d), weight + d * 4);
+                } else {
+                    float sums[LANES] = {};
+                    for (int64_t lane = 0; lane < count; ++lane) {
+                        Element* old = state + (d + lane) * a.length;
+                        const Element input = x[(d + lane) * a.x.head_stride];
+                        sums[lane] = step_channel(old, input, weight + (d + lane) * a.taps, a.length, a.taps);
+                    }
+                    y = load<Floats>(sums);
                 }
-                y = load<Floats>(sums);
+                if (a.bias.data) y += read(a.bias, d, count);
+                y = round_to(y, a.x.dtype);
+                if (a.silu) y = silu(y);
+                write(a.y, a.x.dtype, b * a.channels + d, y, count);
             }
-            if (a.bias.data) y += read(a.bias, d, count);
-            y = round_to(y, a.x.dtype);
-            if (a.silu) y = silu(y);
-            write(a.y, a.x.dtype, b * a.channels + d, y, count);
         }
-    }
+    });
 }
 
 }  // namespace

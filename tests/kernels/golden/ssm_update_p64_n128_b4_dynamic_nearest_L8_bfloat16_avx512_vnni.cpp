@@ -30,6 +30,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <immintrin.h>
 
 namespace {
@@ -77,6 +80,22 @@ inline Words load_bytes(const uint8_t* from) {
 inline Ints add_byte(Ints sum, Ints codes, int shift) {
     if (shift != 0) return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(1 << shift));
     return sum + (codes << shift);
+}
+
+template <class Body>
+__attribute__((noinline)) void invoke(const Body& body) {
+    body();
+}
+
+// `body` by each of so many threads, which share its loops. One alone is no team: a team's barrier costs libgomp a
+// system call, 0.4 us. Inside of somebody else's team the loops would be shared with that.
+template <class Body>
+inline void by_threads(int64_t threads, const Body& body) {
+#ifdef _OPENMP
+    if (threads == 1 && !omp_in_parallel()) return invoke(body);
+#pragma omp parallel num_threads(threads)
+#endif
+    invoke(body);
 }
 
 // A row of the state is RUNS runs of RUN columns: the codes of one byte are one column of each run. In scratch each run
@@ -869,12 +888,11 @@ extern "C" void ssm_update_p64_n128_b4_dynamic_nearest_L8_bfloat16_avx512_vnni(c
     sum_since_checkpoint(a);
     a.steps.compute(a.step, a.batch, a.nheads);
     weigh_slots(a);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    by_threads(a.threads, [&] {
         Scratch scratch = {};
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t item = 0; item < items; ++item) update_head(a, item, scratch);
-    }
+    });
     for (int64_t b = 0; b < a.batch; ++b) {
         const bool stored = a.ring_position[b] == SLOTS;
         a.rng[2 * b + 1] += stored;

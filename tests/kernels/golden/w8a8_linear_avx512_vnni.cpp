@@ -22,6 +22,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <immintrin.h>
 #include <vector>
 
@@ -49,6 +52,22 @@ inline Ints blend(Ints a, Ints b) { return (Ints)_mm512_mask_blend_epi32(MASK, (
 inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
 inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
 inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
+
+template <class Body>
+__attribute__((noinline)) void invoke(const Body& body) {
+    body();
+}
+
+// `body` by each of so many threads, which share its loops. One alone is no team: a team's barrier costs libgomp a
+// system call, 0.4 us. Inside of somebody else's team the loops would be shared with that.
+template <class Body>
+inline void by_threads(int64_t threads, const Body& body) {
+#ifdef _OPENMP
+    if (threads == 1 && !omp_in_parallel()) return invoke(body);
+#pragma omp parallel num_threads(threads)
+#endif
+    invoke(body);
+}
 
 // Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
 template <class Vector, class Element>
@@ -663,8 +682,7 @@ extern "C" void w8a8_linear_avx512_vnni(const void* packed_arguments) {
     const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
     const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
     const int64_t panel = packed ? PANEL : fitting, panels = (a.o + panel - 1) / panel;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    by_threads(a.threads, [&] {
         {
             Scratch own(4 * width + (packed ? width : 0));
             float* const row = (float*)own.data();
@@ -688,5 +706,5 @@ extern "C" void w8a8_linear_avx512_vnni(const void* packed_arguments) {
                 multiply_panel(a, t, row, end, token, last);
             }
         }
-    }
+    });
 }

@@ -19,6 +19,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <vector>
 
 namespace {
@@ -38,6 +41,22 @@ inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Words widen_halves(Halves halves) { return __builtin_convertvector(halves, Words); }
 inline Halves narrow_to_halves(Words words) { return __builtin_convertvector(words, Halves); }
+
+template <class Body>
+__attribute__((noinline)) void invoke(const Body& body) {
+    body();
+}
+
+// `body` by each of so many threads, which share its loops. One alone is no team: a team's barrier costs libgomp a
+// system call, 0.4 us. Inside of somebody else's team the loops would be shared with that.
+template <class Body>
+inline void by_threads(int64_t threads, const Body& body) {
+#ifdef _OPENMP
+    if (threads == 1 && !omp_in_parallel()) return invoke(body);
+#pragma omp parallel num_threads(threads)
+#endif
+    invoke(body);
+}
 
 // Through a type that may be unaligned and alias anything; gcc turns a short memcpy into integer registers instead.
 template <class Vector, class Element>
@@ -419,8 +438,7 @@ extern "C" void w8a8_linear_portable(const void* packed_arguments) {
     const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
     const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
     const int64_t panel = fitting, panels = (a.o + panel - 1) / panel;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    by_threads(a.threads, [&] {
         {
             Scratch own(4 * width);
             float* const row = (float*)own.data();
@@ -437,5 +455,5 @@ extern "C" void w8a8_linear_portable(const void* packed_arguments) {
                 multiply_panel(a, t, row, end, token, last);
             }
         }
-    }
+    });
 }
