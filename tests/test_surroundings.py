@@ -32,6 +32,20 @@ def test_without_a_compiler_the_model_runs_all_the_same(no_compiler, make_model,
     torch.testing.assert_close(logits, expected)
 
 
+def test_pytorchs_filter_of_guards_goes_with_our_options(make_model, tokens, decode):
+    """torch.compile takes it out of the options; the guards that it drops are some of those that passes narrow."""
+    prompt, more = tokens(2, 9), tokens(2, 3, seed=2)
+    model = make_model()
+    lax = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    model.compile(backend="qmamba", options=lax | {"inner_backend": "eager", "state_bits": 8})
+    expected, _ = decode(model, prompt, more)
+    torch._dynamo.reset()
+    other = make_model()
+    other.compile(backend="qmamba", options={"inner_backend": "eager", "state_bits": 8})
+    logits, cache = decode(other, prompt, more)
+    assert torch.equal(logits, expected) and cache.layers[0].recurrent_states[0].bits == 8
+
+
 @pytest.mark.parametrize("flush_interval", [1, 8])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "cpu", "meta"], ids=str)
 def test_defaults_of_torch_decide_nothing(make_model, compiled, tokens, decode, default, flush_interval):
