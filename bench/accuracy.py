@@ -22,8 +22,8 @@ from bench.accuracy_esr import RATES, esr, learning_rates
 from bench.accuracy_plots import plots
 from bench.accuracy_table import Bench, Sizes, print_table
 from bench.record import console, machine_record
-from calibrate.cli import load_model
 from calibrate.data import read_tokens
+from calibrate.models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("table", "esr", "rates", "plots")

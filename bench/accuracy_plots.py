@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.accuracy_table import Bench
-from bench.plot import require_matplotlib
+from bench.draw import require_matplotlib
 from bench.record import console
 from calibrate.data import cut_windows, spread
 from calibrate.evaluate import token_nats

@@ -14,6 +14,7 @@ import typer
 
 from qmamba_compile import ConfigError, QMambaError
 
+from .draw import draw, require_matplotlib
 from .measure import Gate, Summary, Work, checked_speedup, interleave, measure_roof
 from .record import Record, Row, console, machine_record, print_header, print_rows
 from .shapes import SHAPES
@@ -64,8 +65,6 @@ def recording(
     import torch
 
     if plot is not None:
-        from .plot import require_matplotlib
-
         require_matplotlib(plot)
     if threads:
         torch.set_num_threads(threads)
@@ -83,8 +82,6 @@ def recording(
         record.write()
     where = f"{len(record.rows)} rows" + (f" in {json}" if json else "")
     if plot is not None and record.rows:
-        from .plot import draw
-
         draw([record], plot)
         where += f", drawn to {plot}"
     console.print(f"\n{'interrupted: ' if interrupted else ''}{where}", style="dim", highlight=False)

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from calibrate.cli import load_model
 from calibrate.data import cut_windows, read_tokens, spread
 from calibrate.evaluate import score
+from calibrate.models import load_model
 from calibrate.quantized_model import fit_artifact
 from calibrate.recurrence import Recurrence, float_scan, mixers
 from qmamba_compile import ConfigError, DSQState
@@ -28,9 +28,9 @@ from qmamba_compile.artifact import read_artifact
 from qmamba_compile.recurrence import new_ring
 
 from . import cli
+from .draw import require_matplotlib
 from .measure import Summary, interleave, speedup
 from .outliers import Outliers
-from .plot import require_matplotlib
 from .record import console, machine_record
 from .shapes import shape_named
 from .ssm import Inputs, packed_step, variant

@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 import typer
 
-from qmamba_compile.artifact import Artifact, read_artifact
+from qmamba_compile.artifact import Artifact
 from qmamba_compile.config import LARGEST_SEED, QMambaConfig
 from qmamba_compile.errors import ConfigError
 
@@ -22,9 +22,8 @@ from .data import cut_windows, read_tokens, spread
 from .errors import CalibrationError
 from .esr import LEARNABLE, EsrOptions
 from .evaluate import PROMPT, Score, score
+from .models import load_model, quantize
 from .pipeline import Calibration, Options
-from .quantized_model import fit_artifact, quantized_copy
-from .recurrence import Recurrence, Run, float_scan, mixers
 
 logger = logging.getLogger(__name__)
 
@@ -204,74 +203,6 @@ evaluate_app = _command(evaluate)
 lm_eval_app = _command(
     lm_eval, add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
-
-
-# --- models --------------------------------------------------------------------------------------------------------
-
-
-def load_model(name: str) -> Any:
-    """A transformers model, ready for inference.
-
-    Raises:
-        ConfigError: there is none. CalibrationError: it has no Mamba2 layer.
-    """
-    import transformers
-
-    # Both warn about their own optional parts.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    path = Path(name).expanduser()
-    if not path.is_dir() and looks_like_path:
-        raise ConfigError(f"{name}: no such folder; give a folder with config.json, or a hub name")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"{name}: cannot be loaded: {problem}") from None
-    if not mixers(model):
-        raise CalibrationError(
-            f"{name}: a {type(model).__name__} without a Mamba2 layer; give a Mamba2 model or a hybrid"
-        )
-    return model.eval().requires_grad_(False)
-
-
-def quantize(
-    model: Any,
-    *,
-    state_bits: int | None,
-    weights: str | None,
-    state_scales: str | None,
-    rounding: str,
-    calibration: str | None,
-    seed: int = 0,
-    flush_interval: int = QMambaConfig.flush_interval,
-) -> tuple[Any, Run]:
-    """A quantized copy of ``model`` and its recurrence.
-
-    Raises:
-        ConfigError: calibrated scales without an artifact. ArtifactError: the artifact belongs to another model.
-    """
-    if state_scales is None:
-        state_scales = "calibrated" if calibration else "dynamic"
-    calibrated = state_scales == "calibrated" and state_bits is not None
-    if calibrated and calibration is None:
-        raise ConfigError("--state-scales calibrated needs --calibration FILE; make one with `qmamba calibrate`")
-    artifact = None
-    if calibration is not None:
-        artifact = fit_artifact(read_artifact(calibration), model, needs_state_scale=calibrated)
-        if artifact.tuned_for not in (None, flush_interval):
-            logger.warning(artifact.other_interval(flush_interval))
-    device = next(model.parameters()).device
-    quantized = quantized_copy(model, weights=weights, artifact=artifact).to(device)
-    if state_bits is None:
-        return quantized, float_scan
-    scales = None
-    if calibrated:
-        assert artifact is not None
-        scales = {layer: artifact.tensors[f"{layer}.state_scale"].to(device) for layer in mixers(model)}
-    run = Recurrence(state_bits, rounding == "stochastic", seed, flush_interval=flush_interval, state_scale=scales)
-    return quantized, run
 
 
 # --- output --------------------------------------------------------------------------------------------------------

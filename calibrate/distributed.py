@@ -48,7 +48,8 @@ def joined() -> Iterator[torch.device]:
         return
     # The launcher ends the other workers by SIGTERM when one is gone; the default handler would say nothing.
     signal.signal(signal.SIGTERM, _terminated)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Statistics and errors are summed on the CPU, and nccl knows no such tensors.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield device
     except (dist.DistError, RuntimeError) as problem:

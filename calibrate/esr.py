@@ -132,7 +132,7 @@ class Reconstruction:
             recurrence: of the quantized state; its state_scale is changed when it is learned.
             samples, validation: windows [w, l].
             smooth: linear -> SmoothQuant factors of the int8 linears, or ``None``.
-            memory_limit: bytes of activations to hold in memory, in each of four sets.
+            memory_limit: bytes of activations to hold in memory, in each of three sets.
         """
         self.float_blocks, self.blocks = Blocks(model), Blocks(quantized)
         self.recurrence, self.options = recurrence, options

@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .cli import load_model, quantize
 from .data import BYTES, load_tokenizer
+from .models import load_model, quantize
 from .recurrence import replaced
 
 _LINE_BREAK = ord("\n")

@@ -150,16 +150,20 @@ class Calibration:
         after = self._score("after", quantized, recurrence)
         artifact = self._artifact(
             tensors,
-            metrics_before={
-                "perplexity_float": float_score.perplexity,
-                "perplexity_dynamic_scales": before.perplexity,
-                **{key: value for key, value in metrics.items() if key.endswith("before")},
-            },
-            metrics_after={
-                "perplexity": after.perplexity,
-                **{f"tried/{c.stage}/{c.name}": c.perplexity for c in self.choices},
-                **{key: value for key, value in metrics.items() if not key.endswith("before")},
-            },
+            metrics_before=_finite(
+                {
+                    "perplexity_float": float_score.perplexity,
+                    "perplexity_dynamic_scales": before.perplexity,
+                    **{key: value for key, value in metrics.items() if key.endswith("before")},
+                }
+            ),
+            metrics_after=_finite(
+                {
+                    "perplexity": after.perplexity,
+                    **{f"tried/{c.stage}/{c.name}": c.perplexity for c in self.choices},
+                    **{key: value for key, value in metrics.items() if not key.endswith("before")},
+                }
+            ),
         )
         if distributed.is_main():
             with writing(self.out):
@@ -216,10 +220,11 @@ class Calibration:
         return [ids.to(device) for ids in windows.split(self.options.batch)]
 
     def _state_scales(self, statistics: Statistics) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
         done = self.work.load("state_scales")
         if done is not None:
             self.choices += [Choice(**choice) for choice in done[1]["choices"]]
-            return done[0]
+            return {layer: scale.to(device) for layer, scale in done[0].items()}
         layers = list(mixers(self.model))
         tried = {f"rms^{e:g}": {layer: power_scale(statistics, layer, e) for layer in layers} for e in EXPONENTS}
         if self.options.fit:
@@ -230,7 +235,6 @@ class Calibration:
                 layer: fitted_scale(statistics.rows[layer], statistics.channels[layer], felt[layer].cpu())
                 for layer in layers
             }
-        device = next(self.model.parameters()).device
         scores = {}
         with self._progress("state scales", self.validation.numel() * len(tried)) as advance:
             for name, scales in tried.items():
@@ -327,3 +331,8 @@ def _esr_metrics(results: list[Any]) -> dict[str, float]:
         }
         metrics |= {f"esr/{result.layer}/{name}": value for name, value in values.items() if value is not None}
     return metrics
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """What a header may hold: of what was tried, some may have overflowed, and is not chosen."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

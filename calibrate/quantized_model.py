@@ -42,7 +42,7 @@ class W8A8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("smooth", smooth)
-        self.register_buffer("act_scale", act_scale)
+        self.register_buffer("act_scale", None if act_scale is None else act_scale.to(weight.device))
 
     @property
     def weight(self) -> Tensor:
@@ -78,7 +78,8 @@ class _StraightThroughLinear(torch.autograd.Function):
 class TunedLinear(nn.Module):
     """A linear whose last rows are being tuned, differentiable in them and in the input.
 
-    Its int8 arithmetic is that of `W8A8Linear`, simulated in float32 with straight-through gradients.
+    Its int8 arithmetic is that of `W8A8Linear` with dynamic activation scales, simulated in float32 with
+    straight-through gradients.
 
     Attributes:
         rows: the parameter [r, in_features], for the last r rows of the weight.

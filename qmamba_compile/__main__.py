@@ -72,6 +72,8 @@ _GPU_KERNELS = (
     "norm_quantize_rows",
     "causal_conv",
     "conv_update",
+    "ssm_scan",
+    "ssm_scan_backward",
 )
 
 Model = Annotated[str, typer.Option(help="Folder or hub name of a transformers model, or 'toy' for a tiny random one.")]
@@ -160,7 +162,9 @@ def generate(
 
 @app.command()
 def render(
-    kernel: Annotated[str, typer.Argument(help=f"CPU: such as ssm_update. GPU: {', '.join(_GPU_KERNELS)}.")],
+    kernel: Annotated[
+        str, typer.Argument(help=f"Of a GPU: {', '.join(_GPU_KERNELS)}. Of the CPU: the same but quantize_rows.")
+    ],
     headdim: Annotated[int, typer.Option()] = 64,
     dstate: Annotated[int, typer.Option()] = 128,
     bits: Annotated[int, typer.Option(envvar="QMAMBA_STATE_BITS", help="8, 4 or 2.")] = 4,
@@ -195,17 +199,22 @@ def render(
     if target.startswith(("sm_", "gfx")):
         return _render_triton(kernel, target, heads, scheme, (flush_interval, ring_bits), (rows, outputs, k), stats)
     from .cpu_templates import build
-    from .cpu_templates.render import Spec
+    from .cpu_templates.render import LAYER_KERNELS, LayerSpec, Spec
     from .cpu_templates.render import render as render_source
 
     if stats:
         raise ConfigError(f"--stats needs a GPU as --target, such as sm_90; {target!r} is not one")
     isa = build.best_isa() if target == "cpu" else target
-    ring = None
-    if kernel == "ssm_update" and flush_interval > 1:
-        ring = {16: "bfloat16", 8: "int8"}[ring_bits]
-    spec = build.for_this_machine(Spec(kernel, *scheme, isa, flush_interval if ring else 1, ring))
-    sys.stdout.write(render_source(spec))
+    spec: Spec | LayerSpec
+    if kernel in LAYER_KERNELS:
+        spec = LayerSpec(kernel, isa)
+    elif kernel == "chunk_scan":  # of a float state
+        spec = Spec(kernel, headdim, dstate, None, False, False, isa)
+    elif kernel == "ssm_update" and flush_interval > 1:
+        spec = Spec(kernel, *scheme, isa, flush_interval, {16: "bfloat16", 8: "int8"}[ring_bits])
+    else:
+        spec = Spec(kernel, *scheme, isa)
+    sys.stdout.write(render_source(build.for_this_machine(spec)))
 
 
 def _render_triton(
@@ -236,6 +245,8 @@ def _render_triton(
         "norm_quantize_rows": lambda: tuning.quantize_rows(target, linear[2], linear[2]),
         "causal_conv": lambda: tuning.causal_conv(target, 1, heads * headdim, 1024, 4, 2),
         "conv_update": lambda: tuning.conv_update(target, heads * headdim, 4, 4),
+        "ssm_scan": lambda: tuning.ssm_scan(target, *scheme),
+        "ssm_scan_backward": lambda: tuning.ssm_scan_backward(target, headdim, dstate),
     }
     assert tuple(choices) == _GPU_KERNELS
     if kernel not in choices:

@@ -128,7 +128,7 @@ class _Runner:
 
 
 def _fetch_all(sources: Sequence[InputSource]) -> Callable[[tuple[Any, ...]], list[Any]]:
-    """`InputSource.fetch` of each source in one expression: 9 us instead of 18 for the 165 inputs of 8 layers."""
+    """What each source stands for, in one expression: 9 us instead of 18 for the 165 inputs of 8 layers."""
     names: dict[str, Any] = {}
     terms = []
     for number, source in enumerate(sources):
@@ -176,7 +176,7 @@ def _examples(sources: Sequence[InputSource], context: PassContext) -> list[Any]
 
     def example(source: InputSource) -> Any:
         if source.index is None:
-            value = source.fetch(())
+            value = cast(Tensor, source.constant)
         elif source.getter is None:
             return context.example_inputs[source.index]
         else:

@@ -34,10 +34,6 @@ class InputSource:
     getter: Getter | None = None
     constant: Tensor | None = None
 
-    def fetch(self, args: tuple[Any, ...]) -> Any:
-        value = self.constant if self.index is None else args[self.index]
-        return value if self.getter is None else self.getter(value)
-
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
@@ -226,6 +222,14 @@ def insert_call(before: fx.Node, target: Any, *args: Any) -> fx.Node:
     with _fake_mode(fake_args), torch.no_grad():
         node.meta["example_value"] = target(*fake_args)
     return node
+
+
+def in_dtype_of(like: fx.Node, y: fx.Node) -> fx.Node:
+    """``y``, just inserted, in the dtype of ``like``."""
+    dtype = value_of(like).dtype
+    if value_of(y).dtype == dtype:
+        return y
+    return insert_call(y.next, torch.ops.prims.convert_element_type.default, y, dtype)
 
 
 def replace_node(old: fx.Node, new: fx.Node) -> None:

@@ -108,3 +108,49 @@ def test_a_changed_artifact_file_is_read_again(make_model, tokens, compiled, tmp
         found.append(states(cache)[0].state_scale)
         assert torch.equal(found[-1], next(iter(some_scales(model, seed).values())).to(torch.bfloat16))
     assert not torch.equal(*found)
+
+
+IN_PROJ = "backbone.layers.0.mixer.in_proj"
+
+
+def _smooth(seed):
+    return {f"{IN_PROJ}.smooth": torch.rand(64, generator=torch.Generator().manual_seed(seed)) + 0.5}
+
+
+def _tuned(seed):
+    return {f"{IN_PROJ}.weight_bcdt": torch.randn(66, 64, generator=torch.Generator().manual_seed(seed))}
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [(None, _smooth(1)), (None, _tuned(1)), (_smooth(1), None), (_tuned(1), _tuned(2)), (_smooth(1), _tuned(1))],
+)
+def test_an_int8_weight_of_another_calibration_is_refused(make_model, tokens, compiled, tmp_path, first, second):
+    """The float weight that the second one would start from is gone."""
+    model = make_model()
+
+    def run(tensors):
+        options = {}
+        if tensors is not None:
+            path = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+            make_artifact(path, model, tensors=some_scales(model) | tensors)
+            options["calibration"] = str(path)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            return compiled(model, **options)(tokens(2, 9)).logits
+
+    logits = run(first)
+    assert torch.equal(run(first), logits)
+    with pytest.raises(Exception, match=rf"{IN_PROJ}: its weight became int8 in an earlier compilation"):
+        run(second)
+
+
+def test_float_weights_do_not_come_back(make_model, tokens, compiled, caplog):
+    model = make_model()
+    with torch.no_grad():
+        compiled(model, weights=None)(tokens(2, 9))
+        compiled(model)(tokens(2, 9))
+        assert "became int8" not in caplog.text
+        torch._dynamo.reset()
+        compiled(model, weights=None)(tokens(2, 9))
+    assert "5 linears (backbone.layers.0.mixer.in_proj, ...) became int8 in an earlier compilation" in caplog.text

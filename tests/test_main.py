@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from qmamba_compile import __main__ as cli
 from qmamba_compile import errors
+from qmamba_compile.cpu_templates.render import KERNELS, LAYER_KERNELS
 from qmamba_compile.report import Report
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "tiny-mamba2"
@@ -192,6 +193,13 @@ def test_render_prints_every_gpu_kernel(kernel):
     assert kernel.removeprefix("norm_") in result.stdout.splitlines()[0] and "gfx942" in result.stdout.splitlines()[0]
 
 
+@pytest.mark.parametrize("kernel", (*KERNELS, *LAYER_KERNELS))
+def test_render_prints_every_cpu_kernel(kernel):
+    result = invoke("render", kernel, "--target", "avx2")
+    assert result.exit_code == 0, result.output
+    assert kernel in result.stdout.splitlines()[0] and f'extern "C" void {kernel}' in result.stdout
+
+
 @pytest.mark.parametrize("interval, steps", [("1", []), ("8", ["a step that only reads", "a step that stores"])])
 def test_render_says_what_the_compiler_made_of_it(interval, steps):
     scheme = ("--state-scales", "calibrated", "--flush-interval", interval)
@@ -214,7 +222,7 @@ def test_render_prints_by_default_what_runs_by_default():
         (["ssm_update", "--target", "sm_"], "sm_"),
         (["ssm_update", "--rounding", "up"], "rounding='up'"),
         (["ssm_update", "--state-scales", "static"], "state_scales='static'"),
-        (["ssm_scan", "--target", "sm_90"], "ssm_scan"),
+        (["ssm_scam", "--target", "sm_90"], "ssm_scam"),
         (["conv_update", "--target", "sm_90", "--stats"], "conv_update"),
         (["ssm_update", "--stats"], "--stats"),
         (["ssm_update", "--flush-interval", "3"], "flush_interval=3"),

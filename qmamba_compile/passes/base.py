@@ -143,8 +143,8 @@ class GraphPass:
         gm.graph.lint()
         _dump(gm, f"after_{self.name()}")
         report.seconds[self.name()] = time.perf_counter() - began
-        rewritten, skipped = len(report.rewritten(self.name())), len(report.entries)
-        logger.debug("%s: %d rewritten of %d entries", self.name(), rewritten, skipped)
+        own = [entry for entry in report.entries if entry.rewrite == self.name()]
+        logger.debug("%s: %d rewritten of %d anchors", self.name(), len(report.rewritten(self.name())), len(own))
 
 
 def _dump(gm: fx.GraphModule, label: str) -> None:

@@ -4,7 +4,17 @@ import torch
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, same_size, shape_of, value_of
+from ..fx_utils import (
+    in_dtype_of,
+    insert_call,
+    iter_calls,
+    layer_of,
+    op_name,
+    replace_node,
+    same_size,
+    shape_of,
+    value_of,
+)
 from ..report import Report
 from .base import GraphPass, NoMatchError
 from .match_conv import activation_of, match_depthwise, only_slice
@@ -57,9 +67,7 @@ class FuseCausalConv(GraphPass):
             # Where the convolution stood: what it reads may be written to before its result is used.
             operands = (found.x, found.weight, found.bias, activation is not None)
             fused = insert_call(conv, torch.ops.qmamba.causal_conv.default, *operands)
-            if value_of(fused).dtype != value_of(end).dtype:  # under autocast
-                fused = insert_call(conv, torch.ops.prims.convert_element_type.default, fused, value_of(end).dtype)
-            replace_node(end, fused)
+            replace_node(end, in_dtype_of(end, fused))  # other than the operands' under autocast
             report.rewrote(layer, f"{found.taps} taps")
 
 

@@ -8,6 +8,7 @@ from torch import fx
 from ..errors import SkipReason
 from ..fx_utils import (
     argument,
+    in_dtype_of,
     insert_call,
     iter_calls,
     layer_of,
@@ -69,7 +70,7 @@ class FuseConvUpdate(GraphPass):
                 continue
             operands = (conv_state, match.x, match.weight, match.bias, match.silu)
             y = insert_call(match.y, torch.ops.qmamba.conv_update.default, *operands)
-            replace_node(match.y, y)
+            replace_node(match.y, in_dtype_of(match.y, y))  # other than the operands' under autocast
             graph.erase_node(store)
             report.rewrote(layer, f"{shape_of(match.weight)[-1]} taps")
 

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, value_of
+from ..fx_utils import in_dtype_of, insert_call, iter_calls, layer_of, op_name, replace_node, value_of
 from ..report import Report
 from .base import GraphPass, NoMatchError
 from .match_norm import NormMatch, match_norm
@@ -49,9 +49,7 @@ class FuseNormLinear(GraphPass):
                 gate = None if gate is None else insert_call(node, operator.getitem, gate, index)
             operands = (x, gate, norm.weight, norm.epsilon, norm.group_size, *node.args[1:])
             y = insert_call(node, torch.ops.qmamba.norm_w8a8_linear.default, *operands)
-            if value_of(y).dtype != value_of(node).dtype:
-                y = insert_call(node, torch.ops.prims.convert_element_type.default, y, value_of(node).dtype)
-            replace_node(node, y)
+            replace_node(node, in_dtype_of(node, y))
             report.rewrote(layer_of(y), "norm" if gate is None else "gated norm")
 
 

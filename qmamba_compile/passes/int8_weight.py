@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from torchao.quantization import Int8Tensor
 from torchao.quantization.granularity import PerRow
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
 from .. import quant
 from ..artifact import Artifact, with_last_rows
+from ..errors import ArtifactError
 from ..huge_pages import HugePages
 from .parameter_forms import forms_of
 
@@ -57,6 +59,43 @@ def quantize_weight(
         act_pre_scale=factors,
         act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()),
     )
+
+
+def require_recipe(weight: Tensor, layer: str, artifact: Artifact | None) -> None:
+    """Refuse an int8 weight that an earlier compilation made as another artifact says: its float weight is gone.
+
+    Of weights that were copied, loaded or made elsewhere nothing is known, and they are taken as they are.
+
+    Raises:
+        ArtifactError: factors or tuned rows of this layer are not those that the weight was made with.
+    """
+    if weight in _recipes and not all(map(_same, _recipes[weight], _recipe(layer, artifact))):
+        asked = "these options name no calibration" if artifact is None else f"{artifact.source} asks for another"
+        raise ArtifactError(
+            f"{layer}: its weight became int8 in an earlier compilation, with the SmoothQuant factors and tuned rows "
+            f"of that one, and {asked}; load the model anew to compile it another way"
+        )
+
+
+def note_recipe(weight: Tensor, layer: str, artifact: Artifact | None) -> None:
+    """Remember what an int8 weight was made with, for `require_recipe`."""
+    _recipes[weight] = _recipe(layer, artifact)
+
+
+def was_made_here(weight: Any) -> bool:
+    """True for an int8 weight that a compilation put into the model in place of a float one."""
+    return isinstance(weight, Int8Tensor) and weight in _recipes
+
+
+_recipes: Any = WeakIdKeyDictionary()
+
+
+def _recipe(layer: str, artifact: Artifact | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if artifact is None else (artifact.smooth(layer), artifact.weight_bcdt(layer))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def has_row_scales(value: Any) -> bool:

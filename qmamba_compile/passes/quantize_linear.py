@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -24,15 +25,19 @@ from ..fx_utils import (
     nbytes_of,
     op_name,
     parameter_path,
+    placeholders,
     replace_node,
     source_name,
     users,
+    value_of,
 )
 from ..report import Report
 from .base import GraphPass, NoMatchError
-from .int8_weight import has_row_scales, quantize_for_layer
+from .int8_weight import has_row_scales, quantize_for_layer, require_recipe, was_made_here
 from .parameter_forms import FindBeside
 from .shared_weight import look_up, put_int8, require_table
+
+logger = logging.getLogger(__name__)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,6 +69,7 @@ class QuantizeLinear(GraphPass):
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
         if self.config.weights is None:
+            self._warn_of_int8(graph)
             return
         self._guards = guarded_tensors()
         self._unpacked: dict[fx.Node, tuple[fx.Node | None, ...]] = {}
@@ -96,6 +102,17 @@ class QuantizeLinear(GraphPass):
         self._narrow_guards(unread)
         for weight in unread:
             graph.erase_node(weight)
+
+    def _warn_of_int8(self, graph: fx.Graph) -> None:
+        linears = iter_calls(graph, "linear")
+        layers = [layer_of(node) for node in linears if was_made_here(self._value(argument(node, 1, "weight")))]
+        if layers:
+            logger.warning(
+                "qmamba: weights=None, but %d linears (%s, ...) became int8 in an earlier compilation of this model, "
+                "and stay so; load the model anew for float ones",
+                len(layers),
+                layers[0],
+            )
 
     def _value(self, weight: fx.Node) -> Any:
         """What a placeholder stands for; None for other nodes."""
@@ -142,7 +159,9 @@ class QuantizeLinear(GraphPass):
         if weight in self._unpacked:
             return self._unpacked[weight], {}
         value, find = self._value(weight), None
-        if not isinstance(value, Int8Tensor):
+        if isinstance(value, Int8Tensor):
+            require_recipe(value, layer, self.context.artifact)
+        else:
             try:
                 value = put_int8(weight, layer, self.context, self._guards)
             except NoMatchError as refusal:
@@ -176,6 +195,7 @@ class QuantizeLinear(GraphPass):
         scale = None if self.context.artifact is None else self.context.artifact.act_scale(layer)
         if scale is None:
             return None
+        scale = scale.to(value_of(placeholders(graph)[0]).device)
         name = f"{layer.replace('.', '_')}_act_scale"
         return add_input(graph, None, name, InputSource(None, constant=scale), fake_like(graph, scale))
 

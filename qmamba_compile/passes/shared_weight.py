@@ -16,6 +16,7 @@ from ..config import QMambaConfig
 from ..errors import SkipReason
 from ..fx_utils import (
     argument,
+    in_dtype_of,
     insert_call,
     layer_of,
     op_name,
@@ -24,10 +25,9 @@ from ..fx_utils import (
     retarget_guards,
     source_name,
     users,
-    value_of,
 )
 from .base import NoMatchError, PassContext
-from .int8_weight import has_row_scales, quantize_for_layer
+from .int8_weight import has_row_scales, note_recipe, quantize_for_layer
 
 _aten = torch.ops.aten
 
@@ -46,6 +46,7 @@ def put_int8(weight: fx.Node, layer: str, context: PassContext, guards: dict[int
     with torch.inference_mode(False), torch.no_grad():
         quantized = quantize_for_layer(value, layer, context.artifact, context.pages)
         quantized = nn.Parameter(quantized, requires_grad=False)
+    note_recipe(quantized, layer, context.artifact)
     for module, name in slots:
         module._parameters[name] = quantized
     retarget_guards(guards, value, quantized)
@@ -99,9 +100,7 @@ def look_up(node: fx.Node, qdata: fx.Node, scale: fx.Node) -> None:
     ids = argument(node, 0, "input")
     codes, scales = (insert_call(node, _aten.embedding.default, part, ids) for part in (qdata, scale))
     y = insert_call(node, _aten.mul.Tensor, codes, scales)
-    if value_of(y).dtype != value_of(node).dtype:
-        y = insert_call(node, torch.ops.prims.convert_element_type.default, y, value_of(node).dtype)
-    replace_node(node, y)
+    replace_node(node, in_dtype_of(node, y))
 
 
 def _require_reader(user: fx.Node, config: QMambaConfig) -> None:

@@ -287,6 +287,8 @@ def w8a8_linear(
     spec = tuning.w8a8_linear(architecture, rows, outputs, k)
     if spec.prequantized or x.dtype not in FLOATS:
         return None
+    scale = scale.contiguous()
+    bias, act_pre_scale = (None if vector is None else vector.contiguous() for vector in (bias, act_pre_scale))
     flat = x.reshape(rows, k)
     if flat.stride(1) != 1 or not qdata.is_contiguous():
         return None

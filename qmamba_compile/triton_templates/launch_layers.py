@@ -205,6 +205,8 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
     batch, channels, length = conv_state.shape
     if xBC.shape != (batch, channels, 1):
         return launch.refuse("conv_update", "xBC is not one token of conv_state's batch and channels")
+    if weight.shape != (channels, 1, weight.shape[-1]) or (bias is not None and bias.shape != (channels,)):
+        return launch.refuse("conv_update", "weight or bias is not of conv_state's channels")
     if batch > _MOST_BATCH:
         return launch.refuse("conv_update", f"a batch above {_MOST_BATCH}")
     spec = _conv_spec(architecture, batch * channels, length, weight.shape[-1])

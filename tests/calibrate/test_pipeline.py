@@ -18,7 +18,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from calibrate import cli, distributed, work
+from calibrate import cli, distributed, models, pipeline, work
 from calibrate.data import read_tokens
 from calibrate.errors import CalibrationError, DataError
 from calibrate.esr import EsrOptions
@@ -61,7 +61,7 @@ def test_the_artifact_is_what_the_backend_reads(calibrate, lively, compiled, tok
     model = compiled(lively(), state_scales="calibrated", calibration=str(path))
     with torch.no_grad():
         theirs = model(tokens(2, 20), use_cache=True).logits
-        ours, _ = cli.quantize(
+        ours, _ = models.quantize(
             lively(), state_bits=4, weights="int8", state_scales=None, rounding="nearest", calibration=str(path)
         )
         original = lively()(tokens(2, 20), use_cache=False).logits
@@ -78,7 +78,7 @@ def test_tuned_convolutions_run_in_the_backend(calibrate, lively, compiled, toke
     model = compiled(lively(), state_scales="calibrated", calibration=path)
     with torch.no_grad():
         found = model(tokens(2, 20), use_cache=True).logits
-        ours, _ = cli.quantize(
+        ours, _ = models.quantize(
             lively(), state_bits=4, weights="int8", state_scales=None, rounding="nearest", calibration=path
         )
         original = lively()(tokens(2, 20), use_cache=False).logits
@@ -108,9 +108,9 @@ def test_weights_tuned_for_another_interval_are_told(calibrate, lively, tmp_path
     assert artifact.tuned_for == 8
     arguments = {"state_bits": 4, "weights": "int8", "state_scales": None, "rounding": "nearest"}
     arguments["calibration"] = str(tmp_path / "a.safetensors")
-    cli.quantize(lively(), **arguments)
+    models.quantize(lively(), **arguments)
     assert not caplog.records
-    cli.quantize(lively(), **arguments, flush_interval=1)
+    models.quantize(lively(), **arguments, flush_interval=1)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
@@ -303,6 +303,23 @@ def test_commands_refuse_with_words(model_folder, text_file, tmp_path):
         result = invoke(app, *arguments)
         assert isinstance(result.exception, error) and message in str(result.exception), result.exception
     assert not out.exists()
+
+
+def test_what_overflowed_is_left_out_of_the_header(model_folder, text_file, tmp_path, monkeypatch):
+    """Of the schemes tried, such a one is not chosen; the calibration used to fail at its last line."""
+    out, score = tmp_path / "scales.safetensors", pipeline.score
+
+    def first_overflows(*args, **kwargs):
+        result = score(*args, **kwargs)
+        scored.append(result)
+        return dataclasses.replace(result, nats=result.nats * math.nan) if len(scored) == 2 else result
+
+    scored = []
+    monkeypatch.setattr(pipeline, "score", first_overflows)
+    result = invoke(cli.calibrate_app, model_folder, "--data", text_file, "--out", out, *FLAGS, "--no-esr", "--no-fit")
+    assert result.exit_code == 0, result.exception
+    tried = [name for name in read_artifact(out).header.metrics_after if name.startswith("tried/state_scale")]
+    assert len(tried) == len(pipeline.EXPONENTS) - 1
 
 
 # --- several processes ---------------------------------------------------------------------------------------------

@@ -94,6 +94,12 @@ def test_an_embedding_tied_to_an_int8_linear_looks_its_values_up(lively):
     assert torch.equal(quantized_copy(untied).backbone.embeddings.weight, untied.backbone.embeddings.weight)
 
 
+def test_a_static_scale_is_where_the_weight_is():
+    """An artifact's tensors are on the CPU."""
+    linear = W8A8Linear(torch.empty(12, 16, device="meta"), None, act_scale=torch.tensor(0.1))
+    assert linear.act_scale.device == linear.qdata.device == torch.device("meta")
+
+
 @pytest.mark.parametrize("smooth", [False, True])
 def test_an_int8_linear_has_a_straight_through_gradient(smooth):
     generator = torch.Generator().manual_seed(0)

@@ -102,6 +102,8 @@ def check_refusals() -> None:
         (state.transpose(0, 1).contiguous().transpose(0, 1), x, weight),
         (state.double(), x, weight),
         (torch.randn(*state.shape[:2], 17), x, weight),
+        (state, x, weight[1:]),
+        (state, x, weight.expand(-1, 2, -1)),
     ):
         before = refused[0].clone()
         assert launch_layers.conv_update(*refused, bias, True) is None

@@ -83,6 +83,20 @@ def test_same_bits_as_the_op(interpreted: Callable[..., Any], change: dict[str, 
     interpreted(check, change)
 
 
+def check_strided() -> None:
+    """Every other element of a longer vector, as a slice of a fused parameter may be."""
+    x, (qdata, scale) = torch.randn(3, 64), quant.quantize_rows(torch.randn(32, 64))
+    bias, smooth = torch.randn(32), torch.rand(64) + 0.5
+    wanted = launch.w8a8_linear(x, qdata, scale, bias, smooth, None)
+    strided = [torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0] for t in (scale, bias, smooth)]
+    found = launch.w8a8_linear(x, qdata, *strided, None)
+    assert wanted is not None and found is not None and torch.equal(found, wanted)
+
+
+def test_strided_vectors(interpreted: Callable[..., Any]) -> None:
+    interpreted(check_strided)
+
+
 def test_a_large_x_is_quantized_once_before(interpreted: Callable[..., Any]) -> None:
     x, qdata = torch.randn(17, 64), torch.ones(32, 64, dtype=torch.int8)
     assert interpreted(launch.w8a8_linear, x, qdata, torch.ones(32, 1), None, None, None) is None

@@ -163,3 +163,16 @@ def test_another_state_is_no_anchor(capture, options):
     assert backend.only.after[CONV] == 0 and not backend.only.report.entries
     assert torch.equal(*states)
     torch.testing.assert_close(results, expected)
+
+
+def test_autocast(capture):
+    """The convolution is float32 then, which is more than was asked for; what follows sees the dtype it expects."""
+    backend, module, (state, x) = capture(FuseConvUpdate), Conv(), step_inputs()
+    ours = state.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = module(state, x), backend.compile(module)(ours, x)
+    (node,) = iter_calls(backend.only.gm.graph, CONV)
+    (converted,) = node.users
+    assert (value_of(node).dtype, value_of(converted).dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert torch.equal(ours, state)
