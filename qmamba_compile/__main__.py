@@ -205,16 +205,17 @@ def render(
     if stats:
         raise ConfigError(f"--stats needs a GPU as --target, such as sm_90; {target!r} is not one")
     isa = build.best_isa() if target == "cpu" else target
-    spec: Spec | LayerSpec
     if kernel in LAYER_KERNELS:
-        spec = LayerSpec(kernel, isa)
-    elif kernel == "chunk_scan":  # of a float state
-        spec = Spec(kernel, headdim, dstate, None, False, False, isa)
-    elif kernel == "ssm_update" and flush_interval > 1:
-        spec = Spec(kernel, *scheme, isa, flush_interval, {16: "bfloat16", 8: "int8"}[ring_bits])
+        source = render_source(build.for_this_machine(LayerSpec(kernel, isa)))
     else:
-        spec = Spec(kernel, *scheme, isa)
-    sys.stdout.write(render_source(build.for_this_machine(spec)))
+        if kernel == "chunk_scan":  # of a float state
+            spec = Spec(kernel, headdim, dstate, None, False, False, isa)
+        elif kernel == "ssm_update" and flush_interval > 1:
+            spec = Spec(kernel, *scheme, isa, flush_interval, {16: "bfloat16", 8: "int8"}[ring_bits])
+        else:
+            spec = Spec(kernel, *scheme, isa)
+        source = render_source(build.for_this_machine(spec))
+    sys.stdout.write(source)
 
 
 def _render_triton(

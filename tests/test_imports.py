@@ -46,7 +46,8 @@ def unit(path):
 
 def imports(path):
     """(line, absolute module, names) of every import statement in a file, inside functions as well."""
-    package = [PACKAGE, *path.relative_to(ROOT).parts[:-1]]
+    root = ROOT if ROOT in path.parents else path.parent
+    package = [root.name, *path.relative_to(root).parts[:-1]]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
