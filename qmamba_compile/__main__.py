@@ -199,11 +199,15 @@ def render(
     if target.startswith(("sm_", "gfx")):
         return _render_triton(kernel, target, heads, scheme, (flush_interval, ring_bits), (rows, outputs, k), stats)
     from .cpu_templates import build
-    from .cpu_templates.render import LAYER_KERNELS, LayerSpec, Spec
+    from .cpu_templates.render import KERNELS, LAYER_KERNELS, LayerSpec, Spec
     from .cpu_templates.render import render as render_source
 
     if stats:
         raise ConfigError(f"--stats needs a GPU as --target, such as sm_90; {target!r} is not one")
+    if kernel not in (*KERNELS, *LAYER_KERNELS):
+        raise ConfigError(
+            f"kernel={kernel!r} is not printed for CPUs; use one of {', '.join((*KERNELS, *LAYER_KERNELS))}"
+        )
     isa = build.best_isa() if target == "cpu" else target
     if kernel in LAYER_KERNELS:
         source = render_source(build.for_this_machine(LayerSpec(kernel, isa)))

@@ -20,7 +20,7 @@ from . import quant, startup
 from . import report as report_module
 from .artifact import Artifact, read_artifact
 from .config import QMambaConfig
-from .cpu_templates.build import find_compiler, inductor_compiler
+from .cpu_templates.build import best_isa, find_compiler, inductor_compiler
 from .cpu_templates.call_site import inductor_options
 from .errors import NonFiniteStateError
 from .fx_utils import InputSource, copy_graph, mark_written_static, placeholders, value_of, written_outputs
@@ -56,6 +56,8 @@ def qmamba(
     report = Report(strict=config.strict)
     report.phase = phase_of(gm.graph)
     on_cpu, mode = _runs_on_cpu(gm), mode or config.mode
+    if on_cpu:
+        best_isa()  # refuses a wrong QMAMBA_CPU_ISA before any weight is touched
     if config.inner_backend == "inductor" and on_cpu and inductor_compiler() is None:
         find_compiler()  # warns, once
         config = dataclasses.replace(config, inner_backend="eager")
@@ -191,9 +193,7 @@ def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compi
         return torch._dynamo.lookup_backend(config.inner_backend)
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(inductor_options())
-    if mode not in (None, "default"):
-        patches |= torch._inductor.list_mode_options(mode)
+    patches = inductor_options() | _mode_options(mode)
     if phase == "prefill":
         # The states that a prompt leaves must outlive the next prompt, and memory of a CUDA graph does not.
         patches["triton.cudagraphs"] = False
@@ -204,8 +204,11 @@ def _records_cuda_graphs(config: QMambaConfig, mode: str | None) -> bool:
     """True when Inductor is to record decode steps, by ``mode`` or by its own setting."""
     if config.inner_backend != "inductor":
         return False
-    options = {} if mode in (None, "default") else torch._inductor.list_mode_options(mode)
-    return bool(options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+    return bool(_mode_options(mode).get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    return {} if mode in (None, "default") else torch._inductor.list_mode_options(mode)
 
 
 def _runs_on_cpu(gm: fx.GraphModule) -> bool:

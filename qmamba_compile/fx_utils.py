@@ -83,14 +83,44 @@ def op_name(node: Any) -> str:
     return node.op
 
 
+def split_path(expression: str) -> tuple[str, str]:
+    """Dynamo's expression for a module or its parameter: the model, and the path by which it registers it.
+
+    ``L['self'].bots[0]._modules['backbone']._modules['norm']`` -> ``("L['self'].bots[0]", "backbone.norm")``. Whatever
+    holds the model without registering it, an object or a list, has no part in the path.
+    """
+    start = len(re.sub(r"(\._modules\['[^']+'\])*(\.(_parameters|_buffers)\['[^']+'\])?$", "", expression))
+    return expression[:start], ".".join(re.findall(r"\['([^']+)'\]", expression[start:]))
+
+
 def layer_of(node: fx.Node) -> str:
     """Module path that a node was traced in, such as ``backbone.layers.3.mixer``; "" at the top."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
-    return re.sub(r"^[LG](\['[^']*'\]|\[\d+\])*\.?", "", path)
+    return node.meta.get("qmamba_layer", "")
+
+
+def _name_layers(graph: fx.Graph) -> None:
+    """Write down for `layer_of` where each node was traced: the path in its model, as `parameter_path` names it.
+
+    Dynamo's stack of modules has paths with dots alone, which do not tell who registers whom; its expressions for
+    parameters do.
+    """
+    names = {split_path(name)[0] for name in map(source_name, placeholders(graph)) if _is_parameter(name)}
+    models = sorted((_dotted(name) for name in names), key=len, reverse=True)
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            path = _dotted(list(stack.values())[-1][0])
+            model = next((model for model in models if f"{path}.".startswith(f"{model}.")), None)
+            inside = re.sub(r"^[LG](\['[^']*'\]|\[\d+\])*", "", path) if model is None else path[len(model) :]
+            node.meta["qmamba_layer"] = inside.removeprefix(".")
+
+
+def _dotted(path: str) -> str:
+    return re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+
+
+def _is_parameter(name: str) -> bool:
+    return "._parameters[" in name or "._buffers[" in name
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -104,9 +134,7 @@ def source_name(placeholder: fx.Node) -> str:
 def parameter_path(placeholder: fx.Node) -> str:
     """Path of the parameter that a placeholder stands for, "" when it is none."""
     name = source_name(placeholder)
-    if "._parameters[" not in name and "._buffers[" not in name:
-        return ""
-    return ".".join(re.findall(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]", name))
+    return split_path(name)[1] if _is_parameter(name) else ""
 
 
 def strip(node: Any, *names: str) -> Any:
@@ -153,7 +181,7 @@ def output_node(graph: fx.Graph) -> fx.Node:
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy to rewrite; Dynamo still needs its own graph untouched after the backend returns.
 
-    Each placeholder of the copy carries an `InputSource` under ``meta["qmamba_input"]``.
+    Each placeholder of the copy carries an `InputSource` under ``meta["qmamba_input"]``, each node its `layer_of`.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -170,6 +198,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         node = mapping[original]
         node._dynamo_source = getattr(original, "_dynamo_source", None)
         node.meta["qmamba_input"] = InputSource(index)
+    _name_layers(graph)
     return copied
 
 
@@ -215,7 +244,7 @@ def insert_call(before: fx.Node, target: Any, *args: Any) -> fx.Node:
     graph = before.graph
     with graph.inserting_before(before):
         node = graph.call_function(target, args)
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "qmamba_layer"):
         if key in before.meta:
             node.meta[key] = before.meta[key]
     fake_args = fx.map_arg(args, value_of)

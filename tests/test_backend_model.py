@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
 import subprocess
 import sys
 import textwrap
+import types
 import weakref
 
 import numpy
@@ -281,3 +283,61 @@ def test_cache_with_packed_states_copies_and_pickles(make_model, tokens, compile
             for one, two in zip(states(cache), states(other), strict=True):
                 assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in INNER)
     assert len(report.recent) == 2
+
+
+class Unregistering(nn.Module):
+    """Holds a model, but not as a child."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.models = [model]
+
+    def forward(self, ids):
+        return self.models[0](ids)
+
+
+HOLDERS = {
+    "an argument": lambda compile, model: functools.partial(compile(lambda held, ids: held(ids)), model),
+    "a closure": lambda compile, model: compile(lambda ids: model(ids)),
+    "an object": lambda compile, model: _by_object(compile, types.SimpleNamespace(model=model)),
+    "a list in an object": lambda compile, model: _by_list(compile, types.SimpleNamespace(models=[model])),
+    "a list in a module": lambda compile, model: compile(Unregistering(model)),
+    "a module": lambda compile, model: compile(nn.Sequential(model)),
+}
+
+
+def _by_object(compile, holder):
+    return compile(lambda ids: holder.model(ids))
+
+
+def _by_list(compile, holder):
+    return compile(lambda ids: holder.models[0](ids))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_whoever_holds_the_model_its_layers_have_their_names(make_model, tokens, holder, tied):
+    """A compiled method of a plain class used to crash where weights become int8, and to overlook skip_layers."""
+    model, ids = make_model(tie_word_embeddings=tied), tokens(2, 9)
+    prefix = "0." if holder == "a module" else ""
+    options = {"inner_backend": "eager", "skip_layers": (f"{prefix}backbone.layers.0",)}
+    compile = functools.partial(torch.compile, backend="qmamba", fullgraph=True, options=options)
+    with torch.no_grad():
+        expected = model(ids).logits
+        logits = HOLDERS[holder](compile, model)(ids).logits
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    assert type(model.lm_head.weight).__name__ == "Int8Tensor"
+    layers = {entry.layer for entry in report.recent[-1].rewritten("quantize_state")}
+    assert layers == {f"{prefix}backbone.layers.1.mixer"}
+    assert type(model.backbone.layers[0].mixer.in_proj.weight) is nn.Parameter
+
+
+def test_a_cache_that_is_dropped_is_no_anchor(make_model, tokens):
+    """Such a wrapper makes a cache only because use_cache is True by default."""
+    model, ids = make_model(), tokens(2, 9)
+    options = {"inner_backend": "eager", "strict": True}
+    with torch.no_grad():
+        expected = model(ids).logits
+        logits = torch.compile(lambda ids: model(ids).logits, backend="qmamba", options=options)(ids)
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    assert report.recent[-1].rewritten("fuse_chunk_scan") and not report.recent[-1].rewritten("quantize_state")

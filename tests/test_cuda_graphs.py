@@ -88,6 +88,7 @@ def test_without_cuda_graphs_memory_is_not_kept(make_model, tokens, compiled, ha
 
 def test_a_prompt_is_no_input_that_keeps_its_place(make_model, tokens, compiled, decode, handed_over):
     decode(compiled(make_model(), inner_backend="inductor"), tokens(2, 9), tokens(2, 1))
+    assert len(handed_over) == 2
     for gm, _ in handed_over:
         ids = next(node for node in placeholders(gm.graph) if node.meta["example_value"].dtype is torch.int64)
         assert ids.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is None

@@ -88,3 +88,11 @@ def test_a_dump_folder_that_cannot_be(make_model, compiled, tokens, tmp_path, mo
     with pytest.raises(Exception) as caught, torch.no_grad():
         compiled(make_model())(tokens(2, 9))
     assert isinstance(caught.value.inner_exception, ConfigError) and "QMAMBA_DUMP" in str(caught.value)
+
+
+def test_a_wrong_instruction_set_is_refused_before_any_weight_is_touched(make_model, compiled, tokens, monkeypatch):
+    model = make_model()
+    monkeypatch.setenv("QMAMBA_CPU_ISA", "AVX2")
+    with pytest.raises(Exception, match="QMAMBA_CPU_ISA='AVX2' is not allowed"), torch.no_grad():
+        compiled(model)(tokens(2, 9))
+    assert {type(parameter) for parameter in model.parameters()} == {torch.nn.Parameter}

@@ -147,6 +147,8 @@ class QuantizeState(GraphPass):
         output = output_node(graph)
         returned: list[Any] = list(output.args[0])
         readers = [user for user in fresh.users if user not in (copy, output)]
+        if not readers and not copy.users and fresh not in returned:
+            return  # of a cache that is dropped: no state leaves this graph
         if readers or copy.users or returned.count(fresh) != 1:
             report.skipped(layer, SkipReason.SECOND_READER, f"{fresh} is also read by {readers or list(copy.users)}")
             return

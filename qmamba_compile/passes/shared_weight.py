@@ -4,7 +4,6 @@ its place everywhere, and who may read its codes.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ..fx_utils import (
     replace_node,
     retarget_guards,
     source_name,
+    split_path,
     users,
 )
 from .base import NoMatchError, PassContext
@@ -62,14 +62,15 @@ def _slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[n
     """
     for user in weight.users:
         _require_reader(user, context.config)
-    root_name, _, _ = re.split(r"(\._modules|\._parameters)", source_name(weight), maxsplit=1)
-    try:
-        root = eval(root_name, dict(context.scope))
-    except (NameError, KeyError, AttributeError):
-        raise NoMatchError(SkipReason.NOT_A_PARAMETER, f"{root_name} is not in scope") from None
+    root_name, _ = split_path(source_name(weight))
     value = context.example_inputs[weight.meta["qmamba_input"].index]
     paths = {layer_of(user) for user in weight.users} | {parameter_path(weight).rpartition(".")[0]}
-    layers = {id(root.get_submodule(path)) for path in paths}
+    try:
+        root = eval(root_name, dict(context.scope))
+        layers = {id(root.get_submodule(path)) for path in paths}
+    except (NameError, LookupError, AttributeError) as problem:
+        # A tensor in a closure, or a weight that two models share.
+        raise NoMatchError(SkipReason.NOT_A_PARAMETER, f"{root_name} does not lead to it: {problem}") from None
     slots: list[tuple[nn.Module, str]] = []
     for path, module in root.named_modules():
         names = [name for name, parameter in module._parameters.items() if parameter is value]

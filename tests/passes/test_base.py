@@ -20,6 +20,7 @@ from qmamba_compile.fx_utils import (
     placeholders,
     removable,
     replace_node,
+    split_path,
     value_of,
 )
 from qmamba_compile.passes import PIPELINE, GraphPass, PassContext
@@ -209,3 +210,17 @@ def test_inserted_call_has_the_layer_and_a_fake_value(capture):
 @pytest.mark.parametrize("scale, width", [(None, 4), (torch.ones(2, 4), 3)])
 def test_state_output_width(scale, width):
     assert StateOutput(0, "layer", 4, False, scale).width == width
+
+
+@pytest.mark.parametrize(
+    "expression, expected",
+    [
+        ("L['self']._modules['a']._modules['0']._parameters['weight']", ("L['self']", "a.0.weight")),
+        ("L['self'].bots[0]._modules['a']._buffers['b']", ("L['self'].bots[0]", "a.b")),
+        ("L['self']._modules['a'].hidden._modules['b']", ("L['self']._modules['a'].hidden", "b")),
+        ("G['models']['_modules']._parameters['w']", ("G['models']['_modules']", "w")),
+        ("L['args'][0]", ("L['args'][0]", "")),
+    ],
+)
+def test_a_path_starts_at_the_model_that_registers_it(expression, expected):
+    assert split_path(expression) == expected
