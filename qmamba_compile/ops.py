@@ -225,10 +225,13 @@ def ssm_update_reference(
     dt, dA = recurrence.step_sizes(dt, A, dt_bias, dt_softplus)
     total = recurrence.elapsed(ring) + dA
     latest = recurrence.input_factors(x, dt, B)
-    h = recurrence.materialize(checkpoint, ring, total, latest)
-    stored = recurrence.materialize(checkpoint, ring, total, latest, to_store=True)
     full = ring.position == ring.x.shape[1]
-    quantize_state_reference_(packed, channel_scale, state_scale_out, rng, stored, state_scale, bits, stochastic, full)
+    h = torch.where(
+        full.view(-1, 1, 1, 1),
+        recurrence.materialize(checkpoint, ring, total, latest, to_store=True),
+        recurrence.materialize(checkpoint, ring, total, latest),
+    )
+    quantize_state_reference_(packed, channel_scale, state_scale_out, rng, h, state_scale, bits, stochastic, full)
     recurrence.append_(ring, x, dt, B, total)
     return recurrence.read(h, x, C, D)
 

@@ -39,9 +39,6 @@ EXP_CONSTANTS: dict[str, float | tuple[float, ...]] = {
 }
 """Every number in `exp` and `softplus`; the templates of the kernels take them from here."""
 
-SHORT_MASK = -(2**8)
-"""The bits of a float32 that has 16 significant ones."""
-
 _MAGIC = 1.5 * 2**23  # adding it leaves a float32 rounded to an integer, half to even
 
 
@@ -204,9 +201,9 @@ def materialize(
 
     Args:
         latest: `input_factors` of the step that ends at ``total`` and is not in the ring.
-        to_store: each slot's weighted x is rounded to 16 significant bits: times a B of 8 bits, its product is exact in
-            float32 (from 2^-103 on), so that a fused multiply-add gives the same state. The error is within 2^-16; that
-            of what the ring holds, within 2^-9.
+        to_store: each slot's weighted x is rounded to bfloat16, as the ring has rounded x already. Times a B of 8 bits
+            its product is exact in float32 (where that is normal), so that fused multiply-adds and the processors'
+            products of bfloat16 give the same state. `ring.x` of float32 is not rounded.
     """
     total = elapsed(ring) if total is None else total
     added = torch.zeros_like(checkpoint)
@@ -217,7 +214,7 @@ def materialize(
             weight = weight * ring.scale[:, slot]
         x = weight[..., None] * ring.x[:, slot].float()
         if to_store and ring.x.dtype != torch.float32:
-            x = torch.where(x.isnan(), x, ((x.view(torch.int32) + 2**7) & SHORT_MASK).view(torch.float32))
+            x = x.to(torch.bfloat16).float()
         product = x[..., None] * _by_head(ring.B[:, slot], nheads)[:, :, None, :]
         added = torch.where((slot < ring.position)[:, None, None, None], added + product, added)
     if latest is not None:

@@ -70,6 +70,7 @@ class Spec:
         flush_interval: steps from one store of the codes to the next (``ssm_update`` only).
         ring: what the inputs since the last store are kept in, one of `RINGS`; None when every step stores.
         vnni: vpdpbusd may be used (with a ring and ``isa="avx512"`` only).
+        bf16: vdpbf16ps is used (with a ring of 16 or 8 bits and ``isa="avx512"`` only).
         core: whose cores it is tuned for, one of `CORES` (with a ring only).
 
     Raises:
@@ -86,6 +87,7 @@ class Spec:
     flush_interval: int = 1
     ring: str | None = None
     vnni: bool = False
+    bf16: bool = False
     core: str = "intel"
 
     def __post_init__(self) -> None:
@@ -121,6 +123,8 @@ class Spec:
                 f"flush_interval={self.flush_interval} needs kernel='ssm_update', packed bits and a ring of {RINGS}; "
                 f"not {self.kernel!r}, {self.bits} and {self.ring!r}"
             )
+        if self.bf16 and not (self.ring in ("bfloat16", "int8") and self.isa == "avx512"):
+            raise ConfigError(f"bf16=True is not allowed with ring={self.ring!r} and isa={self.isa!r}")
         _check_tuning(self, f"ring={self.ring!r}")
 
     @property
@@ -139,7 +143,7 @@ class Spec:
                 words += ["dynamic" if self.dynamic else "calibrated", "stochastic" if self.stochastic else "nearest"]
         if self.flush_interval > 1:
             words += [f"L{self.flush_interval}", str(self.ring)]
-        return "_".join([*words, self.isa, *_tuning(self)])
+        return "_".join([*words, self.isa, *["bf16"] * self.bf16, *_tuning(self)])
 
 
 MOST_TAPS = 8
@@ -269,7 +273,6 @@ def _ring_constants(spec: Spec) -> dict[str, object]:
         "ring_type": {"bfloat16": "uint16_t", "int8": "int8_t", "float32": "float"}[str(spec.ring)],
         "ring_bytes": {"bfloat16": 2, "int8": 1, "float32": 4}[str(spec.ring)],
         "read_offset": 2 ** (bits - 1),
-        "short_mask": recurrence.SHORT_MASK & 0xFFFFFFFF,
         "code_mask": f"{largest_code * (0x01010101 if spec.vnni else 0x10001):#010x}u",
         # No sum of dstate products leaves 32 bits; and vpdpbusd takes C as two signed bytes, 127 * 256 + 127 at most.
         "C_limit": min(32639 if spec.vnni else 32767, (2**31 - 1) // (largest_code * spec.dstate)),

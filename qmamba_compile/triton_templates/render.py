@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import quant
 from ..errors import ConfigError
-from ..recurrence import EXP_CONSTANTS, RING_DTYPES, SHORT_MASK
+from ..recurrence import EXP_CONSTANTS, RING_DTYPES
 
 if TYPE_CHECKING:
     import jinja2
@@ -407,7 +407,6 @@ def _constants(spec: Spec) -> dict[str, Any]:
     return constants | {
         "padded_terms": spec.terms,
         "padded_run": padded_run,
-        "short_mask": f"{SHORT_MASK & 0xFFFFFFFF:#x}",
         # Triton's interpreter cannot multiply matrices of bfloat16.
         "operand": "tl.float32" if spec.target == "interpreter" else "tl.bfloat16",
         "top_mask": f"0x{(2**spec.bits - 1 << 8 - spec.bits) * 0x01010101:08X}",

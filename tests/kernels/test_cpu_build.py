@@ -76,6 +76,9 @@ def test_rendered_text_is_readable(kernel: str, bits: int, dynamic: bool, stocha
         ({"bits": None}, "float32"),
         ({"vnni": True, "isa": "avx512"}, "vnni"),
         ({"vnni": True, "flush_interval": 8, "ring": "int8"}, "portable"),
+        ({"bf16": True, "isa": "avx512"}, "bf16"),
+        ({"bf16": True, "flush_interval": 8, "ring": "float32", "isa": "avx512"}, "float32"),
+        ({"bf16": True, "flush_interval": 8, "ring": "int8"}, "portable"),
         ({"core": "amd"}, "amd"),
         ({"core": "arm", "flush_interval": 8, "ring": "int8"}, "arm"),
     ],
@@ -86,8 +89,13 @@ def test_spec_refuses(change: dict[str, Any], named: str) -> None:
 
 
 def test_slugs_differ_where_specs_do() -> None:
+    ringed = {"flush_interval": 8, "ring": "bfloat16", "isa": "avx512"}
     changes: list[dict[str, Any]] = [
         {},
+        ringed,
+        {**ringed, "vnni": True},
+        {**ringed, "bf16": True},
+        {**ringed, "core": "amd"},
         {"headdim": 9},
         {"dstate": 32},
         {"bits": 8},

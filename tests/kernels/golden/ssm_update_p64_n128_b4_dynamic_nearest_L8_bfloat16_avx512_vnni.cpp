@@ -158,6 +158,7 @@ inline void store_run(Element* run, int j, Vector vector) {
 
 // Less zero, which changes no value and costs nothing; plus zero would change -0.
 inline Floats splat(float value) { return value - Floats{}; }
+inline Words splat(uint32_t word) { return Words{} + word; }
 
 inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
@@ -252,6 +253,12 @@ inline uint16_t to_bfloat16(float value) {
     uint32_t word;
     memcpy(&word, &value, sizeof word);
     return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+// to_bfloat16, in the upper half of each lane.
+inline Words round_to_bfloat16(Floats values) {
+    const Words words = (Words)values;
+    return values == values ? (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u : Words{} + 0x7fc00000u;
 }
 
 // An input as the caller has it: its last dimension is contiguous. dtype: 0 float32, 1 bfloat16.
@@ -371,8 +378,7 @@ constexpr float TINY_SCALE = 0x1p-100f;
 // Scales as they are stored, in the upper half of each lane: at least TINY_SCALE, rounded to bfloat16, NaN where not
 // finite.
 inline Words store_scales(Floats scales) {
-    const Words words = scales < TINY_SCALE ? (Words)splat(TINY_SCALE) : (Words)scales;
-    const Words stored = (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u;
+    const Words stored = round_to_bfloat16(scales < TINY_SCALE ? splat(TINY_SCALE) : scales);
     return stored >= 0x7f800000u ? Words{} + 0x7fc00000u : stored;
 }
 
@@ -507,6 +513,8 @@ struct Call {
 };
 
 constexpr int SLOTS = 7;  // of the ring
+constexpr int SLOTS_OF_TERM = 1;  // how many slots one operation adds to a state
+constexpr int TERMS = (SLOTS + SLOTS_OF_TERM - 1) / SLOTS_OF_TERM;
 constexpr int UNIT = 4 * LANES;  // bytes of one vector, so columns of each run in it
 constexpr int UNITS = (RUN + UNIT - 1) / UNIT;
 
@@ -519,6 +527,16 @@ struct Arguments : Call {
     Arguments(const Arguments&) = delete;
     ~Arguments() { delete[] weights; }
 };
+
+// Values of a term's slots, one of x or B in each lane.
+typedef float Term;
+typedef Floats Terms;
+
+inline Floats add_term(Floats sum, Terms B, Terms x) {
+    return multiply_add(B, x, sum);
+}
+
+inline void put_term(Term* to, int, Floats values) { store(to, values); }
 
 // What multiplies the codes of a head: integers C, their sum, and what one of them is worth.
 struct Prepared {
@@ -533,7 +551,7 @@ struct alignas(64) Scratch {
     float state_scale[ROW], inverse[ROW];  // inverse: reciprocals of the state scales
     float rows[HEADDIM * ROW];
     float channel_inverse[HEADDIM + LANES];
-    float ring_x[SLOTS][HEADDIM + LANES], ring_B[SLOTS][ROW];
+    alignas(64) Term ring_x[TERMS][HEADDIM + LANES], ring_B[TERMS][ROW];
     float ring_BC[SLOTS], BC, B_scale;
     Prepared prepared[2];  // of this head and of the next one
     uint16_t B_stored[DSTATE];
@@ -548,13 +566,13 @@ inline void update_rows(
     Floats* y
 ) {
     Floats channel[COUNT], x[COUNT], sums[COUNT] = {};
-    Floats ring_x[COUNT][SLOTS];
+    Terms ring_x[COUNT][TERMS];
 #pragma GCC unroll 2
     for (int r = 0; r < COUNT; ++r) {
         channel[r] = CODES * splat(from_bfloat16(channel_scale[p + r]));
         x[r] = splat(s.x[p + r]);
 #pragma GCC unroll 7
-        for (int slot = 0; slot < SLOTS; ++slot) ring_x[r][slot] = splat(s.ring_x[slot][p + r]);
+        for (int term = 0; term < TERMS; ++term) ring_x[r][term] = splat(s.ring_x[term][p + r]);
     }
 #pragma GCC unroll 16
     for (int j = 0; j < RUN_VECTORS; ++j) {
@@ -564,15 +582,12 @@ inline void update_rows(
 #pragma GCC unroll 4
         for (int run = 0; run < RUNS; ++run) {
             const int at = (run * RUN_VECTORS + j) * LANES;
-            Floats h[COUNT];  // what the inputs since the last store add, then the state
+            Floats h[COUNT] = {};  // what the inputs since the last store add, then the state
 #pragma GCC unroll 7
-            for (int slot = 0; slot < SLOTS; ++slot) {
-                const Floats B = load<Floats>(s.ring_B[slot] + at);
+            for (int term = 0; term < TERMS; ++term) {
+                const Terms B = load<Terms>(s.ring_B[term] + at);
 #pragma GCC unroll 2
-                for (int r = 0; r < COUNT; ++r) {
-                    const Floats x = ring_x[r][slot];
-                    h[r] = slot == 0 ? B * x : multiply_add(B, x, h[r]);
-                }
+                for (int r = 0; r < COUNT; ++r) h[r] = add_term(h[r], B, ring_x[r][term]);
             }
             const Floats dB = load<Floats>(s.dB + at), C = load<Floats>(s.C + at);
             const Floats scale = load<Floats>(s.state_scale + at);
@@ -636,11 +651,7 @@ inline float ring_float(uint16_t stored) {
 inline float to_ring(const float* values, int count, float factor, uint16_t* stored) {
     int i = 0;
     for (; i + LANES <= count; i += LANES) {
-        // to_bfloat16, by vectors.
-        const Floats value = load<Floats>(values + i) * factor;
-        const Words word = (Words)value;
-        const Words rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-        store(stored + i, narrow_to_halves(value == value ? rounded : Words{} + 0x7fc0u));
+        store(stored + i, narrow_to_halves(round_to_bfloat16(load<Floats>(values + i) * factor) >> 16));
     }
     for (; i < count; ++i) stored[i] = to_bfloat16(values[i] * factor);
     return 1.0f;
@@ -675,7 +686,7 @@ void read_group(const Arguments& a, int64_t b, int64_t group, int filled, Scratc
             for (int j = 0; j < RUN_VECTORS; ++j) {
                 const int at = (run * RUN_VECTORS + j) * LANES;
                 const Floats values = ring_floats(load_run<RingVector>(B + run * RUN, j));
-                store(s.ring_B[slot] + at, values);
+                put_term(s.ring_B[slot / SLOTS_OF_TERM] + at, slot, values);
                 product = multiply_add(values, load<Floats>(s.C + at), product);
             }
         }
@@ -705,14 +716,13 @@ inline void weigh_slots(const Arguments& a) {
     }
 }
 
-// A slot's inputs times its weight, as recurrence.materialize rounds them: their products with B are exact, so that a
-// fused multiply-add gives the reference's state.
-inline void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, float weight, float* x) {
+// A slot's inputs times its weight, as recurrence.materialize rounds them to be stored.
+void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, Term* x) {
+    const float weight = a.weights[(b * SLOTS + slot) * a.steps.stride + head];
     const uint16_t* stored = a.ring_x + ((b * SLOTS + slot) * a.nheads + head) * HEADDIM;
     for (int p = 0; p < HEADDIM; p += LANES) {
         const Floats weighted = ring_floats(load_first<RingVector>(stored + p, rows_from(p))) * weight;
-        const Floats rounded = (Floats)(((Words)weighted + 0x80u) & 0xffffff00u);
-        store(x + p, weighted == weighted ? rounded : weighted);
+        put_term(x + p, slot, (Floats)round_to_bfloat16(weighted));
     }
 }
 
@@ -830,7 +840,7 @@ void store_head(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
     const float decay = a.steps.decay[b * a.steps.stride + head];
     for (int i = 0; i < ROW; ++i) s.dB[i] = s.B[i] * a.steps.dt[b * a.steps.stride + head];
     for (int slot = 0; slot < SLOTS; ++slot) {
-        read_ring_x(a, b, head, slot, a.weights[(b * SLOTS + slot) * a.steps.stride + head], s.ring_x[slot]);
+        read_ring_x(a, b, head, slot, s.ring_x[slot / SLOTS_OF_TERM]);
     }
     uint8_t* packed = a.packed + item * HEADDIM * WIDTH;
     uint16_t* channel_scale = a.channel_scale + item * HEADDIM;
