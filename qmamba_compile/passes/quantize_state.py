@@ -33,7 +33,8 @@ from ..recurrence import RING_DTYPES
 from ..report import Report
 from ..state import RING_TENSORS, DSQState, require_packable
 from .base import GraphPass, RingLayout, StateOutput
-from .match_mamba2 import is_final_state, is_step
+from .match_scan import is_final_state
+from .match_step import is_step
 
 
 class QuantizeState(GraphPass):
