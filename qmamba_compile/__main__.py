@@ -1,4 +1,4 @@
-"""Command line: ``qmamba explain | generate | render | env``, and what packages add. The only file that prints."""
+"""Command line: ``qmamba explain | generate | render | env``, and what packages add."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import contextlib
 import importlib.metadata
 import io
 import logging
-import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import rich.console
@@ -20,8 +18,9 @@ import torch
 import typer
 
 from . import report as report_module
+from .command_line import load_pretrained, readable_errors, version_of
 from .config import LARGEST_SEED, QMambaConfig
-from .errors import ConfigError, QMambaError, SkipReason, StrictError
+from .errors import ConfigError, SkipReason, StrictError
 from .report import Report
 from .state import DSQState
 
@@ -297,7 +296,7 @@ def env() -> None:
     table = rich.table.Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
     for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
-        table.add_row(package, _version(package))
+        table.add_row(package, version_of(package) or "not installed")
     table.add_row("C++ compiler", build.find_compiler() or "none found: on the CPU plain torch runs; install g++")
     table.add_row("instruction set", f"{build.best_isa()}, kernels tuned for {build.core()}")
     table.add_row("threads", str(torch.get_num_threads()))
@@ -343,14 +342,7 @@ def _load(name: str) -> Any:
             vocab_size=256, hidden_size=128, num_hidden_layers=2, num_heads=4, head_dim=64, state_size=64, n_groups=1
         )
         return transformers.Mamba2ForCausalLM(config).eval().requires_grad_(False)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if not Path(name).expanduser().is_dir() and looks_like_path:
-        raise ConfigError(f"--model {name}: no such folder; give a folder with config.json, a hub name, or 'toy'")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(Path(name).expanduser()))
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"--model {name}: {problem}") from None
-    return model.eval().requires_grad_(False)
+    return load_pretrained(name)
 
 
 def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
@@ -391,12 +383,6 @@ def _cache_of(output: Any) -> dict[str, Any]:
     # The first name is that of transformers 5.24 and later; before, it depends on the model.
     name = next(name for name in ("cache", "cache_params", "past_key_values") if name in output)
     return {name: output[name]}
-
-
-def _version(package: str) -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return "not installed"
 
 
 # --- explain -------------------------------------------------------------------------------------------------------
@@ -445,23 +431,6 @@ def _print_reports(reports: list[Report], held: dict[str, tuple[int, ...]]) -> N
         _out.print(f"{label}: {before:,} bytes before, {after:,} after{share}")
 
 
-# --- errors --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _readable_errors() -> Iterator[None]:
-    """One line instead of a traceback for errors that have something to say; QMAMBA_TRACEBACK=1 shows it all."""
-    try:
-        yield
-    except Exception as problem:
-        # torch wraps what a backend raises.
-        cause = getattr(problem, "inner_exception", problem)
-        if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
-            raise
-        _err.print(f"{type(cause).__name__}: {cause}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1 if isinstance(cause, StrictError) else 2)
-
-
 def main() -> None:
     """Entry point of the console script."""
     # Both warn about their own optional parts at import.
@@ -469,7 +438,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may well make what the terminal's encoding has not
-    with _readable_errors():
+    with readable_errors({StrictError: 1}):
         app(standalone_mode=True)
 
 

@@ -31,10 +31,11 @@ ALLOWED = {
     "report": {"errors"},
     "passes": {"errors", "config", "quant", "recurrence", "huge_pages", "artifact", "state", "fx_utils", "report"},
 }
+ALLOWED["command_line"] = {"errors"}
 ALLOWED["startup"] = {"cpu_templates"}
 ALLOWED["backend"] = ALLOWED["passes"] | {"passes", "ops", "static_states", "startup", "cpu_templates"}
 ALLOWED["__init__"] = ALLOWED["backend"] | {"backend"}
-ALLOWED["__main__"] = ALLOWED["__init__"] | {"__init__", "triton_templates"}
+ALLOWED["__main__"] = ALLOWED["__init__"] | {"__init__", "triton_templates", "command_line"}
 
 FILES = sorted(ROOT.rglob("*.py"))
 
