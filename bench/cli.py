@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich.console
 import typer
 
-from qmamba_compile import ConfigError, QMambaError
+from qmamba_compile import ConfigError
+from qmamba_compile.command_line import print_error, readable_errors
 
 from .draw import draw, require_matplotlib
 from .measure import Gate, Summary, Work, checked_speedup, interleave, measure_roof
@@ -29,26 +28,16 @@ Options = Annotated[list[str], typer.Option("--option", help="name=value of QMam
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the record here, again after each group.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the record to this .png.")]
 
-REFUSED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-"""Exit statuses: a numerics check failed; an argument is not allowed; Ctrl-C."""
+REFUSED, INTERRUPTED = 1, 130
+"""Exit statuses: a numerics check failed; Ctrl-C. An argument that is not allowed has that of `readable_errors`."""
 
 
 def run(question: str, main: Callable[..., Any]) -> None:
     """Entry point of a question: ``main`` as a command line, its errors as one line."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=main.__doc__)(main)
-    try:
+    with readable_errors():
         app(prog_name=f"python -m bench {question}")
-    except Exception as problem:
-        cause = getattr(problem, "inner_exception", problem)  # torch wraps what a backend raises
-        if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
-            raise
-        _print_error(f"{type(cause).__name__}: {cause}")
-        sys.exit(BAD_INPUT)
-
-
-def _print_error(text: str) -> None:
-    rich.console.Console(stderr=True).print(text, style="red", markup=False, highlight=False)
 
 
 @contextlib.contextmanager
@@ -88,7 +77,7 @@ def recording(
     if interrupted:
         sys.exit(INTERRUPTED)
     if record.refused:
-        _print_error("a numerics check failed: no ratio is shown for it")
+        print_error("a numerics check failed: no ratio is shown for it")
         sys.exit(REFUSED)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -33,6 +32,7 @@ from bench.roofline import VARIANTS, step_bytes
 from bench.shapes import STEP_SHAPES, cache_name
 from bench.variants import state_bytes
 from qmamba_compile import quant, recurrence
+from qmamba_compile.command_line import version_of
 from qmamba_compile.passes.int8_weight import held_nbytes
 from qmamba_compile.triton_templates import launch
 
@@ -349,20 +349,13 @@ def measure_model(
 
 def environment(device: str) -> dict[str, Any]:
     """What the figures belong to."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     packages = ("torch", "triton", "transformers", "torchao", "mamba-ssm")
     return {
         "device": torch.cuda.get_device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)),
         "target": launch.target("cuda", torch.cuda.current_device()),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version_of(package) for package in packages},
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
 

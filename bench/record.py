@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,8 @@ from typing import Any
 import rich.console
 import rich.markup
 import rich.table
+
+from qmamba_compile.command_line import version_of
 
 from .measure import Gate, Ratio, Roof, Summary, Work
 
@@ -149,7 +150,7 @@ def _machine(torch: Any, build: Any) -> dict[str, Any]:
         "compiler": _first_line([build.find_compiler() or "none", "--version"]),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) or "not installed" for name in _PACKAGES},
         "commit": _first_line(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
@@ -163,12 +164,6 @@ def _processor() -> str:
         if "model name" in fields:
             return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return "not installed"
 
 
 def _first_line(command: list[str]) -> str:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
-import rich.console
-
-from qmamba_compile.errors import QMambaError
+from qmamba_compile.command_line import readable_errors
 
 from .cli import calibrate_app
 
 
 def main() -> None:
-    """Entry point; one line instead of a traceback for errors that have something to say."""
-    try:
+    """Entry point."""
+    with readable_errors():
         calibrate_app()
-    except QMambaError as problem:
-        if os.environ.get("QMAMBA_TRACEBACK"):
-            raise
-        console = rich.console.Console(stderr=True)
-        console.print(
-            f"{type(problem).__name__}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        sys.exit(2)
 
 
 if __name__ == "__main__":

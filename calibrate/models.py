@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from qmamba_compile.artifact import read_artifact
+from qmamba_compile.command_line import load_pretrained
 from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ConfigError
 
@@ -29,19 +29,12 @@ def load_model(name: str) -> Any:
     logging.getLogger("torchao").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    path = Path(name).expanduser()
-    if not path.is_dir() and looks_like_path:
-        raise ConfigError(f"{name}: no such folder; give a folder with config.json, or a hub name")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"{name}: cannot be loaded: {problem}") from None
+    model = load_pretrained(name)
     if not mixers(model):
         raise CalibrationError(
             f"{name}: a {type(model).__name__} without a Mamba2 layer; give a Mamba2 model or a hybrid"
         )
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def quantize(

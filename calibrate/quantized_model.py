@@ -164,10 +164,10 @@ def fit_artifact(artifact: Artifact, model: Any, *, needs_state_scale: bool) -> 
     Raises:
         ArtifactError: it belongs to another model, or lacks a layer's state_scale.
     """
-    states = None
-    if needs_state_scale:
-        states = {path: state_shape(mixer) for path, mixer in mixers(model).items()}
-    return check_model(artifact, model_shapes(model), states=states, model_class=type(model).__name__)
+    fitted = check_model(artifact, model_shapes(model), model_class=type(model).__name__)
+    for layer, mixer in mixers(model).items() if needs_state_scale else ():
+        fitted.require_state_scale(layer, state_shape(mixer))
+    return fitted
 
 
 def state_shape(mixer: Any) -> tuple[int, int]:

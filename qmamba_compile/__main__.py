@@ -1,4 +1,4 @@
-"""Command line: ``qmamba explain | generate | render | env``, and what packages add. The only file that prints."""
+"""Command line: ``qmamba explain | generate | render | env``, and what packages add."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import contextlib
 import importlib.metadata
 import io
 import logging
-import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import rich.console
@@ -20,9 +17,11 @@ import torch
 import typer
 
 from . import report as report_module
+from .command_line import load_pretrained, readable_errors, version_of
 from .config import LARGEST_SEED, QMambaConfig
-from .errors import ConfigError, QMambaError, SkipReason, StrictError
-from .report import Report
+from .errors import ConfigError, SkipReason, StrictError
+from .print_kernel import GPU_KERNELS, print_cpu_kernel, print_gpu_kernel
+from .print_report import print_reports, reports_as_json
 from .state import DSQState
 
 
@@ -55,26 +54,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Without markup: a path, or a shape in the text of a skip, has brackets.
+# Without markup: a path may hold brackets.
 _out = rich.console.Console(markup=False)
 _err = rich.console.Console(stderr=True)
 
 _RECOMPILE_LIMIT = 64
 """Prefill and decode, batch 1 and more, one chunk and several, with and without a mask: more than Dynamo's 8."""
-
-_GPU_KERNELS = (
-    "ssm_update",
-    "quantize_state",
-    "dequantize_state",
-    "chunk_scan",
-    "w8a8_linear",
-    "quantize_rows",
-    "norm_quantize_rows",
-    "causal_conv",
-    "conv_update",
-    "ssm_scan",
-    "ssm_scan_backward",
-)
 
 Model = Annotated[str, typer.Option(help="Folder or hub name of a transformers model, or 'toy' for a tiny random one.")]
 # The variables are those of `QMambaConfig.from_options`: a default of the command line must not hide them.
@@ -116,9 +101,9 @@ def explain(
     held = {"weights": tuple(weight_bytes), "state of one sequence": _state_bytes(*cache.values())}
     reports = list(report_module.recent)
     if as_json:
-        _out.print_json(data=_explain_json(model, reports, held))
+        _out.print_json(data=reports_as_json(model, reports, held))
     else:
-        _print_reports(reports, held)
+        print_reports(reports, held)
     unwanted = [skip for report in reports for skip in report.skips() if skip.reason is not SkipReason.EXCLUDED]
     if strict and (unwanted or any(report.phase == "other" for report in reports)):
         raise StrictError(f"{model}: something was left alone (see above); name it in skip_layers or drop --strict")
@@ -163,7 +148,7 @@ def generate(
 @app.command()
 def render(
     kernel: Annotated[
-        str, typer.Argument(help=f"Of a GPU: {', '.join(_GPU_KERNELS)}. Of the CPU: the same but quantize_rows.")
+        str, typer.Argument(help=f"Of a GPU: {', '.join(GPU_KERNELS)}. Of the CPU: the same but quantize_rows.")
     ],
     headdim: Annotated[int, typer.Option()] = 64,
     dstate: Annotated[int, typer.Option()] = 128,
@@ -196,97 +181,13 @@ def render(
         ring_bits=ring_bits,
     )
     scheme = (headdim, dstate, bits, state_scales == "dynamic", rounding == "stochastic")
+    checkpoint = (flush_interval, ring_bits)
     if target.startswith(("sm_", "gfx")):
-        return _render_triton(kernel, target, heads, scheme, (flush_interval, ring_bits), (rows, outputs, k), stats)
-    from .cpu_templates import build
-    from .cpu_templates.render import KERNELS, LAYER_KERNELS, LayerSpec, Spec
-    from .cpu_templates.render import render as render_source
-
-    if stats:
+        print_gpu_kernel(kernel, target, heads, scheme, checkpoint, (rows, outputs, k), stats)
+    elif stats:
         raise ConfigError(f"--stats needs a GPU as --target, such as sm_90; {target!r} is not one")
-    if kernel not in (*KERNELS, *LAYER_KERNELS):
-        raise ConfigError(
-            f"kernel={kernel!r} is not printed for CPUs; use one of {', '.join((*KERNELS, *LAYER_KERNELS))}"
-        )
-    isa = build.best_isa() if target == "cpu" else target
-    if kernel in LAYER_KERNELS:
-        source = render_source(build.for_this_machine(LayerSpec(kernel, isa)))
     else:
-        if kernel == "chunk_scan":  # of a float state
-            spec = Spec(kernel, headdim, dstate, None, False, False, isa)
-        elif kernel == "ssm_update" and flush_interval > 1:
-            spec = Spec(kernel, *scheme, isa, flush_interval, {16: "bfloat16", 8: "int8"}[ring_bits])
-        else:
-            spec = Spec(kernel, *scheme, isa)
-        source = render_source(build.for_this_machine(spec))
-    sys.stdout.write(source)
-
-
-def _render_triton(
-    kernel: str,
-    target: str,
-    heads: int,
-    scheme: tuple[int, int, int, bool, bool],
-    checkpoint: tuple[int, int],
-    linear: tuple[int, int, int],
-    stats: bool,
-) -> None:
-    """Args: scheme: headdim, dstate, bits, dynamic, stochastic. checkpoint: flush_interval, ring_bits. linear: rows,
-    outputs, k."""
-    from .triton_templates import compiled, tuning
-    from .triton_templates import render as triton_render
-
-    target = triton_render.target_of(target)
-    headdim, dstate, bits, *_ = scheme
-    choices: dict[str, Callable[[], triton_render.AnySpec]] = {
-        "ssm_update": lambda: tuning.ssm_update(
-            target, heads, *scheme, flush_interval=checkpoint[0], ring_bits=checkpoint[1]
-        ),
-        "quantize_state": lambda: tuning.quantize_state(target, heads, *scheme),
-        "dequantize_state": lambda: tuning.dequantize_state(target, heads, headdim, dstate, bits),
-        "chunk_scan": lambda: tuning.chunk_scan(target, headdim, dstate),
-        "w8a8_linear": lambda: tuning.w8a8_linear(target, *linear),
-        "quantize_rows": lambda: tuning.quantize_rows(target, linear[2], None),
-        "norm_quantize_rows": lambda: tuning.quantize_rows(target, linear[2], linear[2]),
-        "causal_conv": lambda: tuning.causal_conv(target, 1, heads * headdim, 1024, 4, 2),
-        "conv_update": lambda: tuning.conv_update(target, heads * headdim, 4, 4),
-        "ssm_scan": lambda: tuning.ssm_scan(target, *scheme),
-        "ssm_scan_backward": lambda: tuning.ssm_scan_backward(target, headdim, dstate),
-    }
-    assert tuple(choices) == _GPU_KERNELS
-    if kernel not in choices:
-        raise ConfigError(f"kernel={kernel!r} is not printed for GPUs; use one of {', '.join(choices)}")
-    spec = choices[kernel]()
-    if not stats:
-        sys.stdout.write(triton_render.render(spec))
-        return
-    if not isinstance(spec, triton_render.Spec):
-        raise ConfigError(f"--stats counts instructions an element of a state; {kernel} has none")
-    elements = spec.rows * spec.dstate / tuning.LANES.get(target, 32)  # of a lane, were there one warp
-    if kernel != "ssm_update" or spec.flush_interval == 1:
-        found = compiled.ssm_update_facts(spec) if kernel == "ssm_update" else compiled.state_facts(spec)
-        _print_facts(spec.slug(), found, elements / spec.warps, bits)
-        return
-    for stores, step in ((False, "only reads"), (True, "stores")):
-        found = compiled.ssm_update_facts(spec, stores)
-        _print_facts(f"{spec.slug()}, a step that {step}", found, elements / spec.warps_of(stores), bits)
-
-
-def _print_facts(title: str, found: Any, elements: float, bits: int) -> None:
-    """Args: found: `Facts` of a Triton kernel, each lane of which has so many ``elements`` of the state."""
-    table = rich.table.Table(box=None, show_header=False)
-    table.add_row("registers of a thread", str(found.registers))
-    table.add_row("spilled bytes", str(found.spills))
-    table.add_row("shared memory of a program", str(found.shared_bytes))
-    table.add_row("instructions of a warp", str(found.instructions))
-    table.add_row("instructions an element", f"{found.instructions / elements:.2f}")
-    table.add_row("instructions a byte of the packed state", f"{found.instructions / elements * 8 / bits:.2f}")
-    for (kind, width), count in sorted(found.accesses.items()):
-        table.add_row(f"{width}-byte {kind}s of a warp", str(count))
-    mix = [f"{name} {count}" for name, count in found.mix.items() if count >= elements / 16]
-    table.add_row("most frequent", ", ".join(mix))
-    _out.print(title, style="bold", soft_wrap=True)
-    _out.print(table)
+        print_cpu_kernel(kernel, target, scheme, checkpoint)
 
 
 @app.command()
@@ -297,7 +198,7 @@ def env() -> None:
     table = rich.table.Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
     for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
-        table.add_row(package, _version(package))
+        table.add_row(package, version_of(package) or "not installed")
     table.add_row("C++ compiler", build.find_compiler() or "none found: on the CPU plain torch runs; install g++")
     table.add_row("instruction set", f"{build.best_isa()}, kernels tuned for {build.core()}")
     table.add_row("threads", str(torch.get_num_threads()))
@@ -343,14 +244,7 @@ def _load(name: str) -> Any:
             vocab_size=256, hidden_size=128, num_hidden_layers=2, num_heads=4, head_dim=64, state_size=64, n_groups=1
         )
         return transformers.Mamba2ForCausalLM(config).eval().requires_grad_(False)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if not Path(name).expanduser().is_dir() and looks_like_path:
-        raise ConfigError(f"--model {name}: no such folder; give a folder with config.json, a hub name, or 'toy'")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(Path(name).expanduser()))
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"--model {name}: {problem}") from None
-    return model.eval().requires_grad_(False)
+    return load_pretrained(name)
 
 
 def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
@@ -393,24 +287,6 @@ def _cache_of(output: Any) -> dict[str, Any]:
     return {name: output[name]}
 
 
-def _version(package: str) -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return "not installed"
-
-
-# --- explain -------------------------------------------------------------------------------------------------------
-
-
-def _explain_json(model: str, reports: list[Report], held: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    names = {"weights": "weights", "state of one sequence": "state_per_sequence"}
-    return {
-        "model": model,
-        "graphs": [report.to_json() for report in reports],
-        "bytes": {names[label]: dict(zip(("before", "after"), held[label], strict=True)) for label in names},
-    }
-
-
 def _state_bytes(cache: Any) -> tuple[int, int]:
     """Bytes of the SSM states that a cache of one sequence holds: as floats, and as they are.
 
@@ -421,47 +297,6 @@ def _state_bytes(cache: Any) -> tuple[int, int]:
     return sum(s.nbytes for s in states), sum(packed)
 
 
-def _print_reports(reports: list[Report], held: dict[str, tuple[int, ...]]) -> None:
-    """Args: held: bytes before and after, by what holds them."""
-    for report in reports:
-        table = rich.table.Table(title=report.phase, title_justify="left", box=None, title_style="bold")
-        for column in ("pass", "found", "rewritten", "skipped"):
-            table.add_column(column, justify="left" if column == "pass" else "right")
-        for name, counts in report.to_json()["passes"].items():
-            skipped = len(counts["skipped"])
-            table.add_row(name, str(counts["found"]), str(counts["rewritten"]), str(skipped) if skipped else "-")
-        _out.print(table)
-        if report.phase == "other":
-            _out.print("  no Mamba2 layer in this graph: plain Inductor", style="yellow")
-        for entry in report.skips():
-            assert entry.reason is not None
-            _out.print(
-                f"  {entry.rewrite} left {entry.layer} alone: {entry.reason.value}: {entry.detail}",
-                style="yellow",
-                soft_wrap=True,
-            )
-    for label, (before, after) in held.items():
-        share = f", {after / before:.2f} of it" if before else ""
-        _out.print(f"{label}: {before:,} bytes before, {after:,} after{share}")
-
-
-# --- errors --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _readable_errors() -> Iterator[None]:
-    """One line instead of a traceback for errors that have something to say; QMAMBA_TRACEBACK=1 shows it all."""
-    try:
-        yield
-    except Exception as problem:
-        # torch wraps what a backend raises.
-        cause = getattr(problem, "inner_exception", problem)
-        if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
-            raise
-        _err.print(f"{type(cause).__name__}: {cause}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1 if isinstance(cause, StrictError) else 2)
-
-
 def main() -> None:
     """Entry point of the console script."""
     # Both warn about their own optional parts at import.
@@ -469,7 +304,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may well make what the terminal's encoding has not
-    with _readable_errors():
+    with readable_errors({StrictError: 1}):
         app(standalone_mode=True)
 
 

@@ -109,6 +109,26 @@ class Artifact:
         """float32 [nheads, dstate]."""
         return self.tensors.get(f"{layer}.state_scale")
 
+    def require_state_scale(self, layer: str, shape: tuple[int, int]) -> Tensor:
+        """float32 ``shape``, [nheads, dstate] of the model; dstate is nothing that the parameters in the header tell.
+
+        Raises:
+            ArtifactError: the layer has none, or one of another shape.
+        """
+        scale = self.state_scale(layer)
+        if scale is None:
+            calibrated = [path for path in self.layers if self.state_scale(path) is not None]
+            raise ArtifactError(
+                f"{self.source}: {layer}: no state_scale; the artifact has one for {calibrated or 'no layer'}; "
+                f"{_AGAIN}, add the layer to skip_layers, or use state_scales='dynamic'"
+            )
+        if tuple(scale.shape) != shape:
+            raise ArtifactError(
+                f"{self.source}: {layer}: state_scale is {list(scale.shape)}, and the state has [nheads, dstate] "
+                f"{list(shape)}; {_AGAIN}"
+            )
+        return scale
+
     def smooth(self, layer: str) -> Tensor | None:
         """float32 [in_features]."""
         return self.tensors.get(f"{layer}.smooth")
@@ -351,13 +371,7 @@ def _check_tensor(source: str, key: str, tensor: Tensor, shapes: Shapes) -> None
 # --- against a model -----------------------------------------------------------------------------------------------
 
 
-def check_model(
-    artifact: Artifact,
-    shapes: Mapping[str, Sequence[int]],
-    *,
-    states: Mapping[str, tuple[int, int]] | None = None,
-    model_class: str | None = None,
-) -> Artifact:
+def check_model(artifact: Artifact, shapes: Mapping[str, Sequence[int]], *, model_class: str | None = None) -> Artifact:
     """The artifact under the paths by which a traced graph knows the model's layers.
 
     A graph may hold a part of the parameters, and may be traced from a submodule (``layers.3...`` for
@@ -365,11 +379,10 @@ def check_model(
 
     Args:
         shapes: path -> shape of the parameters that the graph has.
-        states: Mamba2 layer -> (nheads, dstate), for the layers that must have a state_scale.
         model_class: class of the traced model; ``None`` when unknown, or for a submodule.
 
     Raises:
-        ArtifactError: another class, no common parameter, another shape, or a layer without a state_scale.
+        ArtifactError: another class, no common parameter, or another shape.
     """
     source, header = artifact.source, artifact.header
     if model_class is not None and model_class != header.model_class:
@@ -386,21 +399,7 @@ def check_model(
                 f"artifact and {list(shape)} in the model; use the artifact of this model, or make one with "
                 "`qmamba calibrate`"
             )
-    renamed = Artifact({rename(key): tensor for key, tensor in artifact.tensors.items()}, header, source)
-    for layer, expected in (states or {}).items():
-        scale = renamed.state_scale(layer)
-        if scale is None:
-            calibrated = [path for path in renamed.layers if renamed.state_scale(path) is not None]
-            raise ArtifactError(
-                f"{source}: {layer}: no state_scale; the artifact has one for {calibrated or 'no layer'}; {_AGAIN}, "
-                "add the layer to skip_layers, or use state_scales='dynamic'"
-            )
-        if tuple(scale.shape) != tuple(expected):
-            raise ArtifactError(
-                f"{source}: {layer}: state_scale is {list(scale.shape)}, and the state has [nheads, dstate] "
-                f"{list(expected)}; {_AGAIN}"
-            )
-    return renamed
+    return Artifact({rename(key): tensor for key, tensor in artifact.tensors.items()}, header, source)
 
 
 def _renaming(artifact: Artifact, graph: Collection[str]) -> Callable[[str], str]:

@@ -137,6 +137,13 @@ def parameter_path(placeholder: fx.Node) -> str:
     return split_path(name)[1] if _is_parameter(name) else ""
 
 
+CASTS = ("to", "float", "type_as")
+"""Operations of another dtype and the same values, up to rounding."""
+
+COPIES = (*CASTS, "contiguous")
+"""These, and a copy in another layout."""
+
+
 def strip(node: Any, *names: str) -> Any:
     """Walk back along first arguments while the operation is one of ``names`` and keeps floating point."""
     while op_name(node) in names and value_of(node).is_floating_point():

@@ -374,12 +374,9 @@ def test_a_header_that_json_cannot_hold_is_refused(tmp_path):
 # --- against a model -----------------------------------------------------------------------------------------------
 
 
-STATES = {f"backbone.layers.{i}.mixer": (NHEADS, DSTATE) for i in range(N_LAYERS)}
-
-
 def test_the_model_it_was_made_for_matches():
     artifact = make_artifact()
-    matched = check_model(artifact, model_shapes(), states=STATES, model_class="Mamba2ForCausalLM")
+    matched = check_model(artifact, model_shapes(), model_class="Mamba2ForCausalLM")
     assert matched.digest == artifact.digest
     # A graph may know a part of the parameters, and others that the model does not have.
     part = {"backbone.layers.2.mixer.A_log": torch.Size([NHEADS]), "rotary.inv_freq": (4,)}
@@ -408,13 +405,13 @@ def test_a_model_without_a_common_parameter_is_refused(shapes):
 def test_a_layer_without_scales_is_named():
     tensors = {key: value for key, value in make_tensors().items() if key != STATE_SCALE}
     with pytest.raises(ArtifactError, match=r"backbone\.layers\.3\.mixer: no state_scale; .*'backbone\.layers\.0\.mix"):
-        check_model(Artifact(tensors, make_header()), model_shapes(), states=STATES)
+        Artifact(tensors, make_header()).require_state_scale("backbone.layers.3.mixer", (NHEADS, DSTATE))
     assert check_model(Artifact(tensors, make_header()), model_shapes()).layers
 
 
 def test_scales_of_another_dstate_are_refused():
     with pytest.raises(ArtifactError, match=r"layers\.0\.mixer: state_scale is \[3, 16\], .*\[3, 32\]"):
-        check_model(make_artifact(), model_shapes(), states={"backbone.layers.0.mixer": (NHEADS, 32)})
+        make_artifact().require_state_scale("backbone.layers.0.mixer", (NHEADS, 32))
 
 
 @pytest.mark.parametrize(
@@ -423,10 +420,10 @@ def test_scales_of_another_dstate_are_refused():
 def test_a_graph_traced_from_a_submodule_or_a_wrapper_gets_its_own_paths(strip, add):
     artifact = make_artifact()
     shapes = {add + path.removeprefix(strip): shape for path, shape in model_shapes().items() if path.startswith(strip)}
-    states = {add + layer.removeprefix(strip): shape for layer, shape in STATES.items()}
-    matched = check_model(artifact, shapes, states=states)
-    for layer in STATES:
-        assert torch.equal(matched.state_scale(add + layer.removeprefix(strip)), artifact.state_scale(layer))
+    matched = check_model(artifact, shapes)
+    for layer in (f"backbone.layers.{i}.mixer" for i in range(N_LAYERS)):
+        found = matched.require_state_scale(add + layer.removeprefix(strip), (NHEADS, DSTATE))
+        assert torch.equal(found, artifact.state_scale(layer))
     wrong = {path: (*shape[:-1], shape[-1] + 1) for path, shape in shapes.items()}
     with pytest.raises(ArtifactError, match="another size"):
         check_model(artifact, wrong)

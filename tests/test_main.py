@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qmamba_compile import __main__ as cli
-from qmamba_compile import errors
+from qmamba_compile import errors, print_kernel, print_report
 from qmamba_compile.cpu_templates.render import KERNELS, LAYER_KERNELS
 from qmamba_compile.report import Report
 
@@ -95,7 +95,7 @@ def test_strict_accepts_what_skip_layers_names(monkeypatch):
 def test_explain_prints_brackets_as_they_are(capsys):
     report = Report()
     report.skipped("layer", errors.SkipReason.UNKNOWN_STRUCTURE, "shape [3], not [b, h, p, n] nor [/b]")
-    cli._print_reports([report], {})
+    print_report.print_reports([report], {})
     assert "shape [3], not [b, h, p, n] nor [/b]" in capsys.readouterr().out
 
 
@@ -185,7 +185,7 @@ def test_render_prints_a_triton_kernel():
     assert "lop3.b32" in result.stdout and "p64_n128_b4_calibrated_nearest" in result.stdout
 
 
-@pytest.mark.parametrize("kernel", cli._GPU_KERNELS)
+@pytest.mark.parametrize("kernel", print_kernel.GPU_KERNELS)
 def test_render_prints_every_gpu_kernel(kernel):
     result = invoke("render", kernel, "--target", "gfx942")
     assert result.exit_code == 0, result.output

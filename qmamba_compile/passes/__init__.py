@@ -28,7 +28,8 @@ from .fuse_chunk_scan import FuseChunkScan
 from .fuse_conv_update import FuseConvUpdate
 from .fuse_norm_linear import FuseNormLinear
 from .fuse_ssm_update import FuseSsmUpdate
-from .match_mamba2 import is_step, scan_anchors
+from .match_scan import scan_anchors
+from .match_step import is_step
 from .quantize_linear import QuantizeLinear
 from .quantize_state import QuantizeState
 

@@ -5,7 +5,7 @@ import functools
 from torch import fx
 
 from ..artifact import Artifact, with_last_rows
-from ..fx_utils import InputSource, add_input, fake_like, parameter_path, placeholders, replace_node
+from ..fx_utils import InputSource, add_input, fake_like, mark_static, parameter_path, placeholders, replace_node
 from ..report import Report
 from .base import GraphPass
 from .parameter_forms import FindBeside
@@ -38,7 +38,7 @@ class ApplyTunedConv(GraphPass):
             find = FindBeside((path, artifact.digest), functools.partial(with_last_rows, rows=rows))
             fake = fake_like(graph, find(self.context.example_inputs[index]))
             tuned = add_input(graph, node, f"{node.name}_tuned", InputSource(index, find), fake)
-            tuned.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            mark_static(tuned)
             replace_node(node, tuned)
             report.rewrote(layer, f"{len(rows)} channels of its {kind}")
 

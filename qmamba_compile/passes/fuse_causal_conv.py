@@ -18,7 +18,7 @@ from ..fx_utils import (
 from ..report import Report
 from .base import GraphPass, NoMatchError
 from .match_conv import activation_of, match_depthwise, only_slice
-from .match_mamba2 import scan_layers
+from .match_scan import scan_layers
 
 
 class FuseCausalConv(GraphPass):

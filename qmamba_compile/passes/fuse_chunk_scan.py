@@ -8,7 +8,7 @@ from torch import fx
 from ..fx_utils import insert_call, layer_of, replace_node
 from ..report import Report
 from .base import GraphPass, NoMatchError
-from .match_mamba2 import match_scan, scan_anchors
+from .match_scan import match_scan, scan_anchors
 
 
 class FuseChunkScan(GraphPass):

@@ -7,6 +7,7 @@ from torch import fx
 
 from ..errors import SkipReason
 from ..fx_utils import (
+    CASTS,
     argument,
     in_dtype_of,
     insert_call,
@@ -20,8 +21,6 @@ from ..fx_utils import (
 from ..report import Report
 from .base import GraphPass, NoMatchError
 from .match_conv import activation_of, match_depthwise, only_slice
-
-_CASTS = ("to", "float", "type_as")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +82,13 @@ def match_conv_update(store: fx.Node) -> ConvMatch:
     """
     conv_state, window = store.args[0], _window_of(store)
     assert window is not None
-    joined = strip(window, *_CASTS)
+    joined = strip(window, *CASTS)
     xBC = joined.args[0][1]
     if shape_of(xBC)[-1] != 1:
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{xBC} has {shape_of(xBC)[-1]} new tokens, expected one")
     if store.users or set(conv_state.users) != {store, joined}:
         raise NoMatchError(SkipReason.SECOND_READER, f"{conv_state} is read elsewhere")
-    stored = strip(store.args[1], *_CASTS)
+    stored = strip(store.args[1], *CASTS)
     convolutions = [user for user in window.users if user is not stored]
     if len(convolutions) != 1 or len(stored.users) != 1 or (window is not joined and len(joined.users) != 1):
         raise NoMatchError(SkipReason.SECOND_READER, f"{window} has {len(window.users)} readers, expected two")
@@ -108,11 +107,11 @@ def match_conv_update(store: fx.Node) -> ConvMatch:
 
 def _window_of(store: fx.Node) -> fx.Node | None:
     """``cat([conv_state, xBC], -1)``, cast or not, whose last columns ``store`` writes back to ``conv_state``."""
-    state, stored = store.args[0], strip(store.args[1], *_CASTS)
+    state, stored = store.args[0], strip(store.args[1], *CASTS)
     if op_name(stored) != "getitem" or len(shape_of(state)) != 3:
         return None
     window, index = stored.args
-    joined = strip(window, *_CASTS)
+    joined = strip(window, *CASTS)
     if op_name(joined) != "cat" or len(joined.args[0]) != 2 or joined.args[0][0] is not state:
         return None
     if argument(joined, 1, "dim", 0) not in (-1, 2):

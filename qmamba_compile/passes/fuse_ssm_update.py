@@ -9,7 +9,8 @@ from ..errors import SkipReason
 from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, shape_of, strip
 from ..report import Report
 from .base import GraphPass, NoMatchError
-from .match_mamba2 import is_final_state, match_step
+from .match_scan import is_final_state
+from .match_step import match_step
 
 
 class FuseSsmUpdate(GraphPass):

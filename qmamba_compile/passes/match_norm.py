@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SkipReason
-from ..fx_utils import argument, mutates, op_name, same_size, shape_of, value_of
+from ..fx_utils import COPIES, argument, mutates, op_name, same_size, shape_of, value_of
 from .base import NoMatchError
 
-_CASTS = ("to", "float", "type_as", "contiguous")
 _VIEWS = ("view", "reshape", "flatten", "unflatten")
 
 
@@ -49,7 +48,7 @@ def match_norm(node: fx.Node) -> NormMatch:
     weight, normed = _split(weighted, lambda operand: len(shape_of(operand)) == 1, "mul", "a weight [k]")
     k = shape_of(weight)[0]
     scaled, passed = normed, {torch.float32}
-    while op_name(scaled) in (*_CASTS, *_VIEWS):
+    while op_name(scaled) in (*COPIES, *_VIEWS):
         passed.add(value_of(scaled).dtype)
         scaled = scaled.args[0]
     root, grouped = _split(scaled, lambda operand: op_name(operand) == "rsqrt", "mul", "rsqrt")
@@ -59,7 +58,7 @@ def match_norm(node: fx.Node) -> NormMatch:
     if last not in (-1, (-1,), [-1]) or op_name(square) != "pow" or tuple(square.args) != (grouped, 2):
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"{root} is not of the mean of squares of {grouped}")
     h = grouped
-    while op_name(h) in (*_CASTS, *_VIEWS) and value_of(h).dtype == torch.float32:
+    while op_name(h) in (*COPIES, *_VIEWS) and value_of(h).dtype == torch.float32:
         h = h.args[0]
     gate = None
     # Any other product is what it is: a tensor to norm.
@@ -102,7 +101,7 @@ def _require(condition: bool, reason: SkipReason, detail: str) -> None:
 
 def _strip_exact(node: Any) -> Any:
     """Walk back through casts that lose nothing."""
-    while op_name(node) in _CASTS:
+    while op_name(node) in COPIES:
         before, after = value_of(node.args[0]), value_of(node)
         if before.device != after.device or torch.promote_types(before.dtype, after.dtype) != after.dtype:
             break
@@ -137,7 +136,7 @@ def _require_readers(weighted: fx.Node) -> None:
     pending = list(weighted.users)
     while pending:
         user = pending.pop()
-        if op_name(user) in (*_CASTS, "getitem"):
+        if op_name(user) in (*COPIES, "getitem"):
             pending.extend(user.users)
         elif op_name(user) != "qmamba.w8a8_linear":
             raise NoMatchError(SkipReason.SECOND_READER, f"{weighted} is read by {op_name(user)} ({user})")

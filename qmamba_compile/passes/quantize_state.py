@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from .. import quant
 from ..config import layer_seed
-from ..errors import ArtifactError, SkipReason, StateError
+from ..errors import SkipReason, StateError
 from ..fx_utils import (
     InputSource,
     add_input,
@@ -33,7 +33,8 @@ from ..recurrence import RING_DTYPES
 from ..report import Report
 from ..state import RING_TENSORS, DSQState, require_packable
 from .base import GraphPass, RingLayout, StateOutput
-from .match_mamba2 import is_final_state, is_step
+from .match_scan import is_final_state
+from .match_step import is_step
 
 
 class QuantizeState(GraphPass):
@@ -199,17 +200,7 @@ class QuantizeState(GraphPass):
         if self.config.state_scales == "dynamic":
             return None, None
         assert self.context.artifact is not None
-        scale = self.context.artifact.state_scale(layer)
-        if scale is None:
-            raise ArtifactError(
-                f"{layer}: {self.config.calibration} has no state_scale for this layer; "
-                "calibrate this model again, name the layer in skip_layers, or use state_scales='dynamic'"
-            )
-        if tuple(scale.shape) != (shape[1], shape[3]):
-            raise ArtifactError(
-                f"{layer}: state_scale in {self.config.calibration} has shape {list(scale.shape)}; "
-                f"this model needs [{shape[1]}, {shape[3]}] (nheads, dstate): the artifact belongs to another model"
-            )
+        scale = self.context.artifact.require_state_scale(layer, (shape[1], shape[3]))
         device = value_of(placeholders(graph)[0]).device
         scale = quant.store_scale(scale).to(device)
         name = f"{layer.replace('.', '_')}_state_scale"

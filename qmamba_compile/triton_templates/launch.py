@@ -24,7 +24,7 @@ from .. import quant
 from ..errors import ConfigError
 from ..recurrence import Ring
 from . import tuning
-from .render import COMBINE_BLOCK, Spec, load, target_of
+from .render import Spec, load, target_of
 
 log = logging.getLogger(__name__)
 
@@ -265,47 +265,6 @@ def unfit_words(packed: Tensor) -> str | None:
     if packed.shape[-1] % 4:
         return f"{packed.shape[-1]} bytes of a packed row do not fill words of 32 bits; use other state_bits"
     return "the packed state does not begin at a word of 32 bits" if packed.storage_offset() % 4 else None
-
-
-# --- linears -------------------------------------------------------------------------------------------------------
-
-
-def w8a8_linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    act_pre_scale: Tensor | None,
-    act_scale: Tensor | None,
-) -> Tensor | None:
-    """`ops.w8a8_linear` of an x small enough to be quantized on the way."""
-    architecture = target(x.device.type, x.device.index)
-    outputs, k = qdata.shape
-    rows = x.numel() // k
-    if architecture is None or rows == 0:
-        return None
-    spec = tuning.w8a8_linear(architecture, rows, outputs, k)
-    if spec.prequantized or x.dtype not in FLOATS:
-        return None
-    scale = scale.contiguous()
-    bias, act_pre_scale = (None if vector is None else vector.contiguous() for vector in (bias, act_pre_scale))
-    flat = x.reshape(rows, k)
-    if flat.stride(1) != 1 or not qdata.is_contiguous():
-        return None
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    partial = row_scale = None
-    if spec.splits > 1:
-        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=x.device)
-        row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    module = load(spec)
-    options = {"num_warps": spec.warps, "enable_fp_fusion": False}
-    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m))
-    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows)
-    module.w8a8_linear[grid](*arguments, flat.stride(0), outputs, k, **options)
-    if spec.splits > 1:
-        combining = (rows, -(-outputs // COMBINE_BLOCK))
-        module.combine[combining](partial, row_scale, scale, bias, y, rows, outputs, **options)
-    return y
 
 
 # --- prefill -------------------------------------------------------------------------------------------------------

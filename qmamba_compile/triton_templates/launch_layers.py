@@ -2,7 +2,7 @@
 
 A linear is two or three launches: `quantize_rows`, with the norm where there is one in front; the int8 product with its
 scales and bias; their sum over the parts of k, where it is split. From Hopper on, the product starts while rows are
-quantized.
+quantized. Few rows without a norm need no launch of their own to be quantized.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import launch, tuning
-from .render import COMBINE_BLOCK, load
+from .render import COMBINE_BLOCK, LinearSpec, load
 from .specs import ConvSpec, RowsSpec
 
 
@@ -71,7 +71,7 @@ def w8a8_linear(
     act_scale: Tensor | None,
 ) -> Tensor | None:
     """`ops.w8a8_linear` on a GPU: one kernel for a small x, which quantizes on the way."""
-    y = launch.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+    y = _quantize_on_the_way(x, qdata, scale, bias, act_pre_scale, act_scale)
     if y is not None or x.numel() == 0:
         return y
     return _quantize_and_multiply(x, x.dtype, qdata, scale, bias, act_pre_scale, act_scale, None)
@@ -100,6 +100,40 @@ def norm_w8a8_linear(
     return _quantize_and_multiply(x, dtype, qdata, scale, bias, act_pre_scale, act_scale, norm)
 
 
+def _quantize_on_the_way(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    act_scale: Tensor | None,
+) -> Tensor | None:
+    """`ops.w8a8_linear` of an x small enough to be quantized by each program that reads it; ``None`` for others."""
+    architecture = launch.target(x.device.type, x.device.index)
+    outputs, k = qdata.shape
+    rows = x.numel() // k
+    if architecture is None or rows == 0:
+        return None
+    spec = tuning.w8a8_linear(architecture, rows, outputs, k)
+    if spec.prequantized or x.dtype not in launch.FLOATS:
+        return None
+    scale = scale.contiguous()
+    bias, act_pre_scale = (None if vector is None else vector.contiguous() for vector in (bias, act_pre_scale))
+    flat = x.reshape(rows, k)
+    if flat.stride(1) != 1 or not qdata.is_contiguous():
+        return None
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    partial = _partial(spec, rows, y)
+    row_scale = None if partial is None else torch.empty(rows, dtype=torch.float32, device=x.device)
+    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows)
+    load(spec).w8a8_linear[_linear_grid(spec, rows, outputs)](
+        *arguments, flat.stride(0), outputs, k, num_warps=spec.warps, enable_fp_fusion=False
+    )
+    if partial is not None:
+        _combine(spec, partial, row_scale, scale, bias, y)
+    return y
+
+
 def _quantize_and_multiply(
     x: Tensor,
     dtype: torch.dtype,
@@ -123,11 +157,8 @@ def _quantize_and_multiply(
     assert architecture is not None
     y = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device)
     spec = tuning.w8a8_linear(architecture, rows, outputs, k, prequantized=True)
-    partial = None
-    if spec.splits > 1:
-        partial = torch.empty((spec.splits, rows, outputs), dtype=torch.int32, device=x.device)
-    grid = (-(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m))
-    load(spec).w8a8_linear[grid](
+    partial = _partial(spec, rows, y)
+    load(spec).w8a8_linear[_linear_grid(spec, rows, outputs)](
         codes,
         qdata,
         scale,
@@ -143,11 +174,28 @@ def _quantize_and_multiply(
         **({"launch_pdl": True} if spec.overlaps else {}),
     )
     if partial is not None:
-        combining = (rows, -(-outputs // COMBINE_BLOCK))
-        load(spec).combine[combining](
-            partial, row_scale, scale, bias, y, rows, outputs, num_warps=spec.warps, enable_fp_fusion=False
-        )
+        _combine(spec, partial, row_scale, scale, bias, y)
     return y
+
+
+def _linear_grid(spec: LinearSpec, rows: int, outputs: int) -> tuple[int, int, int]:
+    return -(-outputs // spec.block_o), spec.splits, -(-rows // spec.block_m)
+
+
+def _partial(spec: LinearSpec, rows: int, y: Tensor) -> Tensor | None:
+    """Where the sums over each part of k go, [splits, rows, o]; ``None`` where it is not split."""
+    if spec.splits == 1:
+        return None
+    return torch.empty((spec.splits, rows, y.shape[-1]), dtype=torch.int32, device=y.device)
+
+
+def _combine(
+    spec: LinearSpec, partial: Tensor, row_scale: Tensor | None, scale: Tensor, bias: Tensor | None, y: Tensor
+) -> None:
+    _, rows, outputs = partial.shape
+    load(spec).combine[rows, -(-outputs // COMBINE_BLOCK)](
+        partial, row_scale, scale, bias, y, rows, outputs, num_warps=spec.warps, enable_fp_fusion=False
+    )
 
 
 def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:

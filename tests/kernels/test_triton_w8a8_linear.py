@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qmamba_compile import ops, quant
-from qmamba_compile.triton_templates import compiled, launch, tuning
+from qmamba_compile.triton_templates import compiled, launch_layers, tuning
 from qmamba_compile.triton_templates.render import LinearSpec, load
 
 BASE: dict[str, Any] = {
@@ -41,7 +41,7 @@ def check(change: dict[str, Any]) -> None:
     block_x = 1 << (row["rows"] - 1).bit_length()
     tuning.w8a8_linear = lambda *_, **__: LinearSpec(16, 64, row["splits"], target="interpreter", block_x=block_x)
     try:
-        y = launch.w8a8_linear(*arguments)
+        y = launch_layers._quantize_on_the_way(*arguments)
     finally:
         tuning.w8a8_linear = choice
     expected = ops.w8a8_linear(*arguments)
@@ -87,9 +87,9 @@ def check_strided() -> None:
     """Every other element of a longer vector, as a slice of a fused parameter may be."""
     x, (qdata, scale) = torch.randn(3, 64), quant.quantize_rows(torch.randn(32, 64))
     bias, smooth = torch.randn(32), torch.rand(64) + 0.5
-    wanted = launch.w8a8_linear(x, qdata, scale, bias, smooth, None)
+    wanted = launch_layers._quantize_on_the_way(x, qdata, scale, bias, smooth, None)
     strided = [torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0] for t in (scale, bias, smooth)]
-    found = launch.w8a8_linear(x, qdata, *strided, None)
+    found = launch_layers._quantize_on_the_way(x, qdata, *strided, None)
     assert wanted is not None and found is not None and torch.equal(found, wanted)
 
 
@@ -99,8 +99,10 @@ def test_strided_vectors(interpreted: Callable[..., Any]) -> None:
 
 def test_a_large_x_is_quantized_once_before(interpreted: Callable[..., Any]) -> None:
     x, qdata = torch.randn(17, 64), torch.ones(32, 64, dtype=torch.int8)
-    assert interpreted(launch.w8a8_linear, x, qdata, torch.ones(32, 1), None, None, None) is None
-    assert interpreted(launch.w8a8_linear, x[:16], qdata, torch.ones(32, 1), None, None, None) is not None
+    assert interpreted(launch_layers._quantize_on_the_way, x, qdata, torch.ones(32, 1), None, None, None) is None
+    assert (
+        interpreted(launch_layers._quantize_on_the_way, x[:16], qdata, torch.ones(32, 1), None, None, None) is not None
+    )
     long = tuning.MOST_QUANTIZED_ON_THE_WAY // 4
     assert tuning.w8a8_linear("sm_90", 3, 768, long).block_x == 4
     assert tuning.w8a8_linear("sm_90", 3, 768, 2 * long).prequantized

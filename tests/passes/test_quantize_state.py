@@ -6,6 +6,7 @@ import pytest
 import torch
 from regions import Scan, Step, scan_inputs, step_inputs
 
+from qmamba_compile.artifact import Artifact, Header
 from qmamba_compile.backend import _make_state
 from qmamba_compile.errors import ArtifactError, SkipReason, StrictError
 from qmamba_compile.fx_utils import iter_calls, layer_of, op_name, placeholders, value_of
@@ -261,19 +262,16 @@ def test_reader_after_the_store_sees_the_new_state(capture):
     assert torch.equal(seen, state.dequantize()) and not torch.equal(seen, old)
 
 
-class OneScale:
-    """As much of an artifact as the pass asks for."""
-
-    def __init__(self, scale):
-        self.scale = scale
-
-    def state_scale(self, layer):
-        return self.scale
+def one_scale(scale):
+    """An artifact for a region that is in no layer."""
+    return Artifact(
+        {} if scale is None else {".state_scale": scale}, Header("", {}, {}, "", "", {}, {}, {}), "a.safetensors"
+    )
 
 
 def test_calibrated_scales_come_from_the_artifact(capture):
     scale = torch.rand(4, 16) + 0.5
-    backend = capture(QuantizeState, state_scales="calibrated", calibration="a.safetensors", artifact=OneScale(scale))
+    backend = capture(QuantizeState, state_scales="calibrated", calibration="a.safetensors", artifact=one_scale(scale))
     _, state = backend.compile(Scan())(*scan_inputs())
     _, h = Scan()(*scan_inputs())
     assert_same_state(state, DSQState.from_float(h, 4, state_scale=scale, seed=int(state.rng[0, 0])))
@@ -284,7 +282,7 @@ def test_calibrated_scales_come_from_the_artifact(capture):
 
 @pytest.mark.parametrize("scale", [None, torch.ones(4, 15)], ids=["missing", "shape"])
 def test_artifact_that_does_not_fit_the_layer(capture, scale):
-    backend = capture(QuantizeState, state_scales="calibrated", calibration="a.safetensors", artifact=OneScale(scale))
+    backend = capture(QuantizeState, state_scales="calibrated", calibration="a.safetensors", artifact=one_scale(scale))
     with pytest.raises(Exception) as caught:
         backend.compile(Scan())(*scan_inputs())
     assert isinstance(caught.value.inner_exception, ArtifactError) and "a.safetensors" in str(caught.value)

@@ -9,14 +9,8 @@ from qmamba_compile.errors import SkipReason
 from qmamba_compile.fx_utils import copy_graph, iter_calls, op_name, placeholders, shape_of, strip
 from qmamba_compile.passes import phase_of
 from qmamba_compile.passes.base import NoMatchError
-from qmamba_compile.passes.match_mamba2 import (
-    final_state_of,
-    is_final_state,
-    is_step,
-    match_scan,
-    match_step,
-    scan_anchors,
-)
+from qmamba_compile.passes.match_scan import final_state_of, is_final_state, match_scan, scan_anchors
+from qmamba_compile.passes.match_step import is_step, match_step
 
 
 def trace(function, *inputs):

@@ -1,0 +1,68 @@
+"""What all command lines share, calibration's and the benchmarks' too: a model by its name, errors, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import rich.console
+
+from .errors import ConfigError, QMambaError
+
+BAD_INPUT = 2
+"""Exit status of an error that has something to say."""
+
+
+def load_pretrained(name: str) -> Any:
+    """The transformers model in a folder or of a hub name, ready for inference.
+
+    Raises:
+        ConfigError: the folder does not exist, or holds no model.
+    """
+    import transformers
+
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+    path = Path(name).expanduser()
+    if not path.is_dir() and looks_like_path:
+        raise ConfigError(f"{name}: no such folder; give a folder with config.json, or a hub name")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(path) if path.is_dir() else name)
+    except (OSError, ValueError) as problem:
+        raise ConfigError(f"{name}: cannot be loaded: {problem}") from None
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def readable_errors(statuses: Mapping[type[QMambaError], int] | None = None) -> Iterator[None]:
+    """One line instead of a traceback for errors that have something to say; QMAMBA_TRACEBACK=1 shows it all.
+
+    Args:
+        statuses: exit statuses of errors for which it is not `BAD_INPUT`.
+    """
+    try:
+        yield
+    except Exception as problem:
+        # torch wraps what a backend raises.
+        cause = getattr(problem, "inner_exception", problem)
+        if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
+            raise
+        print_error(f"{type(cause).__name__}: {cause}")
+        sys.exit((statuses or {}).get(type(cause), BAD_INPUT))
+
+
+def print_error(text: str) -> None:
+    """A line on standard error; brackets in it, such as those of shapes, are no markup."""
+    rich.console.Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package; ``None`` where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,57 @@
+"""What command lines share: which errors become one line, with which status, and which models are refused."""
+
+import pytest
+
+from qmamba_compile.command_line import load_pretrained, readable_errors, version_of
+from qmamba_compile.errors import ConfigError, StrictError
+
+
+class WrappedError(Exception):
+    """As torch wraps what a backend raises."""
+
+    def __init__(self, inner):
+        super().__init__("backend='qmamba' raised")
+        self.inner_exception = inner
+
+
+@pytest.mark.parametrize(
+    "problem, status",
+    [(ConfigError("shape [3]"), 2), (StrictError("shape [3]"), 1), (WrappedError(ConfigError("shape [3]")), 2)],
+    ids=["config", "strict", "wrapped"],
+)
+def test_errors_of_ours_are_one_line(monkeypatch, capsys, problem, status):
+    monkeypatch.delenv("QMAMBA_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end, readable_errors({StrictError: 1}):
+        raise problem
+    assert end.value.code == status
+    assert capsys.readouterr().err.rstrip().endswith("Error: shape [3]")
+
+
+@pytest.mark.parametrize(
+    "problem", [RuntimeError("a mistake"), WrappedError(RuntimeError("a mistake"))], ids=["own", "wrapped"]
+)
+def test_other_errors_keep_their_traceback(monkeypatch, problem):
+    monkeypatch.delenv("QMAMBA_TRACEBACK", raising=False)
+    with pytest.raises(type(problem)), readable_errors():
+        raise problem
+
+
+def test_the_variable_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("QMAMBA_TRACEBACK", "1")
+    with pytest.raises(ConfigError), readable_errors():
+        raise ConfigError("shape [3]")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "~/nowhere/at/all"])
+def test_a_folder_that_is_not_there(name):
+    with pytest.raises(ConfigError, match=f"{name}: no such folder"):
+        load_pretrained(name)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_pretrained(str(tmp_path))
+
+
+def test_versions():
+    assert version_of("torch") and version_of("no-such-package") is None
