@@ -190,7 +190,7 @@ def check_scan(model: Shape, device: str, dtype: torch.dtype, tokens: int = 1000
     B, C = randn(1, tokens, model.ngroups, model.dstate), randn(1, tokens, model.ngroups, model.dstate)
     A, D, bias = -torch.rand(model.nheads, device=device) * 4, randn(model.nheads), randn(model.nheads) - 2
     x, B, C = (t.to(dtype) for t in (x, B, C))
-    found = launch.chunk_scan(x, dt, A, B, C, D, bias, None, True, 0.0, float("inf"))
+    found = launch_scan.chunk_scan(x, dt, A, B, C, D, bias, None, True, 0.0, float("inf"))
     if found is None:
         return {"correct": False, "reason": "no kernel serves these extents"}
     h = torch.zeros(1, model.nheads, model.headdim, model.dstate, device=device)

@@ -23,6 +23,7 @@ from .cpu_templates import launch_layers as cpu_layers
 from .cpu_templates import launch_scan as cpu_scans
 from .triton_templates import launch as gpu_kernels
 from .triton_templates import launch_layers as gpu_layers
+from .triton_templates import launch_scan as gpu_scans
 from .triton_templates import launch_state as gpu_states
 
 _library = torch.library.Library("qmamba", "DEF")
@@ -280,7 +281,7 @@ def chunk_scan(
         x: [b, l, h, p]; dt: [b, l, h]; B, C: [b, l, g, n]; initial_state: [b, h, p, n].
     """
     if x.is_cuda:
-        found = gpu_kernels.chunk_scan(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, dt_min, dt_max)
+        found = gpu_scans.chunk_scan(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, dt_min, dt_max)
         if found is not None:
             return found
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()

@@ -1,14 +1,14 @@
-"""Call the faithful scan's generated kernels on tensors, as `launch` calls the others.
-
-Each function returns ``None`` when it cannot serve its arguments, having written nothing.
-"""
+"""Call the kernels that run a whole sequence, as `launch` calls those of a step and under the same promises."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,104 @@ from . import tuning
 from .launch import refuse, target
 from .render import load
 from .specs import SsmScanBackwardSpec, SsmScanSpec
+
+log = logging.getLogger(__name__)
+
+SCAN_STAGES = 2
+"""Chunks of a scan that are under way from memory or in use. A chunk is computed for longer than a load takes; a third
+would cost shared memory and 7 percent of instructions (sm_90)."""
+
+MAMBA_SSM_CHUNK = 256
+"""mamba-ssm's own default of chunk_size."""
+
+
+@functools.cache
+def _mamba_ssm_scan() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """mamba-ssm's SSD kernels, where that package is installed and loads."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
+    try:
+        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    except ImportError as error:
+        log.warning("mamba-ssm is installed but does not load (%s): our own chunk_scan runs instead", error)
+        return None
+    scan: Callable[..., tuple[Tensor, Tensor]] = module.mamba_chunk_scan_combined
+    return scan
+
+
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor] | None:
+    """`ops.chunk_scan` on a GPU: y [b, l, h, p] float32 and the final state [b, h, p, n] float32."""
+    architecture = target(x.device.type, x.device.index)
+    if architecture is None or x.shape[1] == 0:
+        return None
+    scan = _mamba_ssm_scan() if architecture != "interpreter" else None
+    if scan is not None:
+        y, state = scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            MAMBA_SSM_CHUNK,
+            D=D,
+            dt_bias=dt_bias,
+            initial_states=initial_state,
+            dt_softplus=dt_softplus,
+            dt_limit=(dt_min, dt_max),
+            return_final_states=True,
+        )
+        return y.float(), state.float().contiguous()
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    try:
+        spec = tuning.chunk_scan(architecture, headdim, dstate)
+    except ConfigError as error:
+        return refuse("chunk_scan", str(error))
+    if B.dtype != C.dtype:
+        B, C = (tensor.to(torch.promote_types(B.dtype, C.dtype)) for tensor in (B, C))
+    x, B, C = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, B, C))
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    final_state = torch.empty((batch, nheads, headdim, dstate), dtype=torch.float32, device=x.device)
+    A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))  # type: ignore[assignment]
+    chunks = -(-seqlen // spec.chunk)
+    part_chunks = -(-chunks // tuning.scan_parts(architecture, batch * nheads * spec.row_blocks, chunks))
+    parts = -(-chunks // part_chunks)
+    part_states = part_decays = None
+    if parts > 1:
+        part_states = torch.empty((parts - 1, *final_state.shape), dtype=torch.float32, device=x.device)
+        part_decays = torch.empty((parts - 1, batch, nheads), dtype=torch.float32, device=x.device)
+
+    def run(count: int, *tensors: Tensor | None) -> None:
+        load(spec).chunk_scan[count * spec.row_blocks, nheads, batch](
+            *(x, dt, A, B, C, D, dt_bias, *tensors, part_states, part_decays),
+            *(seqlen, part_chunks * spec.chunk, nheads // ngroups, dt_min, dt_max),
+            *(*x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], dt_softplus),
+            # Products of 16-bit inputs lose nothing by TF32's 11 bits; a float32 model asked for float32.
+            "ieee" if x.dtype == torch.float32 else "tf32",
+            num_warps=spec.warps,
+            num_stages=SCAN_STAGES,
+            enable_fp_fusion=False,
+        )
+
+    if parts > 1:
+        run(parts - 1, None, None, None)
+    run(parts, initial_state, y, final_state)
+    return y, final_state
+
+
+# --- the faithful scan ---------------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qmamba_compile import ops
-from qmamba_compile.triton_templates import compiled, launch, tuning
+from qmamba_compile.triton_templates import compiled, launch_scan, tuning
 from qmamba_compile.triton_templates.render import load
 
 TOLERANCE = 3e-5
@@ -73,7 +73,7 @@ def check(change: dict[str, Any]) -> None:
     torch.empty = lambda *a, **k: empty(*a, **k).fill_(torch.nan)
     tuning.scan_parts = lambda *_: (BASE | change)["parts"]
     try:
-        found = launch.chunk_scan(*inputs)
+        found = launch_scan.chunk_scan(*inputs)
     finally:
         torch.empty, tuning.scan_parts = empty, parts
     assert found is not None
@@ -114,12 +114,12 @@ def test_equals_the_op(interpreted: Callable[..., Any], change: dict[str, Any]) 
 
 def test_a_scan_in_two_parts_is_one_scan(interpreted: Callable[..., Any]) -> None:
     inputs = arguments({"seqlen": 90})
-    whole, state = interpreted(launch.chunk_scan, *inputs)
+    whole, state = interpreted(launch_scan.chunk_scan, *inputs)
     first = [t[:, :50] if i in (0, 1, 3, 4) else t for i, t in enumerate(inputs)]
     second = [t[:, 50:] if i in (0, 1, 3, 4) else t for i, t in enumerate(inputs)]
-    y_first, between = interpreted(launch.chunk_scan, *first)
+    y_first, between = interpreted(launch_scan.chunk_scan, *first)
     second[7] = between
-    y_second, end = interpreted(launch.chunk_scan, *second)
+    y_second, end = interpreted(launch_scan.chunk_scan, *second)
     assert (torch.cat([y_first, y_second], dim=1) - whole).abs().max() <= TOLERANCE * whole.abs().max()
     assert (end - state).abs().max() <= TOLERANCE * state.abs().max()
 
@@ -145,7 +145,7 @@ def test_compiles_without_spills(target: str, absent: tuple[str, ...]) -> None:
     types_ |= {name: "i32" for name in module.chunk_scan.arg_names if "stride" in name}
     constants = {"dt_stride_h": 1, "DT_SOFTPLUS": True, "PRECISION": "tf32"} | dict.fromkeys(absent)
     kernel = compiled.compile_kernel(
-        module, "chunk_scan", types_, constants, target, spec.warps, stages=launch.SCAN_STAGES
+        module, "chunk_scan", types_, constants, target, spec.warps, stages=launch_scan.SCAN_STAGES
     )
     found = compiled.facts(kernel)
     assert found.spills == 0 and found.local_accesses == 0
@@ -177,11 +177,11 @@ def test_mamba_ssm_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch
     module = types.ModuleType("mamba_ssm.ops.triton.ssd_combined")
     module.mamba_chunk_scan_combined = scan  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(launch, "target", lambda *_: "sm_90")
-    launch._mamba_ssm_scan.cache_clear()
-    found = launch.chunk_scan(*inputs)
-    launch._mamba_ssm_scan.cache_clear()
+    monkeypatch.setattr(launch_scan.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch_scan, "target", lambda *_: "sm_90")
+    launch_scan._mamba_ssm_scan.cache_clear()
+    found = launch_scan.chunk_scan(*inputs)
+    launch_scan._mamba_ssm_scan.cache_clear()
     assert found is not None
     assert found[0].dtype == torch.float32 and found[1].dtype == torch.float32
     assert seen["dt_limit"] == (0.05, 0.2) and seen["return_final_states"] and seen["initial_states"] is None
