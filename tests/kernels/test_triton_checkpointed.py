@@ -172,8 +172,8 @@ def test_an_int8_ring_without_scale_is_refused(interpreted: Callable[..., Any]) 
 
 
 # Instructions an element of a step that reads, of one that stores, and the mean of a cycle of 8 over those of storing
-# at each step. sm_90, with Triton 3.9: 3.01, 17.7 (a part of which only one program in 80 runs), 0.439. What is asked
-# for is 0.5.
+# at each step. sm_90, with Triton 3.9 and 3.6: 3.01 and 3.00, 17.7 and 19.5 (a part of which only one program in 80
+# runs), 0.439 and 0.448. What is asked for is 0.5.
 INSTRUCTIONS = {
     ("sm_80", 16): (3.2, 17.9, 0.46),
     ("sm_90", 16): (3.1, 18.4, 0.455),
