@@ -558,6 +558,11 @@ struct alignas(64) Scratch {
     int64_t group = -1;  // the sequence and group that B, C and ring_B belong to
 };
 
+// Rows from the one updated to the one fetched; 8 to 128 do not differ. Microseconds a head of 64 x 128 without / with,
+// batch 8, 24 layers, one thread of Zen 4: 4 bits dynamic 1.78 / 1.66, calibrated 1.32 / 1.26, 8 bits 2.40 / 2.01; a
+// step that stores a ring 2.44 / 2.37. A float32 state, which waits for memory anyhow, gets slower: 1.72 / 2.11.
+constexpr int UPDATE_AHEAD = 32;
+
 // Unpack and update COUNT rows from p on; `y` gets the products C . h of each, to be summed.
 // They are left in `rows` as h.
 template <int COUNT>
@@ -571,6 +576,8 @@ inline void update_rows(
     for (int r = 0; r < COUNT; ++r) {
         channel[r] = CODES * splat(from_bfloat16(channel_scale[p + r]));
         x[r] = splat(s.x[p + r]);
+        const uint8_t* ahead = packed + (p + r + UPDATE_AHEAD) * WIDTH;
+        for (int byte = 0; byte < WIDTH; byte += 64) __builtin_prefetch(ahead + byte);
 #pragma GCC unroll 7
         for (int term = 0; term < TERMS; ++term) ring_x[r][term] = splat(s.ring_x[term][p + r]);
     }
