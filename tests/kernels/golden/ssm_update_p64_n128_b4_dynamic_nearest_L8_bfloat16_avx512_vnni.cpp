@@ -255,8 +255,8 @@ inline uint16_t to_bfloat16(float value) {
     return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
 }
 
-// to_bfloat16, in the upper half of each lane.
-inline Words round_to_bfloat16(Floats values) {
+// The same, in the upper half of each lane.
+inline Words to_bfloat16(Floats values) {
     const Words words = (Words)values;
     return values == values ? (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u : Words{} + 0x7fc00000u;
 }
@@ -378,7 +378,7 @@ constexpr float TINY_SCALE = 0x1p-100f;
 // Scales as they are stored, in the upper half of each lane: at least TINY_SCALE, rounded to bfloat16, NaN where not
 // finite.
 inline Words store_scales(Floats scales) {
-    const Words stored = round_to_bfloat16(scales < TINY_SCALE ? splat(TINY_SCALE) : scales);
+    const Words stored = to_bfloat16(scales < TINY_SCALE ? splat(TINY_SCALE) : scales);
     return stored >= 0x7f800000u ? Words{} + 0x7fc00000u : stored;
 }
 
@@ -658,7 +658,7 @@ inline float ring_float(uint16_t stored) {
 inline float to_ring(const float* values, int count, float factor, uint16_t* stored) {
     int i = 0;
     for (; i + LANES <= count; i += LANES) {
-        store(stored + i, narrow_to_halves(round_to_bfloat16(load<Floats>(values + i) * factor) >> 16));
+        store(stored + i, narrow_to_halves(to_bfloat16(load<Floats>(values + i) * factor) >> 16));
     }
     for (; i < count; ++i) stored[i] = to_bfloat16(values[i] * factor);
     return 1.0f;
@@ -729,7 +729,7 @@ void read_ring_x(const Arguments& a, int64_t b, int64_t head, int slot, Term* x)
     const uint16_t* stored = a.ring_x + ((b * SLOTS + slot) * a.nheads + head) * HEADDIM;
     for (int p = 0; p < HEADDIM; p += LANES) {
         const Floats weighted = ring_floats(load_first<RingVector>(stored + p, rows_from(p))) * weight;
-        put_term(x + p, slot, (Floats)round_to_bfloat16(weighted));
+        put_term(x + p, slot, (Floats)to_bfloat16(weighted));
     }
 }
 

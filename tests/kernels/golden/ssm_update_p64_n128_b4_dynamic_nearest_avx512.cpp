@@ -239,8 +239,8 @@ inline uint16_t to_bfloat16(float value) {
     return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
 }
 
-// to_bfloat16, in the upper half of each lane.
-inline Words round_to_bfloat16(Floats values) {
+// The same, in the upper half of each lane.
+inline Words to_bfloat16(Floats values) {
     const Words words = (Words)values;
     return values == values ? (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u : Words{} + 0x7fc00000u;
 }
@@ -361,7 +361,7 @@ constexpr float TINY_SCALE = 0x1p-100f;
 // Scales as they are stored, in the upper half of each lane: at least TINY_SCALE, rounded to bfloat16, NaN where not
 // finite.
 inline Words store_scales(Floats scales) {
-    const Words stored = round_to_bfloat16(scales < TINY_SCALE ? splat(TINY_SCALE) : scales);
+    const Words stored = to_bfloat16(scales < TINY_SCALE ? splat(TINY_SCALE) : scales);
     return stored >= 0x7f800000u ? Words{} + 0x7fc00000u : stored;
 }
 

@@ -125,6 +125,12 @@ inline uint16_t to_bfloat16(float value) {
     return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
 }
 
+// The same, in the upper half of each lane.
+inline Words to_bfloat16(Floats values) {
+    const Words words = (Words)values;
+    return values == values ? (words + 0x7fff + (words >> 16 & 1)) & 0xffff0000u : Words{} + 0x7fc00000u;
+}
+
 // An input as the caller has it: its last dimension is contiguous. dtype: 0 float32, 1 bfloat16.
 struct Input {
     const void* data;
@@ -145,13 +151,6 @@ struct alignas(64) Line {
 inline Floats read(const Input& input, int64_t index, int64_t left) {
     if (input.dtype == 0) return load_first<Floats>((const float*)input.data + index, left);
     return (Floats)(widen_halves(load_first<Halves>((const uint16_t*)input.data + index, left)) << 16);
-}
-
-// What torch makes of float32 values on the way to bfloat16, in the high halves of the lanes.
-inline Words to_bfloat16(Floats values) {
-    const Words words = (Words)values;
-    const Words rounded = (words + 0x7fffu + (words >> 16 & 1)) & 0xffff0000u;
-    return values == values ? rounded : Words{} + 0x7fc00000u;
 }
 
 // Round to the precision of a dtype.
