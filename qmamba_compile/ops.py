@@ -21,6 +21,7 @@ from . import quant, recurrence, scan_gradient  # noqa: F401  defines the faithf
 from .cpu_templates import launch as cpu_kernels
 from .cpu_templates import launch_layers as cpu_layers
 from .cpu_templates import launch_scan as cpu_scans
+from .huge_pages import HugePages
 from .triton_templates import launch as gpu_kernels
 from .triton_templates import launch_layers as gpu_layers
 from .triton_templates import launch_scan as gpu_scans
@@ -78,6 +79,9 @@ def _fake(name: str):  # type: ignore[no-untyped-def]
 
 # --- state ---------------------------------------------------------------------------------------------------------
 
+_state_pages = HugePages(2**24)
+"""Where the codes lie that a prompt leaves; the chunk in use, 16 MB, outlives them."""
+
 
 @_implement("quantize_state")
 def quantize_state(state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, seed: int) -> list[Tensor]:
@@ -86,7 +90,8 @@ def quantize_state(state: Tensor, state_scale: Tensor | None, bits: int, stochas
     if state.is_cpu or state.is_cuda:
         batch, nheads, headdim, dstate = state.shape
         width = quant.packed_width(dstate, bits)
-        packed = state.new_empty((batch, nheads, headdim, width), dtype=torch.int8 if bits == 8 else torch.uint8)
+        dtype = torch.int8 if bits == 8 else torch.uint8
+        packed = _state_pages.empty((batch, nheads, headdim, width), dtype=dtype, device=state.device)
         channel_scale = state.new_empty((batch, nheads, headdim), dtype=quant.SCALE_DTYPE)
         outputs = [packed, channel_scale, rng]
         state_scale_out = None

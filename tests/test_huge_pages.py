@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import gc
 import io
 import mmap
 import pathlib
+import time
 import weakref
 from typing import Any
 
 import pytest
 import torch
 
+from qmamba_compile import ops, quant
 from qmamba_compile.huge_pages import HUGE_PAGE, SMALLEST, HugePages
 from qmamba_compile.passes.int8_weight import quantize_weight
 
@@ -139,3 +142,32 @@ def test_weights_share_pages() -> None:
     assert made[1].qdata.data_ptr() == made[0].qdata.data_ptr() + made[0].qdata.nbytes
     for weight, quantized in zip(weights, made, strict=True):
         torch.testing.assert_close(quantized.dequantize(), weight, rtol=0, atol=float(weight.abs().max()) / 254 + 1e-6)
+
+
+@needs_huge_pages
+def test_states_share_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_state_pages", HugePages())
+    states = [torch.randn(2, 32, 64, 128) for _ in range(2)]
+    first, second = (ops.quantize_state(state, None, 4, False, 0) for state in states)
+    assert second[0].data_ptr() == first[0].data_ptr() + first[0].nbytes
+    for state, packed in zip(states, (first, second), strict=True):
+        assert torch.equal(packed[0], quant.quantize_state(state, 4)[0])
+
+
+@needs_huge_pages
+def test_threads_get_different_memory() -> None:
+    class Slow(HugePages):
+        @property
+        def _free(self) -> Any:
+            found = vars(self)["free"]
+            time.sleep(0.005)  # for another thread to see the same
+            return found
+
+        @_free.setter
+        def _free(self, free: Any) -> None:
+            vars(self)["free"] = free
+
+    pages = Slow()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        tensors = list(pool.map(lambda _: pages.empty((SMALLEST,), torch.int8, CPU), range(8)))
+    assert len({tensor.data_ptr() for tensor in tensors}) == 8

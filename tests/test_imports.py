@@ -24,7 +24,7 @@ ALLOWED = {
     "triton_templates": {"errors", "quant", "recurrence"},
     "scan_ops": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates"},
     "scan_gradient": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates", "scan_ops"},
-    "ops": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates", "scan_gradient"},
+    "ops": {"errors", "quant", "recurrence", "huge_pages", "cpu_templates", "triton_templates", "scan_gradient"},
     "state": {"errors", "quant", "recurrence", "ops"},
     "fx_utils": set(),
     "static_states": {"state"},
