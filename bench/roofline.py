@@ -19,7 +19,7 @@ import typer
 from bench.shapes import STEP_SHAPES, Shape
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, tuning
-from qmamba_compile.triton_templates.render import Spec
+from qmamba_compile.triton_templates.state_specs import StateSpec
 
 _out = rich.console.Console(width=140)
 
@@ -106,7 +106,7 @@ def cycle_share(model: Shape, bits: int, flush_interval: int, ring_bits: int, ba
     return step_bytes(model, cycle, batch) / step_bytes(model, Variant("", bits), batch)
 
 
-def spec_of(target: str, model: Shape, variant: Variant, batch: int) -> Spec:
+def spec_of(target: str, model: Shape, variant: Variant, batch: int) -> StateSpec:
     """The kernel of one layer's step."""
     return tuning.ssm_update(
         target,

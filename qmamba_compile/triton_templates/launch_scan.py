@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from . import tuning
 from .launch import refuse, target
 from .render import load
-from .specs import SsmScanBackwardSpec, SsmScanSpec
+from .scan_specs import SsmScanBackwardSpec, SsmScanSpec
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from .render import NOT_PREFETCHED, PREFETCHED_TILES, WALKING, LinearSpec, ScanSpec, Spec, padded
-from .specs import CausalConvSpec, ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
+from .layer_specs import CausalConvSpec, ConvSpec, LinearSpec, RowsSpec
+from .scan_specs import ChunkScanSpec, SsmScanBackwardSpec, SsmScanSpec
+from .specs import padded
+from .state_specs import NOT_PREFETCHED, PREFETCHED_TILES, DequantizeSpec, QuantizeSpec, StateSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ def ssm_update(
     flush_interval: int = 1,
     ring_bits: int = 16,
     loads_ahead: bool = True,
-) -> Spec:
+) -> StateSpec:
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
     Calibrated: one warp owns rows, four tiles of them, all loaded before it computes (`PREFETCHED_TILES`). With fewer
@@ -120,10 +122,10 @@ def ssm_update(
         while warps < 16 and tile * dstate > held * lanes * warps:
             warps *= 2
     extents = (headdim, dstate, bits, dynamic, stochastic)
-    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
+    return StateSpec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 
 
-def launches(spec: Spec, programs: int, batch: int) -> dict[bool | None, int]:
+def launches(spec: StateSpec, programs: int, batch: int) -> dict[bool | None, int]:
     """The launches of a checkpointed step whose sequences take ``programs`` each: STORES, and the grid's last extent.
 
     One that does either, where all programs are resident at once: 4.4 us for 6.1 (2.7B shape, batch 1). It has the
@@ -136,7 +138,7 @@ def launches(spec: Spec, programs: int, batch: int) -> dict[bool | None, int]:
     if programs * batch <= resident:
         return {None: batch}
     turns = -(-programs * batch // resident)
-    return {True: -(-batch // turns) if spec.target in WALKING else batch, False: batch}
+    return {True: -(-batch // turns) if spec.walks else batch, False: batch}
 
 
 MOST_QUANTIZED_ON_THE_WAY = 10240
@@ -193,7 +195,7 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int, *, prequanti
     return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m, block_x)
 
 
-def chunk_scan(architecture: str, headdim: int, dstate: int) -> ScanSpec:
+def chunk_scan(architecture: str, headdim: int, dstate: int) -> ChunkScanSpec:
     """The kernel for states of headdim x dstate.
 
     As many rows as hold the state in 64 registers a thread: C . B is computed once more for each further block of rows.
@@ -204,7 +206,7 @@ def chunk_scan(architecture: str, headdim: int, dstate: int) -> ScanSpec:
         ConfigError: no kernel serves these extents.
     """
     block_p = min(64 if dstate <= 128 else 32, max(16, padded(headdim)))
-    return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
+    return ChunkScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
 
 
 SCAN_PROGRAMS = 2

@@ -16,8 +16,8 @@ from torch import Tensor
 from qmamba_compile import ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
+from qmamba_compile.triton_templates.layer_specs import CausalConvSpec
 from qmamba_compile.triton_templates.render import load, render
-from qmamba_compile.triton_templates.specs import CausalConvSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -16,8 +16,8 @@ from test_triton_conv_update import poisoned
 from qmamba_compile import ops, quant
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
-from qmamba_compile.triton_templates.render import LinearSpec, load, render
-from qmamba_compile.triton_templates.specs import RowsSpec
+from qmamba_compile.triton_templates.layer_specs import LinearSpec, RowsSpec
+from qmamba_compile.triton_templates.render import load, render
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 Interpreted = Callable[..., Any]

@@ -17,7 +17,7 @@ from qmamba_compile import ops, quant, recurrence
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_state, tuning
 from qmamba_compile.triton_templates.render import render
-from qmamba_compile.triton_templates.specs import DequantizeSpec, QuantizeSpec
+from qmamba_compile.triton_templates.state_specs import DequantizeSpec, QuantizeSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 Interpreted = Callable[..., Any]

@@ -17,7 +17,7 @@ from qmamba_compile import scan_gradient, scan_ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_scan, tuning
 from qmamba_compile.triton_templates.render import load, render
-from qmamba_compile.triton_templates.specs import SsmScanBackwardSpec, SsmScanSpec
+from qmamba_compile.triton_templates.scan_specs import SsmScanBackwardSpec, SsmScanSpec
 
 Interpreted = Callable[..., Any]
 
