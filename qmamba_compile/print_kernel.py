@@ -74,7 +74,7 @@ def print_gpu_kernel(
     """
     from .triton_templates import compiled, tuning
     from .triton_templates.render import render
-    from .triton_templates.specs import Spec, target_of
+    from .triton_templates.specs import Spec, lanes_of, target_of
     from .triton_templates.state_specs import StateSpec
 
     target = target_of(target)
@@ -103,7 +103,7 @@ def print_gpu_kernel(
         return
     if not isinstance(spec, StateSpec):
         raise ConfigError(f"--stats counts instructions an element of a state; {kernel} has none")
-    elements = spec.rows * spec.dstate / tuning.LANES.get(target, 32)  # of a lane, were there one warp
+    elements = spec.rows * spec.dstate / lanes_of(target)  # of a lane, were there one warp
     if kernel != "ssm_update" or spec.flush_interval == 1:
         found = compiled.ssm_update_facts(spec) if kernel == "ssm_update" else compiled.state_facts(spec)
         _print_facts(spec.slug(), found, elements / spec.warps, bits)

@@ -27,6 +27,11 @@ def target_of(architecture: str) -> str:
     raise ConfigError(f"architecture {architecture!r} has no kernels; they are written for {TARGETS}")
 
 
+def lanes_of(target: str) -> int:
+    """Threads of a warp."""
+    return 64 if target.startswith("gfx") else 32
+
+
 class Spec(abc.ABC):
     """One kernel, as a frozen dataclass that validates itself. Whatever is not in it comes with the call.
 

@@ -9,7 +9,7 @@ from .. import quant
 from ..errors import ConfigError
 from ..recurrence import RING_DTYPES
 from . import packed_words
-from .specs import Spec, is_power_of_two, padded, splits, state_scale_constants
+from .specs import Spec, is_power_of_two, lanes_of, padded, splits, state_scale_constants
 
 PREFETCHED_TILES = 4
 """Most tiles of a program that are loaded before it computes: 64 bytes of each thread under way. Microseconds on an
@@ -116,7 +116,7 @@ class StateSpec(Spec):
         checkpointed one 64 elements a thread, and no fewer than a product of matrices has."""
         if self.dynamic and self.kernel == "quantize_state":
             return self.rows
-        lanes = 64 if self.target.startswith("gfx") else 32
+        lanes = lanes_of(self.target)
         if self.flush_interval > 1:
             return min(self.rows, max(16, lanes * self.warps * 64 // padded(self.dstate)))
         row_bytes = padded(self.words) * 4 if self.bits else padded(self.dstate) * _itemsize(self.state_dtype) // 4

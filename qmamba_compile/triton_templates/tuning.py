@@ -10,7 +10,7 @@ import dataclasses
 
 from .layer_specs import CausalConvSpec, ConvSpec, LinearSpec, RowsSpec
 from .scan_specs import ChunkScanSpec, SsmScanBackwardSpec, SsmScanSpec
-from .specs import padded
+from .specs import lanes_of, padded
 from .state_specs import NOT_PREFETCHED, PREFETCHED_TILES, DequantizeSpec, QuantizeSpec, StateSpec
 
 
@@ -43,9 +43,6 @@ GPUS = {
     "sm_100": Gpu("B200", 148, 65536, 1.965e9, 4, 8.0e12),
     "gfx942": Gpu("MI300X", 304, 131072, 2.1e9, 1, 5.3e12),
 }
-
-LANES = {"gfx942": 64, "gfx950": 64}
-"""Threads of a warp, where not 32."""
 
 PLANNED_WARPS = {"float or 8": 24, "other": 8}
 """Warps that a unit must at least hold at once, which a kernel's registers decide. 8 bits, calibrated, nearest: 80.
@@ -98,7 +95,7 @@ def ssm_update(
         ConfigError: no kernel serves these extents.
     """
     padded = 1 << (headdim - 1).bit_length()
-    lanes = LANES.get(architecture, 32)
+    lanes = lanes_of(architecture)
     rows, warps = padded, 1
     gpu = GPUS.get(architecture)
     if dynamic:
@@ -226,7 +223,7 @@ def scan_parts(architecture: str, programs: int, chunks: int) -> int:
     gpu = GPUS.get(architecture)
     if gpu is None:
         return 1
-    held = gpu.units * (1 if architecture in LANES else SCAN_PROGRAMS)
+    held = gpu.units * (1 if lanes_of(architecture) == 64 else SCAN_PROGRAMS)
     return max(1, min(held // programs, chunks // FEWEST_CHUNKS))
 
 
@@ -242,7 +239,7 @@ def quantize_state(
     spec = ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic, loads_ahead=False)
     warps = spec.warps
     if dynamic:
-        lanes = LANES.get(architecture, 32)
+        lanes = lanes_of(architecture)
         held = 64 if stochastic or bits == 2 or lanes == 64 else 128
         while warps < 16 and spec.rows * dstate > held * lanes * warps:
             warps *= 2
@@ -266,7 +263,7 @@ def quantize_rows(architecture: str, k: int, group_size: int | None) -> RowsSpec
         ConfigError: no kernel serves these extents.
     """
     spec = RowsSpec(k, group_size, 1, architecture)
-    lanes, warps = LANES.get(architecture, 32), 1
+    lanes, warps = lanes_of(architecture), 1
     while warps < 16 and spec.elements > 16 * lanes * warps:
         warps *= 2
     return dataclasses.replace(spec, warps=warps)
@@ -279,7 +276,7 @@ def conv_update(architecture: str, channels: int, length: int, taps: int) -> Con
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    lanes = LANES.get(architecture, 32)
+    lanes = lanes_of(architecture)
     gpu = GPUS.get(architecture)
     warps = 1 if gpu and channels < 2 * 4 * lanes * gpu.units else 4
     return ConvSpec(length, taps, warps * lanes, warps, architecture)
@@ -303,7 +300,7 @@ def causal_conv(architecture: str, batch: int, channels: int, seqlen: int, taps:
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    block = LANES.get(architecture, 32) * 16 // itemsize
+    block = lanes_of(architecture) * 16 // itemsize
     gpu = GPUS.get(architecture)
     wanted = 2 * gpu.units * CONVOLVING_WARPS if gpu else 1
     tokens, fewest = CONVOLVED_TOKENS
@@ -327,7 +324,7 @@ def ssm_scan(
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    held = SCAN_ELEMENTS * LANES.get(architecture, 32)
+    held = SCAN_ELEMENTS * lanes_of(architecture)
     rows, columns = padded(headdim), padded(dstate)
     if dynamic:
         warps = max(1, min(16, rows * columns // held))
@@ -342,6 +339,6 @@ def ssm_scan_backward(architecture: str, headdim: int, dstate: int) -> SsmScanBa
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    held = SCAN_ELEMENTS * LANES.get(architecture, 32)
+    held = SCAN_ELEMENTS * lanes_of(architecture)
     warps = max(1, min(16, padded(headdim) * padded(dstate) // held))
     return SsmScanBackwardSpec(headdim, dstate, warps, architecture)
