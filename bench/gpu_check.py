@@ -248,18 +248,17 @@ def check_quantized_scan(model: Shape, variant: Variant, device: str, tokens: in
     options = (None, step.calibrated, True, 0.0, float("inf"), variant.bits, variant.stochastic, 7, 1)
     dt_steps, decay = scan_ops.step_sizes(dt, A, bias, True, 0.0, float("inf"))
     kernel = (x, dt_steps, decay, B, C)
-    states, scales = (None, None), (step.calibrated, None)
-    kind = (variant.bits, variant.stochastic, 7, 1, False)
-    found = launch_scan.ssm_scan(*kernel, D, states, scales, *kind)
+    rule = recurrence.StoreRule(variant.bits, variant.stochastic, seed=7, state_scale=step.calibrated)
+    found = launch_scan.ssm_scan(*kernel, D, (None, None), rule)
     grad_y = torch.randn(x.shape, generator=generator, device=device)
-    grads = launch_scan.ssm_scan_backward(grad_y, None, *kernel, states, scales, *kind)
+    grads = launch_scan.ssm_scan_backward(grad_y, None, *kernel, (None, None), rule)
     if found is None or grads is None:
         return {"correct": False, "reason": "no kernel serves these extents"}
     y, packed, *_ = scan_ops.ssm_scan_quantized_reference(x, dt, A, B, C, D, bias, *options)
     codes = found[1].int() - (quant.unpack(packed, variant.bits) if variant.bits is not None else packed).int()
-    store = scan_ops.StateStore(variant.bits or 8, quant.new_rng(2, 7, device), variant.stochastic, step.calibrated)
+    store = scan_ops.StateStore(rule, quant.new_rng(2, 7, device))
     state = store(x.new_zeros(found[1].shape, dtype=torch.float32))
-    wanted = scan_gradient.scan_backward_reference(grad_y, None, *kernel, state, store, 1, False)
+    wanted = scan_gradient.scan_backward_reference(grad_y, None, *kernel, state, store)
 
     def share_off(ours: Tensor, reference: Tensor) -> float:
         return float(((ours - reference).abs() > 1e-3 * reference.abs().max()).float().mean())

@@ -19,7 +19,8 @@ import typer
 from bench.shapes import STEP_SHAPES, Shape
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, tuning
-from qmamba_compile.triton_templates.render import Spec
+from qmamba_compile.triton_templates.specs import lanes_of
+from qmamba_compile.triton_templates.state_specs import StateSpec
 
 _out = rich.console.Console(width=140)
 
@@ -106,7 +107,7 @@ def cycle_share(model: Shape, bits: int, flush_interval: int, ring_bits: int, ba
     return step_bytes(model, cycle, batch) / step_bytes(model, Variant("", bits), batch)
 
 
-def spec_of(target: str, model: Shape, variant: Variant, batch: int) -> Spec:
+def spec_of(target: str, model: Shape, variant: Variant, batch: int) -> StateSpec:
     """The kernel of one layer's step."""
     return tuning.ssm_update(
         target,
@@ -125,7 +126,7 @@ def step_roofs(target: str, model: Shape, variant: Variant, batch: int) -> dict[
     """Roofs of one layer's step in seconds, with the counts behind them; means over a cycle of a checkpointed state."""
     spec = spec_of(target, model, variant, batch)
     interval = variant.flush_interval
-    lanes = tuning.LANES.get(target, 32)
+    lanes = lanes_of(target)
     elements = spec.rows * spec.dstate / lanes
     seconds: dict[str, float] = {}
     bound = instructions = floats = 0.0

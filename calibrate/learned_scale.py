@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from qmamba_compile import quant
 from qmamba_compile.config import layer_seed
+from qmamba_compile.recurrence import StoreRule
 from qmamba_compile.scan_ops import StateStore, step_sizes
 
 from .errors import CalibrationError
@@ -26,20 +28,19 @@ class _Requantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, log_scale: Tensor, store: StateStore) -> Tensor:
-        store.calibrated = quant.store_scale(log_scale.exp())
-        read = store(h)
+    def forward(ctx: Any, h: Tensor, log_scale: Tensor, rule: StoreRule, rng: Tensor) -> Tensor:
+        ctx.store = StateStore(dataclasses.replace(rule, state_scale=quant.store_scale(log_scale.exp())), rng)
+        read = ctx.store(h)
         ctx.save_for_backward(h, read)
-        ctx.store = copy.copy(store)  # as it is now: the next step changes it
         return read
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         h, read = ctx.saved_tensors
         felt = grad * (read - h)  # [b, h, p, n]
         _, largest = ctx.store.largest_of_rows(h)
         felt = felt.scatter_add(-1, largest, -felt.sum(dim=-1, keepdim=True))
-        return ctx.store.pass_through(grad, h, read), felt.sum(dim=(0, 2)), None
+        return ctx.store.pass_through(grad, h, read), felt.sum(dim=(0, 2)), None, None
 
 
 class LearnedScale:
@@ -72,10 +73,9 @@ class LearnedScale:
         if scan.layer not in self.log_scale:
             return self.recurrence(scan)
         recurrence, batch = self.recurrence, scan.x.shape[0]
-        assert recurrence.bits is not None
         dt, dA = step_sizes(scan.dt, scan.A, scan.dt_bias, scan.dt_softplus, 0.0, math.inf)
         rng = quant.new_rng(batch, layer_seed(recurrence.seed, scan.layer), scan.x.device)
-        store = StateStore(recurrence.bits, rng, recurrence.stochastic)
+        rule = StoreRule(recurrence.bits, recurrence.stochastic)
         state = scan.x.new_zeros((batch, *scan.x.shape[2:], scan.B.shape[-1]), dtype=torch.float32)
         x, repeats, outputs = scan.x.float(), scan.x.shape[2] // scan.B.shape[2], []
         for t in range(x.shape[1]):
@@ -83,7 +83,7 @@ class LearnedScale:
             B, C = (tensor[:, t].float().repeat_interleave(repeats, dim=1) for tensor in (scan.B, scan.C))
             dBx = (dt[:, t, :, None] * B)[:, :, None, :] * x[:, t, :, :, None]
             read = (
-                _Requantize.apply(state, self.log_scale[scan.layer], store)
+                _Requantize.apply(state, self.log_scale[scan.layer], rule, rng)
                 if t % recurrence.flush_interval == 0
                 else state
             )

@@ -73,11 +73,13 @@ def print_gpu_kernel(
         heads: batch * nheads. linear: rows, outputs, k. scheme, checkpoint: as for `print_cpu_kernel`.
     """
     from .triton_templates import compiled, tuning
-    from .triton_templates import render as triton_render
+    from .triton_templates.render import render
+    from .triton_templates.specs import Spec, lanes_of, target_of
+    from .triton_templates.state_specs import StateSpec
 
-    target = triton_render.target_of(target)
+    target = target_of(target)
     headdim, dstate, bits, *_ = scheme
-    choices: dict[str, Callable[[], triton_render.AnySpec]] = {
+    choices: dict[str, Callable[[], Spec]] = {
         "ssm_update": lambda: tuning.ssm_update(
             target, heads, *scheme, flush_interval=checkpoint[0], ring_bits=checkpoint[1]
         ),
@@ -97,11 +99,11 @@ def print_gpu_kernel(
         raise ConfigError(f"kernel={kernel!r} is not printed for GPUs; use one of {', '.join(choices)}")
     spec = choices[kernel]()
     if not stats:
-        sys.stdout.write(triton_render.render(spec))
+        sys.stdout.write(render(spec))
         return
-    if not isinstance(spec, triton_render.Spec):
+    if not isinstance(spec, StateSpec):
         raise ConfigError(f"--stats counts instructions an element of a state; {kernel} has none")
-    elements = spec.rows * spec.dstate / tuning.LANES.get(target, 32)  # of a lane, were there one warp
+    elements = spec.rows * spec.dstate / lanes_of(target)  # of a lane, were there one warp
     if kernel != "ssm_update" or spec.flush_interval == 1:
         found = compiled.ssm_update_facts(spec) if kernel == "ssm_update" else compiled.state_facts(spec)
         _print_facts(spec.slug(), found, elements / spec.warps, bits)

@@ -1,4 +1,4 @@
-"""The recurrence in plain float32 torch: its step sizes, one step, and the ring of a checkpointed state.
+"""The recurrence in plain float32 torch: step sizes, one step, the ring of a checkpointed state, a scan's stores.
 
 THE reference, as `quant` is for the codes. A code depends on every bit of the state before it, so what decides the
 state is defined here to the last bit: `exp` and `softplus` are sums and products in a fixed order, none fused, which
@@ -15,6 +15,7 @@ Shapes: batch b, nheads h, headdim p, ngroups g, dstate n, slots R = L - 1.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -238,3 +239,63 @@ def append_(ring: Ring, x: Tensor, dt: Tensor, B: Tensor, total: Tensor) -> None
                 mask = here.view(-1, *[1] * (value.dim() - 1))
                 stored[:, slot] = torch.where(mask, value.to(stored.dtype), stored[:, slot])
     ring.position.copy_(torch.where(ring.position == slots, 0, ring.position + 1))
+
+
+# --- the stores of a sequence --------------------------------------------------------------------------------------
+
+SCAN_BITS = (8, 4, 3, 2)
+"""Bits of a code in a faithful scan. 3 is for evaluation: its codes stay one per byte, since no row of them fills whole
+bytes evenly."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoreRule:
+    """How a faithful scan (`scan_ops`) stores its state.
+
+    Attributes:
+        bits: one of `SCAN_BITS`, or ``None`` for a float state.
+        stochastic: rounding; nearest otherwise.
+        seed: key of the noise of stochastic rounding.
+        flush_interval: the state is requantized after every so many steps, and float32 in between.
+        single_step: ESR's simulation in the paper: the state stays float, and each y is read from a step that
+            began at its quantized copy.
+        state_scale: calibrated, [h, n]; ``None`` measures it at each store.
+        channel_scale: calibrated, [h, p], for scales of which none is measured; codes clamp. Needs ``state_scale``.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+
+    bits: int | None
+    stochastic: bool = False
+    seed: int = 0
+    flush_interval: int = 1
+    single_step: bool = False
+    state_scale: Tensor | None = None
+    channel_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in SCAN_BITS:
+            raise ValueError(f"bits={self.bits} is not allowed; use one of {SCAN_BITS} or None")
+        if self.flush_interval < 1:
+            raise ValueError(f"flush_interval={self.flush_interval} is not allowed; use 1 or more steps")
+        if self.single_step and self.flush_interval != 1:
+            raise ValueError(
+                f"flush_interval={self.flush_interval}: a single step always begins at a quantized state; use 1"
+            )
+        if self.channel_scale is not None and self.state_scale is None:
+            raise ValueError("a calibrated channel_scale needs a calibrated state_scale")
+
+    @property
+    def dynamic(self) -> bool:
+        """state_scale is measured."""
+        return self.bits is not None and self.state_scale is None
+
+    @property
+    def fixed_scale(self) -> Tensor | None:
+        """The calibrated channel_scale in the 16 bits of a store."""
+        return None if self.bits is None or self.channel_scale is None else quant.store_scale(self.channel_scale)
+
+    def stores_after(self, t: int) -> bool:
+        """The state that step ``t`` leaves is requantized."""
+        return self.bits is not None and not self.single_step and (t + 1) % self.flush_interval == 0

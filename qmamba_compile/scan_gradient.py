@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import recurrence
 from .cpu_templates import launch_scan as cpu_kernels
-from .scan_ops import StateStore, check, first_states, library, step_sizes
+from .recurrence import StoreRule
+from .scan_ops import StateStore, first_states, library, step_sizes
 from .triton_templates import launch_scan as gpu_kernels
 
 library.define(
@@ -62,35 +63,16 @@ def ssm_scan_quantized_backward(
     Returns:
         Gradients of x, dt, A, B, C, D [h], dt_bias [h] and initial_state, in their dtypes (the last three float32).
     """
-    check(bits, flush_interval, single_step, state_scale, channel_scale)
+    rule = StoreRule(bits, stochastic, seed, flush_interval, single_step, state_scale, channel_scale)
     step_dt, decay = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
-    states, store = first_states(
-        initial_state, B, bits, stochastic, seed, single_step, state_scale, channel_scale, x.shape
-    )
+    states, store = first_states(initial_state, B, rule, x.shape)
     kernels = cpu_kernels if x.is_cpu else gpu_kernels
-    found = kernels.ssm_scan_backward(
-        grad_y,
-        grad_state,
-        x,
-        step_dt,
-        decay,
-        B,
-        C,
-        states,
-        (state_scale, None if store is None else store.fixed),
-        bits,
-        stochastic,
-        seed,
-        flush_interval,
-        single_step,
-    )
+    found = kernels.ssm_scan_backward(grad_y, grad_state, x, step_dt, decay, B, C, states, rule)
     if found is None:
         state = x.new_zeros((*x.shape[:1], *x.shape[2:], B.shape[-1])) if states[0] is None else states[0]
         if single_step and store is not None:
             store.rng[:, 1] = 0  # the plain scan stores the first state itself
-        found = scan_backward_reference(
-            grad_y, grad_state, x, step_dt, decay, B, C, state, store, flush_interval, single_step
-        )
+        found = scan_backward_reference(grad_y, grad_state, x, step_dt, decay, B, C, state, store)
     grad_x, grad_dt, grad_decay, grad_B, grad_C, grad_initial = found
     if store is not None and initial_state is not None and not single_step:
         assert states[0] is not None
@@ -137,8 +119,6 @@ def scan_backward_reference(
     C: Tensor,
     state: Tensor,
     store: StateStore | None,
-    flush_interval: int,
-    single_step: bool,
 ) -> list[Tensor]:
     """Gradient of `scan_reference` in plain torch: of x, dt, decay, B and C for each head [b, l, h, n], and state.
 
@@ -156,10 +136,9 @@ def scan_backward_reference(
 
     def advance(state: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """The state that step t begins at as y sees it, and the state after it."""
-        seen = store(state) if single_step and store is not None else state
+        seen = store(state) if store is not None and store.rule.single_step else state
         h = after_step(state, t)
-        stored = store is not None and not single_step and (t + 1) % flush_interval == 0
-        return seen, store(h) if stored and store is not None else h
+        return seen, store(h) if store is not None and store.rule.stores_after(t) else h
 
     for begin in begins:
         kept.append((state, None if store is None else store.rng.clone()))
@@ -178,7 +157,7 @@ def scan_backward_reference(
         for t, before, seen, after in reversed(states):
             step = dt[:, t, :, None]  # [b, h, 1]
             h = after_step(seen, t)
-            if store is not None and not single_step and (t + 1) % flush_interval == 0:
+            if store is not None and store.rule.stores_after(t):
                 grad = store.pass_through(grad, h, after)
             from_y = C[:, t, :, None, :] * grad_y[:, t, :, :, None]  # [b, h, p, n]
             grad_dtx = torch.einsum("bhpn,bhn->bhp", grad + from_y, B[:, t])
@@ -187,7 +166,7 @@ def scan_backward_reference(
             grads[2][:, t] = (grad * before + from_y * seen).sum((-1, -2))
             grads[3][:, t] = step * torch.einsum("bhpn,bhp->bhn", grad + from_y, x[:, t])
             grads[4][:, t] = torch.einsum("bhpn,bhp->bhn", h, grad_y[:, t])
-            if store is not None and single_step:
+            if store is not None and store.rule.single_step:
                 from_y = store.pass_through(from_y, before, seen)
             grad = (grad + from_y) * decay[:, t, :, None, None]
     return [*grads, grad]

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from . import quant, recurrence
 from .cpu_templates import launch_scan as cpu_kernels
+from .recurrence import StoreRule
 from .triton_templates import launch_scan as gpu_kernels
 
 library = torch.library.Library("qmamba", "FRAGMENT")
-
-SCAN_BITS = (8, 4, 3, 2)
-"""Bits of a code. 3 is for evaluation: its codes stay one per byte, since no row of them fills whole bytes evenly."""
 
 library.define(
     "ssm_scan_quantized(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
@@ -51,7 +49,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 class StateStore:
-    """Requantizes a state again and again, as a cache of ``bits`` bits would, and remembers what it last held.
+    """Requantizes a state again and again, as a cache of ``rule.bits`` bits would, and remembers what it last held.
 
     Calling it with h [b, h, p, n] gives what decode would read back, float32.
 
@@ -60,18 +58,10 @@ class StateStore:
         rng: [b, 2], key and number of stores; it advances whether or not the rounding is stochastic.
     """
 
-    def __init__(
-        self,
-        bits: int,
-        rng: Tensor,
-        stochastic: bool,
-        state_scale: Tensor | None = None,
-        channel_scale: Tensor | None = None,
-        single_step: bool = False,
-    ) -> None:
-        self.bits, self.rng, self.stochastic, self.single_step = bits, rng, stochastic, single_step
-        self.calibrated = state_scale
-        self.fixed = None if channel_scale is None else quant.store_scale(channel_scale)
+    def __init__(self, rule: StoreRule, rng: Tensor) -> None:
+        assert rule.bits is not None
+        self.rule, self.bits, self.rng = rule, rule.bits, rng
+        self.calibrated, self.fixed = rule.state_scale, rule.fixed_scale
 
     def __call__(self, h: Tensor) -> Tensor:
         h = h.detach().float()
@@ -81,7 +71,7 @@ class StateStore:
         else:
             # Codes clamp. What is not finite must show all the same, and a code cannot hold it.
             channel_scale = torch.where(h.isfinite().all(dim=-1), self.fixed, math.nan)
-        noise = quant.uniform_noise(self.rng, h.shape[1:]) if self.stochastic else None
+        noise = quant.uniform_noise(self.rng, h.shape[1:]) if self.rule.stochastic else None
         self.codes = quant.quantize_codes(h, channel_scale, state_scale, self.bits, noise=noise)
         self.channel_scale, self.state_scale = channel_scale, state_scale
         self.rng[:, 1] += 1
@@ -96,7 +86,7 @@ class StateStore:
         with it by (read - h) / channel_scale. A measured state_scale is taken for constant, and all of it passes
         straight through.
         """
-        if self.calibrated is None or (self.fixed is not None and self.single_step):
+        if self.calibrated is None or (self.fixed is not None and self.rule.single_step):
             return grad
         largest_code = quant.max_code(self.bits)
         if self.fixed is not None:
@@ -198,7 +188,7 @@ def ssm_scan_quantized_reference(
     channel_scale: Tensor | None = None,
 ) -> list[Tensor]:
     """`ssm_scan_quantized` in plain torch."""
-    check(bits, flush_interval, single_step, state_scale, channel_scale)
+    rule = StoreRule(bits, stochastic, seed, flush_interval, single_step, state_scale, channel_scale)
     batch, _, nheads, headdim = x.shape
     dt, dA = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
     state = x.new_zeros((batch, nheads, headdim, B.shape[-1]), dtype=torch.float32)
@@ -206,8 +196,7 @@ def ssm_scan_quantized_reference(
         state = initial_state.float()
     store = None
     if bits is not None:
-        rng = quant.new_rng(batch, seed, x.device)
-        store = StateStore(bits, rng, stochastic, state_scale, channel_scale, single_step)
+        store = StateStore(rule, quant.new_rng(batch, seed, x.device))
         if not single_step:
             state = StraightThrough.apply(state, store)
     y, state = scan_reference(x, dt, dA, B, C, state, store, flush_interval, single_step)
@@ -249,13 +238,7 @@ def ssm_scan_quantized(
 
     Args:
         initial_state: [b, h, p, n], quantized first, as prefill hands it over; ``None`` is zeros.
-        state_scale: calibrated, [h, n]; ``None`` measures it at each store.
-        bits: one of `SCAN_BITS`, or ``None`` for a float state.
-        seed: key of the noise of stochastic rounding.
-        flush_interval: the state is requantized after every so many steps, and float32 in between.
-        single_step: ESR's simulation in the paper: the state stays float, and each y is read from a step that
-            began at its quantized copy.
-        channel_scale: calibrated, [h, p], for scales of which none is measured; codes clamp. Needs ``state_scale``.
+        state_scale, bits, stochastic, seed, flush_interval, single_step, channel_scale: see `StoreRule`.
 
     Returns:
         y [b, l, h, p] float32 and the state as decode holds it after the last store: packed (3 bits: int8 codes
@@ -265,17 +248,12 @@ def ssm_scan_quantized(
     Raises:
         ValueError: arguments that contradict each other.
     """
-    check(bits, flush_interval, single_step, state_scale, channel_scale)
+    rule = StoreRule(bits, stochastic, seed, flush_interval, single_step, state_scale, channel_scale)
     if x.shape[1] > 0:
         step_dt, decay = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
-        states, store = first_states(
-            initial_state, B, bits, stochastic, seed, single_step, state_scale, channel_scale, x.shape
-        )
-        scales = (state_scale, None if store is None else store.fixed)
+        states, store = first_states(initial_state, B, rule, x.shape)
         kernels = cpu_kernels if x.is_cpu else gpu_kernels
-        found = kernels.ssm_scan(
-            x, step_dt, decay, B, C, D, states, scales, bits, stochastic, seed, flush_interval, single_step
-        )
+        found = kernels.ssm_scan(x, step_dt, decay, B, C, D, states, rule)
         if found is not None:
             if store is None:
                 return found
@@ -307,27 +285,18 @@ def ssm_scan_quantized(
 
 
 def first_states(
-    initial_state: Tensor | None,
-    B: Tensor,
-    bits: int | None,
-    stochastic: bool,
-    seed: int,
-    single_step: bool,
-    state_scale: Tensor | None,
-    channel_scale: Tensor | None,
-    shape: torch.Size,
+    initial_state: Tensor | None, B: Tensor, rule: StoreRule, shape: torch.Size
 ) -> tuple[tuple[Tensor | None, Tensor | None], StateStore | None]:
     """The state that the first token begins at (and its quantized copy, for a single step), and where it is stored."""
-    if bits is None:
+    if rule.bits is None:
         return (initial_state, None), None
     batch, _, nheads, headdim = shape
-    rng = quant.new_rng(batch, seed, B.device)
-    store = StateStore(bits, rng, stochastic, state_scale, channel_scale, single_step)
+    store = StateStore(rule, quant.new_rng(batch, rule.seed, B.device))
     state = initial_state
     if state is None:
         state = B.new_zeros((batch, nheads, headdim, B.shape[-1]), dtype=torch.float32)
     read = store(state)
-    return ((state, read) if single_step else (read, None)), store
+    return ((state, read) if rule.single_step else (read, None)), store
 
 
 @torch.library.register_fake("qmamba::ssm_scan_quantized", lib=library)
@@ -345,16 +314,3 @@ def _(x, dt, A, B, C, D, dt_bias, initial_state, state_scale, dt_softplus, dt_mi
         x.new_empty((batch, 2), dtype=torch.int64),
     ]
     return outputs + ([x.new_empty((batch, nheads, dstate), dtype=quant.SCALE_DTYPE)] if state_scale is None else [])
-
-
-def check(
-    bits: int | None, flush_interval: int, single_step: bool, state_scale: Tensor | None, channel_scale: Tensor | None
-) -> None:
-    if bits is not None and bits not in SCAN_BITS:
-        raise ValueError(f"bits={bits} is not allowed; use one of {SCAN_BITS} or None")
-    if flush_interval < 1:
-        raise ValueError(f"flush_interval={flush_interval} is not allowed; use 1 or more steps")
-    if single_step and flush_interval != 1:
-        raise ValueError(f"flush_interval={flush_interval}: a single step always begins at a quantized state; use 1")
-    if channel_scale is not None and state_scale is None:
-        raise ValueError("a calibrated channel_scale needs a calibrated state_scale")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import quant
+from ..recurrence import StoreRule
 from . import build
 from .call_site import Field, pack
 from .launch import DTYPES, contiguous_float, empty, kernel, threads, vector
@@ -41,18 +42,12 @@ def ssm_scan(
     C: Tensor,
     D: Tensor | None,
     states: tuple[Tensor | None, Tensor | None],
-    scales: tuple[Tensor | None, Tensor | None],
-    bits: int | None,
-    stochastic: bool,
-    seed: int,
-    flush_interval: int,
-    single_step: bool,
+    rule: StoreRule,
 ) -> list[Tensor] | None:
     """The faithful scan on the CPU; ``dt`` and ``decay`` [b, l, h] as `scan_ops.step_sizes` gives them.
 
     Args:
         states: the state before the first token, as decode reads it, and with ``single_step`` its quantized copy.
-        scales: calibrated state_scale [h, n] and channel_scale [h, p].
 
     Returns:
         y and codes int8 [b, h, p, n], channel_scale [b, h, p], state_scale [b, h, n] (left as they were when dynamic is
@@ -60,13 +55,11 @@ def ssm_scan(
     """
     batch, seqlen, nheads, headdim = x.shape
     dstate = B.shape[-1]
-    function, fields = _scan_call(
-        "ssm_scan", x, dt, decay, B, C, D, states, scales, bits, stochastic, seed, flush_interval, single_step
-    )
+    function, fields = _scan_call("ssm_scan", x, dt, decay, B, C, D, states, rule)
     if function is None:
         return None
     outputs = [empty((batch, seqlen, nheads, headdim))]
-    if bits is None:
+    if rule.bits is None:
         outputs.append(empty((batch, nheads, headdim, dstate)))
         results: list[Field] = [*outputs, 0, 0, 0]
     else:
@@ -89,32 +82,12 @@ def ssm_scan_backward(
     B: Tensor,
     C: Tensor,
     states: tuple[Tensor | None, Tensor | None],
-    scales: tuple[Tensor | None, Tensor | None],
-    bits: int | None,
-    stochastic: bool,
-    seed: int,
-    flush_interval: int,
-    single_step: bool,
+    rule: StoreRule,
 ) -> list[Tensor] | None:
     """Gradient of `ssm_scan` without D: of x, dt, decay, B and C for each head [b, l, h, n], and the first state."""
     batch, seqlen, nheads, headdim = x.shape
     dstate = B.shape[-1]
-    function, fields = _scan_call(
-        "ssm_scan_backward",
-        x,
-        dt,
-        decay,
-        B,
-        C,
-        None,
-        states,
-        scales,
-        bits,
-        stochastic,
-        seed,
-        flush_interval,
-        single_step,
-    )
+    function, fields = _scan_call("ssm_scan_backward", x, dt, decay, B, C, None, states, rule)
     if function is None:
         return None
     grad_y = contiguous_float(grad_y)
@@ -145,20 +118,17 @@ def _scan_call(
     C: Tensor,
     D: Tensor | None,
     states: tuple[Tensor | None, Tensor | None],
-    scales: tuple[Tensor | None, Tensor | None],
-    bits: int | None,
-    stochastic: bool,
-    seed: int,
-    flush_interval: int,
-    single_step: bool,
+    rule: StoreRule,
 ) -> tuple[build.Kernel | None, list[Field]]:
     """The kernel, and the fields that scan and gradient share."""
     batch, seqlen, nheads, headdim = x.shape
-    function = kernel(name, headdim, B.shape[-1], bits, bits is not None and scales[0] is None, stochastic)
+    function = kernel(name, headdim, B.shape[-1], rule.bits, rule.dynamic, rule.stochastic)
     floats = [None if tensor is None else contiguous_float(tensor) for tensor in states]
-    fields: list[Field] = [*_sequences(x, B, C), *vector(D), dt, decay, *floats, *vector(scales[0]), *vector(scales[1])]
+    fields: list[Field] = [*_sequences(x, B, C), *vector(D), dt, decay, *floats]
+    fields += [*vector(rule.state_scale), *vector(rule.fixed_scale)]
     team = threads(batch * nheads * headdim * B.shape[-1] * seqlen)
-    fields += [batch, seqlen, nheads, B.shape[2], seed, flush_interval, int(single_step and bits is not None), team]
+    single_step = int(rule.single_step and rule.bits is not None)
+    fields += [batch, seqlen, nheads, B.shape[2], rule.seed, rule.flush_interval, single_step, team]
     return function, fields
 
 

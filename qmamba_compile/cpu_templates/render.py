@@ -24,9 +24,6 @@ SCAN_CHUNK = 32
 of 64 x 128, one thread of Zen 5, CPU time, median (best): 15.5 ms (14.8) at 32, 19.7 (14.6) at 64, 24.1 (16.4) at 128.
 """
 
-SCAN_BITS = (8, 4, 3, 2)
-"""Bits of a code inside ssm_scan, whose codes are never packed."""
-
 LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 """Floats in one vector of each instruction set. Portable code uses the 16-byte vectors of SSE2 and NEON."""
 
@@ -107,8 +104,8 @@ class Spec:
         elif self.kernel == "chunk_scan":
             raise ConfigError(f"bits={self.bits} is not allowed: chunk_scan ends in a float32 state; use None")
         elif self.kernel.startswith("ssm_scan"):
-            if self.bits not in SCAN_BITS:
-                raise ConfigError(f"bits={self.bits} is not allowed; use one of {SCAN_BITS} or None")
+            if self.bits not in recurrence.SCAN_BITS:
+                raise ConfigError(f"bits={self.bits} is not allowed; use one of {recurrence.SCAN_BITS} or None")
         elif self.bits not in quant.STATE_BITS:
             raise ConfigError(f"bits={self.bits} is not allowed; use one of {quant.STATE_BITS} or None")
         elif not quant.packable(self.dstate, self.bits):

@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
-from .render import Spec, load
+from .render import load
+from .state_specs import StateSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,7 @@ def ssm_update_signature(
 
 
 @functools.cache
-def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
+def ssm_update_facts(spec: StateSpec, stores: bool | None = None) -> Facts:
     """`Facts` of an `ssm_update` kernel as a model calls it.
 
     Args:
@@ -280,7 +281,7 @@ def ssm_update_facts(spec: Spec, stores: bool | None = None) -> Facts:
 
 
 @functools.cache
-def state_facts(spec: Spec) -> Facts:
+def state_facts(spec: StateSpec) -> Facts:
     """`Facts` of a `quantize_state` kernel for a float32 state, or of a `dequantize_state` kernel."""
     types = {"packed": "*i32", "channel_scale": "*bf16", "state_scale": "*bf16", "rng": "*i64", "state": "*fp32"}
     strides = ("state_stride_b", "state_stride_h", "state_stride_p", "scale_stride_b")

@@ -22,7 +22,9 @@ from .. import quant
 from ..errors import ConfigError
 from ..recurrence import Ring
 from . import tuning
-from .render import Spec, load, target_of
+from .render import load
+from .specs import target_of
+from .state_specs import StateSpec
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def _chosen(
     state_dtype: str = "float32",
     flush_interval: int = 1,
     ring_bits: int = 16,
-) -> Spec | None:
+) -> StateSpec | None:
     try:
         return tuning.ssm_update(
             architecture,
@@ -180,7 +182,7 @@ def ssm_update_float(
 
 
 def _launch(
-    spec: Spec,
+    spec: StateSpec,
     state: tuple[Tensor, ...],
     slots: Tensor | None,
     x: Tensor,

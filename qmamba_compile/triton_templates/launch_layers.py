@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import launch, tuning
-from .render import COMBINE_BLOCK, LinearSpec, load
-from .specs import ConvSpec, RowsSpec
+from .layer_specs import COMBINE_BLOCK, ConvSpec, LinearSpec, RowsSpec
+from .render import load
 
 
 @functools.cache

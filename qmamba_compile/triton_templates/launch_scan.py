@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .. import quant
 from ..errors import ConfigError
+from ..recurrence import StoreRule
 from . import tuning
 from .launch import refuse, target
 from .render import load
-from .specs import SsmScanBackwardSpec, SsmScanSpec
+from .scan_specs import SsmScanBackwardSpec, SsmScanSpec
 
 log = logging.getLogger(__name__)
 
@@ -156,27 +157,24 @@ class _Scan:
         B: Tensor,
         C: Tensor,
         states: tuple[Tensor | None, Tensor | None],
-        scales: tuple[Tensor | None, Tensor | None],
-        bits: int | None,
-        stochastic: bool,
-        seed: int,
-        flush_interval: int,
-        single_step: bool,
+        rule: StoreRule,
     ) -> _Scan | None:
         """``None``: no kernel serves these arguments."""
         architecture = target(x.device.type, x.device.index)
         if architecture is None or x.numel() == 0:
             return None
-        quantized = bits is not None
-        dynamic, stochastic = quantized and scales[0] is None, quantized and stochastic
-        specs = _chosen(architecture, x.shape[-1], B.shape[-1], bits, dynamic, stochastic)
+        quantized = rule.bits is not None
+        stochastic = quantized and rule.stochastic
+        specs = _chosen(architecture, x.shape[-1], B.shape[-1], rule.bits, rule.dynamic, stochastic)
         if specs is None:
             return None
-        single_step = single_step and quantized
+        single_step = quantized and rule.single_step
         carried, copy = (None if state is None else state.float().contiguous() for state in states)
-        state_scale, channel_scale = (None if scale is None else scale.contiguous() for scale in scales)
+        state_scale, channel_scale = (
+            None if scale is None else scale.contiguous() for scale in (rule.state_scale, rule.fixed_scale)
+        )
         # Not a number: Triton would make another kernel of each that fits in 32 bits or is 1.
-        key = torch.full((1,), seed, dtype=torch.int64, device=x.device) if stochastic else None
+        key = torch.full((1,), rule.seed, dtype=torch.int64, device=x.device) if stochastic else None
         return cls(
             *specs,
             x,
@@ -187,7 +185,7 @@ class _Scan:
             (carried, copy if single_step else None),
             (state_scale, channel_scale),
             key,
-            flush_interval,
+            rule.flush_interval,
             single_step,
         )
 
@@ -239,29 +237,23 @@ def ssm_scan(
     C: Tensor,
     D: Tensor | None,
     states: tuple[Tensor | None, Tensor | None],
-    scales: tuple[Tensor | None, Tensor | None],
-    bits: int | None,
-    stochastic: bool,
-    seed: int,
-    flush_interval: int,
-    single_step: bool,
+    rule: StoreRule,
 ) -> list[Tensor] | None:
     """The faithful scan on a GPU; ``dt`` and ``decay`` [b, l, h] as `scan_ops.step_sizes` gives them.
 
     Args:
         states: the state before the first token, as decode reads it, and with ``single_step`` its quantized copy.
-        scales: calibrated state_scale [h, n] and channel_scale [h, p].
 
     Returns:
         y and codes int8 [b, h, p, n], channel_scale [b, h, p], state_scale [b, h, n] (left as it was unless dynamic)
         after the last store; ``bits=None``: y and the state. No store happens before step ``flush_interval``.
     """
-    scan = _Scan.of(x, dt, decay, B, C, states, scales, bits, stochastic, seed, flush_interval, single_step)
+    scan = _Scan.of(x, dt, decay, B, C, states, rule)
     if scan is None:
         return None
     batch, nheads, headdim, dstate = scan.shape_of_states
     outputs = [torch.empty(x.shape, dtype=torch.float32, device=x.device)]
-    if bits is None:
+    if rule.bits is None:
         outputs.append(torch.empty(scan.shape_of_states, dtype=torch.float32, device=x.device))
     else:
         outputs += [
@@ -282,12 +274,7 @@ def ssm_scan_backward(
     B: Tensor,
     C: Tensor,
     states: tuple[Tensor | None, Tensor | None],
-    scales: tuple[Tensor | None, Tensor | None],
-    bits: int | None,
-    stochastic: bool,
-    seed: int,
-    flush_interval: int,
-    single_step: bool,
+    rule: StoreRule,
 ) -> list[Tensor] | None:
     """Gradient of `ssm_scan` without D: of x, dt, decay, B and C for each head [b, l, h, n], and the first state.
 
@@ -295,7 +282,7 @@ def ssm_scan_backward(
     chunk to the first, each chunk's from its first. That is memory for 2 * sqrt(seqlen) states, twice as many for
     single steps.
     """
-    scan = _Scan.of(x, dt, decay, B, C, states, scales, bits, stochastic, seed, flush_interval, single_step)
+    scan = _Scan.of(x, dt, decay, B, C, states, rule)
     if scan is None:
         return None
     batch, seqlen, nheads, headdim = x.shape
@@ -307,7 +294,7 @@ def ssm_scan_backward(
     begins = range(0, seqlen, chunk)
     kinds = 1 + scan.single_step
     kept, inside = (empty(count, kinds, *scan.shape_of_states) for count in (len(begins), chunk + 1))
-    nothing = [None] * (2 if bits is None else 4)
+    nothing = [None] * (2 if rule.bits is None else 4)
     scan.run(range(0, begins[-1] + 1, chunk), scan.states, None, nothing, kept)
 
     tokens, columns = (batch, seqlen, nheads), (batch, seqlen, nheads, B.shape[-1])

@@ -12,7 +12,7 @@ from .. import quant
 from ..errors import ConfigError
 from . import launch, tuning
 from .render import load
-from .specs import DequantizeSpec, QuantizeSpec
+from .state_specs import DequantizeSpec, QuantizeSpec
 
 
 @functools.cache

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from .render import NOT_PREFETCHED, PREFETCHED_TILES, WALKING, LinearSpec, ScanSpec, Spec, padded
-from .specs import CausalConvSpec, ConvSpec, DequantizeSpec, QuantizeSpec, RowsSpec, SsmScanBackwardSpec, SsmScanSpec
+from .layer_specs import CausalConvSpec, ConvSpec, LinearSpec, RowsSpec
+from .scan_specs import ChunkScanSpec, SsmScanBackwardSpec, SsmScanSpec
+from .specs import lanes_of, padded
+from .state_specs import NOT_PREFETCHED, PREFETCHED_TILES, DequantizeSpec, QuantizeSpec, StateSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +44,6 @@ GPUS = {
     "gfx942": Gpu("MI300X", 304, 131072, 2.1e9, 1, 5.3e12),
 }
 
-LANES = {"gfx942": 64, "gfx950": 64}
-"""Threads of a warp, where not 32."""
-
 PLANNED_WARPS = {"float or 8": 24, "other": 8}
 """Warps that a unit must at least hold at once, which a kernel's registers decide. 8 bits, calibrated, nearest: 80.
 4 bits with four tiles in registers: 168. At 2 bits a thread's 16-byte access is 64 columns, and B, C and the state of
@@ -74,7 +73,7 @@ def ssm_update(
     flush_interval: int = 1,
     ring_bits: int = 16,
     loads_ahead: bool = True,
-) -> Spec:
+) -> StateSpec:
     """The kernel for ``heads`` = batch * nheads states of headdim x dstate.
 
     Calibrated: one warp owns rows, four tiles of them, all loaded before it computes (`PREFETCHED_TILES`). With fewer
@@ -96,7 +95,7 @@ def ssm_update(
         ConfigError: no kernel serves these extents.
     """
     padded = 1 << (headdim - 1).bit_length()
-    lanes = LANES.get(architecture, 32)
+    lanes = lanes_of(architecture)
     rows, warps = padded, 1
     gpu = GPUS.get(architecture)
     if dynamic:
@@ -120,10 +119,10 @@ def ssm_update(
         while warps < 16 and tile * dstate > held * lanes * warps:
             warps *= 2
     extents = (headdim, dstate, bits, dynamic, stochastic)
-    return Spec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
+    return StateSpec(*extents, rows, warps, architecture, state_dtype, flush_interval, ring_bits)
 
 
-def launches(spec: Spec, programs: int, batch: int) -> dict[bool | None, int]:
+def launches(spec: StateSpec, programs: int, batch: int) -> dict[bool | None, int]:
     """The launches of a checkpointed step whose sequences take ``programs`` each: STORES, and the grid's last extent.
 
     One that does either, where all programs are resident at once: 4.4 us for 6.1 (2.7B shape, batch 1). It has the
@@ -136,7 +135,7 @@ def launches(spec: Spec, programs: int, batch: int) -> dict[bool | None, int]:
     if programs * batch <= resident:
         return {None: batch}
     turns = -(-programs * batch // resident)
-    return {True: -(-batch // turns) if spec.target in WALKING else batch, False: batch}
+    return {True: -(-batch // turns) if spec.walks else batch, False: batch}
 
 
 MOST_QUANTIZED_ON_THE_WAY = 10240
@@ -193,7 +192,7 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int, *, prequanti
     return LinearSpec(block_o, block_k, splits, warps, stages, architecture, block_m, block_x)
 
 
-def chunk_scan(architecture: str, headdim: int, dstate: int) -> ScanSpec:
+def chunk_scan(architecture: str, headdim: int, dstate: int) -> ChunkScanSpec:
     """The kernel for states of headdim x dstate.
 
     As many rows as hold the state in 64 registers a thread: C . B is computed once more for each further block of rows.
@@ -204,7 +203,7 @@ def chunk_scan(architecture: str, headdim: int, dstate: int) -> ScanSpec:
         ConfigError: no kernel serves these extents.
     """
     block_p = min(64 if dstate <= 128 else 32, max(16, padded(headdim)))
-    return ScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
+    return ChunkScanSpec(headdim, dstate, 32 if dstate <= 128 else 16, block_p, 4, architecture)
 
 
 SCAN_PROGRAMS = 2
@@ -224,7 +223,7 @@ def scan_parts(architecture: str, programs: int, chunks: int) -> int:
     gpu = GPUS.get(architecture)
     if gpu is None:
         return 1
-    held = gpu.units * (1 if architecture in LANES else SCAN_PROGRAMS)
+    held = gpu.units * (1 if lanes_of(architecture) == 64 else SCAN_PROGRAMS)
     return max(1, min(held // programs, chunks // FEWEST_CHUNKS))
 
 
@@ -240,7 +239,7 @@ def quantize_state(
     spec = ssm_update(architecture, heads, headdim, dstate, bits, dynamic, stochastic, loads_ahead=False)
     warps = spec.warps
     if dynamic:
-        lanes = LANES.get(architecture, 32)
+        lanes = lanes_of(architecture)
         held = 64 if stochastic or bits == 2 or lanes == 64 else 128
         while warps < 16 and spec.rows * dstate > held * lanes * warps:
             warps *= 2
@@ -264,7 +263,7 @@ def quantize_rows(architecture: str, k: int, group_size: int | None) -> RowsSpec
         ConfigError: no kernel serves these extents.
     """
     spec = RowsSpec(k, group_size, 1, architecture)
-    lanes, warps = LANES.get(architecture, 32), 1
+    lanes, warps = lanes_of(architecture), 1
     while warps < 16 and spec.elements > 16 * lanes * warps:
         warps *= 2
     return dataclasses.replace(spec, warps=warps)
@@ -277,7 +276,7 @@ def conv_update(architecture: str, channels: int, length: int, taps: int) -> Con
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    lanes = LANES.get(architecture, 32)
+    lanes = lanes_of(architecture)
     gpu = GPUS.get(architecture)
     warps = 1 if gpu and channels < 2 * 4 * lanes * gpu.units else 4
     return ConvSpec(length, taps, warps * lanes, warps, architecture)
@@ -301,7 +300,7 @@ def causal_conv(architecture: str, batch: int, channels: int, seqlen: int, taps:
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    block = LANES.get(architecture, 32) * 16 // itemsize
+    block = lanes_of(architecture) * 16 // itemsize
     gpu = GPUS.get(architecture)
     wanted = 2 * gpu.units * CONVOLVING_WARPS if gpu else 1
     tokens, fewest = CONVOLVED_TOKENS
@@ -325,7 +324,7 @@ def ssm_scan(
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    held = SCAN_ELEMENTS * LANES.get(architecture, 32)
+    held = SCAN_ELEMENTS * lanes_of(architecture)
     rows, columns = padded(headdim), padded(dstate)
     if dynamic:
         warps = max(1, min(16, rows * columns // held))
@@ -340,6 +339,6 @@ def ssm_scan_backward(architecture: str, headdim: int, dstate: int) -> SsmScanBa
     Raises:
         ConfigError: no kernel serves these extents.
     """
-    held = SCAN_ELEMENTS * LANES.get(architecture, 32)
+    held = SCAN_ELEMENTS * lanes_of(architecture)
     warps = max(1, min(16, padded(headdim) * padded(dstate) // held))
     return SsmScanBackwardSpec(headdim, dstate, warps, architecture)

@@ -402,7 +402,8 @@ def test_a_store_scales_with_a_row(bits: int) -> None:
     what is read is what is read."""
     h, grad = torch.randn(2, 3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
     h[0, 0, 0] = 0
-    store = scan_ops.StateStore(bits, quant.new_rng(3, 0), False, quant.store_scale(torch.rand(4, 16) + 0.5))
+    rule = recurrence.StoreRule(bits, state_scale=quant.store_scale(torch.rand(4, 16) + 0.5))
+    store = scan_ops.StateStore(rule, quant.new_rng(3, 0))
     read = store(h)
     along = (store.pass_through(grad, h, read) * h).sum(dim=-1)
     torch.testing.assert_close(along, (grad * read).sum(dim=-1), rtol=1e-4, atol=1e-4)

@@ -16,8 +16,9 @@ from torch import Tensor
 from qmamba_compile import ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
+from qmamba_compile.triton_templates.layer_specs import CausalConvSpec
 from qmamba_compile.triton_templates.render import load, render
-from qmamba_compile.triton_templates.specs import CausalConvSpec
+from qmamba_compile.triton_templates.specs import lanes_of
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -272,7 +273,7 @@ def check_accesses(spec: CausalConvSpec, found: compiled.Facts) -> None:
 
 
 def per_element(spec: CausalConvSpec, found: compiled.Facts) -> float:
-    return found.instructions * tuning.LANES.get(spec.target, 32) * spec.warps / (spec.tokens * spec.block)
+    return found.instructions * lanes_of(spec.target) * spec.warps / (spec.tokens * spec.block)
 
 
 # Instructions an element, the more of Triton 3.6 and 3.9 when the bound was set, plus 2 to 3 percent. gfx942 has no
@@ -292,7 +293,7 @@ def test_instructions_per_element(dtype: str, target: str) -> None:
     assert spec.tokens == 16
     found = compiled.facts(machine_code(spec, dtype))
     check_accesses(spec, found)
-    lanes = tuning.LANES.get(target, 32)
+    lanes = lanes_of(target)
     held = tuning.GPUS[target].registers // (-(-found.registers // 8) * 8 * lanes * spec.warps)
     assert held >= tuning.CONVOLVING_WARPS, found.registers
     bound = BOUNDS[dtype][target]
@@ -311,7 +312,7 @@ def test_a_thread_asks_for_tokens_ahead(target: str) -> None:
 @pytest.mark.parametrize("tokens", [4, 8])
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_kernels_of_short_prompts(target: str, tokens: int) -> None:
-    spec = CausalConvSpec(4, tokens, 8 * tuning.LANES.get(target, 32), target=target)
+    spec = CausalConvSpec(4, tokens, 8 * lanes_of(target), target=target)
     found = compiled.facts(machine_code(spec, "bf16"))
     check_accesses(spec, found)
 

@@ -15,7 +15,8 @@ from test_triton_ssm_update import SMALL, Y_TOLERANCE, poisoned_launch
 from qmamba_compile import ops, recurrence
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch, tuning
-from qmamba_compile.triton_templates.render import Spec, render
+from qmamba_compile.triton_templates.render import render
+from qmamba_compile.triton_templates.state_specs import StateSpec
 
 
 def in_one_launch(function: Callable[..., None], *arguments: Any) -> None:
@@ -229,7 +230,7 @@ def test_compiles_for_amd(ring_bits: int) -> None:
 @pytest.mark.parametrize("change", [{"ring_bits": 4, "flush_interval": 2}, {"ring_bits": 8}])
 def test_spec_refuses(change: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="ring_bits"):
-        Spec(64, 128, 4, **change)  # type: ignore[arg-type]
+        StateSpec(64, 128, 4, **change)  # type: ignore[arg-type]
 
 
 def test_a_state_without_a_ring_renders_none() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from qmamba_compile.triton_templates import tuning
 from qmamba_compile.triton_templates.compiled import ssm_update_facts as facts
-from qmamba_compile.triton_templates.render import Spec
+from qmamba_compile.triton_templates.specs import lanes_of
+from qmamba_compile.triton_templates.state_specs import StateSpec
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -18,24 +19,20 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODELS = {"130M": (24, 64, 128), "2.7B": (80, 64, 128), "Codestral-7B": (128, 64, 128), "Nemotron-H-8B": (128, 64, 128)}
 
 
-def lanes(spec: Spec) -> int:
-    return 64 if spec.target.startswith("gfx") else 32
-
-
-def per_element(spec: Spec) -> float:
+def per_element(spec: StateSpec) -> float:
     """Instructions that a thread issues for one element of the state."""
-    return facts(spec).instructions * lanes(spec) * spec.warps / (spec.rows * spec.dstate)
+    return facts(spec).instructions * lanes_of(spec.target) * spec.warps / (spec.rows * spec.dstate)
 
 
-def check_registers_and_accesses(spec: Spec) -> None:
+def check_registers_and_accesses(spec: StateSpec) -> None:
     found = facts(spec)
     assert found.spills == 0 and found.local_accesses == 0, found
-    resident = registers_of_unit(spec.target) // (allocated(found.registers, spec.target) * lanes(spec))
+    resident = registers_of_unit(spec.target) // (allocated(found.registers, spec.target) * lanes_of(spec.target))
     assert resident >= tuning.planned_warps(spec.bits, spec.dynamic, spec.stochastic), (found.registers, resident)
     # Every byte of the state passes in 16-byte accesses: one for each 16 bytes, and nothing narrower is as many.
     # Dynamic scales read it a second time, from cache.
     row_bytes = spec.dstate * (spec.bits or (32 if spec.state_dtype == "float32" else 16)) // 8
-    expected = spec.rows * row_bytes // (16 * lanes(spec) * spec.warps)
+    expected = spec.rows * row_bytes // (16 * lanes_of(spec.target) * spec.warps)
     assert found.accesses.get(("load", 16), 0) == (1 + spec.dynamic) * expected, found.accesses
     assert found.accesses.get(("store", 16), 0) == expected, found.accesses
 
@@ -131,7 +128,7 @@ def test_int4_needs_fewer_instructions_than_int8() -> None:
 
 def test_the_counts_can_see_spills_and_conversions() -> None:
     """A kernel that measures 1024 elements a thread: the checks above must fail on it."""
-    spec = Spec(128, 256, 4, dynamic=True, rows=128, warps=1)
+    spec = StateSpec(128, 256, 4, dynamic=True, rows=128, warps=1)
     assert facts(spec).spills > 0 and facts(spec).local_accesses > 0
     with pytest.raises(AssertionError):
         check_registers_and_accesses(spec)

@@ -15,8 +15,8 @@ from torch import Tensor
 from qmamba_compile import ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
+from qmamba_compile.triton_templates.layer_specs import ConvSpec
 from qmamba_compile.triton_templates.render import load, render
-from qmamba_compile.triton_templates.specs import ConvSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 Interpreted = Callable[..., Any]

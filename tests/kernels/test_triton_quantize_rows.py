@@ -16,8 +16,9 @@ from test_triton_conv_update import poisoned
 from qmamba_compile import ops, quant
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
-from qmamba_compile.triton_templates.render import LinearSpec, load, render
-from qmamba_compile.triton_templates.specs import RowsSpec
+from qmamba_compile.triton_templates.layer_specs import LinearSpec, RowsSpec
+from qmamba_compile.triton_templates.render import load, render
+from qmamba_compile.triton_templates.specs import lanes_of
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 Interpreted = Callable[..., Any]
@@ -294,7 +295,7 @@ def test_rows_compile_without_spills(target: str, k: int, group_size: int | None
     found = compiled.facts(kernel)
     assert found.spills == 0 and found.local_accesses == 0 and found.registers <= 128
     # A bfloat16 row passes in 16-byte loads, eight features each.
-    lanes = tuning.LANES.get(target, 32) * spec.warps
+    lanes = lanes_of(target) * spec.warps
     inputs = 2 if group_size is None else 4
     assert found.accesses.get(("load", 16), 0) == inputs * max(1, spec.elements // (8 * lanes)), found.accesses
 

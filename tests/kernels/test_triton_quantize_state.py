@@ -17,7 +17,8 @@ from qmamba_compile import ops, quant, recurrence
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_state, tuning
 from qmamba_compile.triton_templates.render import render
-from qmamba_compile.triton_templates.specs import DequantizeSpec, QuantizeSpec
+from qmamba_compile.triton_templates.specs import lanes_of
+from qmamba_compile.triton_templates.state_specs import DequantizeSpec, QuantizeSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 Interpreted = Callable[..., Any]
@@ -195,7 +196,7 @@ def test_compiled_code(kind: str, scales: str, target: str) -> None:
         spec = tuning.quantize_state(*shape, scales == "dynamic", scales == "stochastic")
     found = compiled.state_facts(spec)
     assert found.spills == 0 and found.local_accesses == 0, found
-    lanes = tuning.LANES.get(target, 32) * spec.warps
+    lanes = lanes_of(target) * spec.warps
     for way, row_bytes in (("load", 512), ("store", 64)) if kind == "quantize" else (("load", 64), ("store", 512)):
         assert found.accesses.get((way, 16), 0) == spec.rows * row_bytes // (16 * lanes), found.accesses
     per_element = found.instructions * lanes / (spec.rows * spec.dstate)

@@ -13,19 +13,21 @@ import pytest
 
 from qmamba_compile import quant
 from qmamba_compile.errors import ConfigError
-from qmamba_compile.triton_templates.render import Spec, render, target_of
+from qmamba_compile.triton_templates.render import render
+from qmamba_compile.triton_templates.specs import target_of
+from qmamba_compile.triton_templates.state_specs import StateSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-SPEC = Spec(64, 128, 4)
+SPEC = StateSpec(64, 128, 4)
 GOLDEN_SPECS = [
     SPEC,
-    Spec(5, 48, 2, dynamic=True, stochastic=True, rows=8, target="gfx942"),
-    Spec(64, 128, 4, flush_interval=8, ring_bits=8),
+    StateSpec(5, 48, 2, dynamic=True, stochastic=True, rows=8, target="gfx942"),
+    StateSpec(64, 128, 4, flush_interval=8, ring_bits=8),
 ]
 
 
-@pytest.mark.parametrize("spec", GOLDEN_SPECS, ids=Spec.slug)
-def test_golden_text(spec: Spec) -> None:
+@pytest.mark.parametrize("spec", GOLDEN_SPECS, ids=StateSpec.slug)
+def test_golden_text(spec: StateSpec) -> None:
     """After a wanted change: ``QMAMBA_UPDATE_GOLDEN=1 pytest tests/kernels/test_triton_render.py``; read the diff."""
     golden = GOLDEN / f"{spec.slug()}.py.txt"
     if os.environ.get("QMAMBA_UPDATE_GOLDEN"):
@@ -39,15 +41,15 @@ def test_golden_text(spec: Spec) -> None:
 def test_rendered_text_is_readable(bits: int | None, dynamic: bool, stochastic: bool, target: str) -> None:
     if bits is None:
         dynamic = stochastic = False
-    check_readable(Spec(64, 128, bits, dynamic, stochastic, rows=64, target=target))
+    check_readable(StateSpec(64, 128, bits, dynamic, stochastic, rows=64, target=target))
 
 
 @pytest.mark.parametrize("ring_bits", [16, 8])
 def test_rendered_ring_is_readable(ring_bits: int) -> None:
-    check_readable(Spec(60, 96, 4, rows=16, flush_interval=8, ring_bits=ring_bits))
+    check_readable(StateSpec(60, 96, 4, rows=16, flush_interval=8, ring_bits=ring_bits))
 
 
-def check_readable(spec: Spec) -> None:
+def check_readable(spec: StateSpec) -> None:
     text = render(spec)
     compile(text, "rendered", "exec")
     assert max(len(line) for line in text.splitlines()) <= 120

@@ -13,11 +13,11 @@ import pytest
 import torch
 from test_cpu_ssm_scan import GRADIENT_TOLERANCE, NAMES, assert_same, decode, gradients, problem
 
-from qmamba_compile import scan_gradient, scan_ops
+from qmamba_compile import recurrence, scan_gradient, scan_ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_scan, tuning
 from qmamba_compile.triton_templates.render import load, render
-from qmamba_compile.triton_templates.specs import SsmScanBackwardSpec, SsmScanSpec
+from qmamba_compile.triton_templates.scan_specs import SsmScanBackwardSpec, SsmScanSpec
 
 Interpreted = Callable[..., Any]
 
@@ -108,7 +108,7 @@ def test_equals_reference(interpreted: Interpreted, change: dict[str, Any]) -> N
     [
         # The interpreter takes longest for these.
         pytest.param(*row, marks=[pytest.mark.slow] * (row[2] and row[:2] != (4, "dynamic")))
-        for row in itertools.product(scan_ops.SCAN_BITS, ("dynamic", "calibrated"), (False, True))
+        for row in itertools.product(recurrence.SCAN_BITS, ("dynamic", "calibrated"), (False, True))
     ],
 )
 def test_64_steps(interpreted: Interpreted, bits: int, scales: str, stochastic: bool) -> None:
@@ -202,7 +202,7 @@ def check_refusals() -> None:
     arguments = problem(**SMALL | {"dstate": 300})
     names = ("x", "dt", "dt", "B", "C", "D")
     scan = [arguments[name] for name in names]
-    options = ((None, None), (None, None), 4, False, 0, 1, False)
+    options = ((None, None), recurrence.StoreRule(4))
     assert launch_scan.ssm_scan(*scan, *options) is None
     empty = [t[:, :0] if t is not None and t.dim() > 2 else t for t in scan]
     assert launch_scan.ssm_scan(*empty, *options) is None
@@ -215,7 +215,7 @@ def test_what_the_kernels_do_not_take_is_left_to_the_reference(interpreted: Inte
 def test_without_a_gpu_there_is_no_target() -> None:
     arguments = problem(**SMALL)
     scan = [arguments[name] for name in ("x", "dt", "dt", "B", "C", "D")]
-    assert launch_scan.ssm_scan(*scan, (None, None), (None, None), 4, False, 0, 1, False) is None
+    assert launch_scan.ssm_scan(*scan, (None, None), recurrence.StoreRule(4)) is None
 
 
 # --- specs and compiled code ---------------------------------------------------------------------------------------

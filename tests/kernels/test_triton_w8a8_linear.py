@@ -10,7 +10,8 @@ import torch
 
 from qmamba_compile import ops, quant
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
-from qmamba_compile.triton_templates.render import LinearSpec, load
+from qmamba_compile.triton_templates.layer_specs import LinearSpec
+from qmamba_compile.triton_templates.render import load
 
 BASE: dict[str, Any] = {
     "rows": 3,
