@@ -106,7 +106,7 @@ def calibrate(
         network = load_model(model).to(device)
         limit = 4 * (samples + validation) * length
         tokens = read_tokens(data, model, network, field=text_field, limit=limit)
-        calibration = Calibration(network, tokens, options, out, resume=resume, quiet=quiet)
+        calibration = Calibration(network, tokens, options, out.expanduser(), resume=resume, quiet=quiet)
         artifact = calibration.run()
         if distributed.is_main():
             _summary(artifact, calibration)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmamba_compile.command_line import folder_or_hub_name
+
 from .errors import DataError
 
 BYTES = 256
@@ -141,7 +143,7 @@ def load_tokenizer(model_path: str, model: Any) -> Any:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder_or_hub_name(model_path))
     except Exception as problem:
         raise DataError(
             f"{model_path}: no tokenizer ({type(problem).__name__}: {str(problem).splitlines()[0]}), and a vocabulary "

@@ -17,7 +17,7 @@ import torch
 import typer
 
 from . import report as report_module
-from .command_line import load_pretrained, readable_errors, version_of
+from .command_line import folder_or_hub_name, load_pretrained, readable_errors, version_of
 from .config import LARGEST_SEED, QMambaConfig
 from .errors import ConfigError, SkipReason, StrictError
 from .print_kernel import GPU_KERNELS, print_cpu_kernel, print_gpu_kernel
@@ -255,7 +255,7 @@ def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder_or_hub_name(name))
     except (OSError, ValueError) as problem:
         raise ConfigError(f"--model {name}: no tokenizer, and the vocabulary is not bytes: {problem}") from None
     return tokenizer.encode, lambda ids: tokenizer.decode(ids)

@@ -27,14 +27,19 @@ def load_pretrained(name: str) -> Any:
     import transformers
 
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    path = Path(name).expanduser()
-    if not path.is_dir() and looks_like_path:
+    source = folder_or_hub_name(name)
+    if looks_like_path and not Path(source).is_dir():
         raise ConfigError(f"{name}: no such folder; give a folder with config.json, or a hub name")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(path) if path.is_dir() else name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source)
     except (OSError, ValueError) as problem:
         raise ConfigError(f"{name}: cannot be loaded: {problem}") from None
     return model.eval().requires_grad_(False)
+
+
+def folder_or_hub_name(name: str) -> str:
+    """What `from_pretrained` takes for ``name``: no shell expands the ``~`` of ``--model=~/folder``."""
+    return os.path.expanduser(name)
 
 
 @contextlib.contextmanager

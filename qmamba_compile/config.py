@@ -93,7 +93,7 @@ class QMambaConfig:
         if self.calibration is not None:
             if not isinstance(self.calibration, (str, os.PathLike)):
                 raise ConfigError(f"calibration={self.calibration!r} is not allowed; use a path or None")
-            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+            object.__setattr__(self, "calibration", os.path.expanduser(os.fspath(self.calibration)))
         if not isinstance(self.skip_layers, (list, tuple)) or not all(isinstance(s, str) for s in self.skip_layers):
             raise ConfigError(
                 f"skip_layers={self.skip_layers!r} is not allowed; use a list of module paths, such as ['lm_head']"

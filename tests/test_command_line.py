@@ -1,8 +1,16 @@
 """What command lines share: which errors become one line, with which status, and which models are refused."""
 
+import shutil
+import types
+from pathlib import Path
+
 import pytest
 
+from calibrate.data import load_tokenizer
+from qmamba_compile.__main__ import _text_codec
+from qmamba_compile.artifact import read_artifact
 from qmamba_compile.command_line import load_pretrained, readable_errors, version_of
+from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ConfigError, StrictError
 
 
@@ -46,6 +54,23 @@ def test_the_variable_shows_the_traceback(monkeypatch):
 def test_a_folder_that_is_not_there(name):
     with pytest.raises(ConfigError, match=f"{name}: no such folder"):
         load_pretrained(name)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """For the tokenizer and the artifact, too, not for the weights alone."""
+    import tokenizers
+    import transformers
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "one": 1}, unk_token="[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=300))
+    encode, _ = _text_codec("~/model", model)
+    assert encode("one") == [1]
+    assert len(load_tokenizer("~/model", model)) == 2
+    shutil.copy(Path(__file__).parents[1] / "demo/tiny-mamba2/calibration.safetensors", tmp_path / "scales.safetensors")
+    assert read_artifact("~/scales.safetensors").source == str(tmp_path / "scales.safetensors")
+    assert QMambaConfig(calibration="~/scales.safetensors").calibration == str(tmp_path / "scales.safetensors")
 
 
 def test_a_folder_without_a_model(tmp_path):
