@@ -18,12 +18,14 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import cli
 from bench.accuracy_esr import RATES, esr, learning_rates
 from bench.accuracy_plots import plots
 from bench.accuracy_table import Bench, Sizes, print_table
 from bench.record import console, machine_record
 from calibrate.data import read_tokens
 from calibrate.models import load_model
+from qmamba_compile.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("table", "esr", "rates", "plots")
@@ -61,7 +63,7 @@ def accuracy(
     """Perplexity against bits, scales and rounding; ESR; plots."""
     wanted = parts.split(",")
     if set(wanted) - set(PARTS):
-        raise typer.BadParameter(f"allowed: {', '.join(PARTS)}", param_hint="--parts")
+        raise ConfigError(f"--parts {parts!r} is not allowed; use some of {', '.join(PARTS)}, separated by commas")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "accuracy.json"
 
@@ -143,10 +145,5 @@ class _calibration_file:  # noqa: N801
         self._folder.cleanup()
 
 
-def main() -> None:
-    """Entry point of ``python -m bench accuracy`` and of ``python -m bench.accuracy``."""
-    typer.run(accuracy)
-
-
 if __name__ == "__main__":
-    main()
+    cli.run("accuracy", accuracy)

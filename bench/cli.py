@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qmamba_compile import ConfigError
-from qmamba_compile.command_line import print_error, readable_errors
+from qmamba_compile.command_line import INTERRUPTED, REFUSED, print_error, readable_errors
 
 from .draw import draw, require_matplotlib
 from .measure import Gate, Summary, Work, checked_speedup, interleave, measure_roof
@@ -27,9 +27,6 @@ Variants = Annotated[str, typer.Option(help="Names separated by commas, or 'all'
 Options = Annotated[list[str], typer.Option("--option", help="name=value of QMambaConfig: one more variant with it.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the record here, again after each group.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the record to this .png.")]
-
-REFUSED, INTERRUPTED = 1, 130
-"""Exit statuses: a numerics check failed; Ctrl-C. An argument that is not allowed has that of `readable_errors`."""
 
 
 def run(question: str, main: Callable[..., Any]) -> None:

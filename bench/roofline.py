@@ -16,6 +16,7 @@ import rich.console
 import rich.table
 import typer
 
+from bench import cli
 from bench.shapes import STEP_SHAPES, Shape
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, tuning
@@ -243,15 +244,12 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
 ) -> None:
     """Lower bounds from bytes, compiled instructions and published peaks. "decode" adds the linears, int8 or bf16."""
-    try:
-        results = [
-            table(one_target, one_model, one_batch)
-            for one_target in target or list(tuning.GPUS)
-            for one_model in model or ["2.7b"]
-            for one_batch in batch or [1, 64]
-        ]
-    except ConfigError as problem:
-        raise typer.BadParameter(str(problem)) from None
+    results = [
+        table(one_target, one_model, one_batch)
+        for one_target in target or list(tuning.GPUS)
+        for one_model in model or ["2.7b"]
+        for one_batch in batch or [1, 64]
+    ]
     for result in results:
         _print(result)
     if json_path is not None:
@@ -261,4 +259,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.run("roofline", main)

@@ -304,7 +304,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may well make what the terminal's encoding has not
-    with readable_errors({StrictError: 1}):
+    with readable_errors():
         app(standalone_mode=True)
 
 

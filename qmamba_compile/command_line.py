@@ -6,16 +6,17 @@ import contextlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import rich.console
 
-from .errors import ConfigError, QMambaError
+from .errors import ConfigError, QMambaError, StrictError
 
-BAD_INPUT = 2
-"""Exit status of an error that has something to say."""
+REFUSED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+"""Exit statuses: a check that was asked for failed (--strict, a benchmark's numerics); any other error that has
+something to say; Ctrl-C."""
 
 
 def load_pretrained(name: str) -> Any:
@@ -43,12 +44,8 @@ def folder_or_hub_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def readable_errors(statuses: Mapping[type[QMambaError], int] | None = None) -> Iterator[None]:
-    """One line instead of a traceback for errors that have something to say; QMAMBA_TRACEBACK=1 shows it all.
-
-    Args:
-        statuses: exit statuses of errors for which it is not `BAD_INPUT`.
-    """
+def readable_errors() -> Iterator[None]:
+    """One line instead of a traceback for errors that have something to say; QMAMBA_TRACEBACK=1 shows it all."""
     try:
         yield
     except Exception as problem:
@@ -57,7 +54,7 @@ def readable_errors(statuses: Mapping[type[QMambaError], int] | None = None) -> 
         if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
             raise
         print_error(f"{type(cause).__name__}: {cause}")
-        sys.exit((statuses or {}).get(type(cause), BAD_INPUT))
+        sys.exit(REFUSED if isinstance(cause, StrictError) else BAD_INPUT)
 
 
 def print_error(text: str) -> None:

@@ -29,7 +29,7 @@ class WrappedError(Exception):
 )
 def test_errors_of_ours_are_one_line(monkeypatch, capsys, problem, status):
     monkeypatch.delenv("QMAMBA_TRACEBACK", raising=False)
-    with pytest.raises(SystemExit) as end, readable_errors({StrictError: 1}):
+    with pytest.raises(SystemExit) as end, readable_errors():
         raise problem
     assert end.value.code == status
     assert capsys.readouterr().err.rstrip().endswith("Error: shape [3]")

@@ -40,10 +40,19 @@ def test_an_unknown_question_lists_the_known_ones():
     assert all(word in result.stderr for word in ("lineer", "linear", "decode", "cost"))
 
 
-def test_a_refusal_is_one_line_and_status_2():
-    result = bench("ssm", "--shape", "3b")
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (("ssm", "--shape", "3b"), ("3b", "2.7b")),
+        (("accuracy", "--model", "./nowhere"), ("./nowhere", "no such folder")),
+        (("roofline", "--target", "sm_1"), ("sm_1", "sm_90")),
+        (("gpu", "--only", "music"), ("music", "decode")),
+    ],
+)
+def test_a_refusal_is_one_line_and_status_2(arguments, wanted):
+    result = bench(*arguments)
     assert result.returncode == 2
-    assert "3b" in result.stderr and "2.7b" in result.stderr and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in wanted) and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
