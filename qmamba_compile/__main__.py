@@ -199,7 +199,7 @@ def env() -> None:
     table.add_row("python", platform.python_version())
     for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
         table.add_row(package, version_of(package) or "not installed")
-    table.add_row("C++ compiler", build.find_compiler() or "none found: on the CPU plain torch runs; install g++")
+    table.add_row("C++ compiler", build.inductor_compiler() or f"none, so plain torch runs: {build.missing_compiler()}")
     table.add_row("instruction set", f"{build.best_isa()}, kernels tuned for {build.core()}")
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
