@@ -34,10 +34,16 @@ ModelArgument = Annotated[str, typer.Argument(help="Folder or hub name of a tran
 FlushInterval = Annotated[int, typer.Option(min=1, help="Steps from one requantization of the state to the next.")]
 TextField = Annotated[str, typer.Option(help="Column of a JSONL or Parquet file or a data set that holds the text.")]
 
+# The backslash is for rich, to which [@split] is markup.
+_SOURCE = (
+    "Text, JSONL or Parquet file, or a data set, by its name or a folder of JSONL or Parquet files: "
+    "name[:config]\\[@split], of which train is the default."
+)
+
 
 def calibrate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a data set: name[:config][@split].")],
+    data: Annotated[str, typer.Option(help=_SOURCE)],
     out: Annotated[Path, typer.Option(help="The artifact to write.")],
     text_field: TextField = "text",
     weights: Annotated[str, typer.Option(help="Linears to calibrate for: int8 or none.")] = "int8",
@@ -114,7 +120,7 @@ def calibrate(
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder or hub name of a transformers model.")],
-    text: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a data set: name[:config][@split].")],
+    text: Annotated[str, typer.Option(help=_SOURCE)],
     text_field: TextField = "text",
     calibration: Annotated[str | None, typer.Option(help="Calibration artifact.")] = None,
     state_bits: Annotated[str, typer.Option(help="8, 4, 3, 2 or none.")] = "4",
@@ -132,7 +138,7 @@ def evaluate(
 ) -> None:
     """Perplexity of the recurrence on a text, with the state requantized as decode does it.
 
-    The text is cut into windows, each from an empty state. A byte vocabulary also gives bits per byte.
+    The text is cut into windows, each from an empty state. Bits per byte are of its UTF-8.
     """
     allow("--state-bits", state_bits, ("8", "4", "3", "2", "none"))
     allow("--weights", weights, ("int8", "none"))
