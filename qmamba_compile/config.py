@@ -50,7 +50,7 @@ class QMambaConfig:
         ring_bits: bits of an input in that ring.
         calibration: path of a calibration artifact, or ``None``.
         skip_layers: module paths (or prefixes of them) to leave alone, such as ``("lm_head",)``.
-        check_finite: raise as soon as a packed state is not finite, naming its layer (one reduction a step).
+        check_finite: raise as soon as a packed state is not finite, naming its layer (a few reductions a step).
         strict: raise instead of reporting when an anchor is left alone.
         inner_backend: what compiles the rewritten graph; ``"aot_eager"`` and ``"eager"`` find faults by subtraction.
         mode: Inductor's mode, for torch.compile takes either its own ``mode`` or ``options``. ``"reduce-overhead"``
