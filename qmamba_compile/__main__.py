@@ -20,7 +20,7 @@ from . import report as report_module
 from .command_line import folder_or_hub_name, load_pretrained, readable_errors, version_of
 from .config import LARGEST_SEED, QMambaConfig
 from .errors import ConfigError, SkipReason, StrictError
-from .print_kernel import GPU_KERNELS, print_cpu_kernel, print_gpu_kernel
+from .print_kernel import CPU_KERNELS, GPU_ONLY, print_cpu_kernel, print_gpu_kernel
 from .print_report import print_reports, reports_as_json
 from .state import DSQState
 
@@ -147,9 +147,7 @@ def generate(
 
 @app.command()
 def render(
-    kernel: Annotated[
-        str, typer.Argument(help=f"Of a GPU: {', '.join(GPU_KERNELS)}. Of the CPU: the same but quantize_rows.")
-    ],
+    kernel: Annotated[str, typer.Argument(help=f"{', '.join(CPU_KERNELS)}. Of a GPU, also {', '.join(GPU_ONLY)}.")],
     headdim: Annotated[int, typer.Option()] = 64,
     dstate: Annotated[int, typer.Option()] = 128,
     bits: Annotated[int, typer.Option(envvar="QMAMBA_STATE_BITS", help="8, 4 or 2.")] = 4,
