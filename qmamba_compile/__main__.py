@@ -254,8 +254,10 @@ def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder_or_hub_name(name))
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"--model {name}: no tokenizer, and the vocabulary is not bytes: {problem}") from None
+    except Exception as problem:
+        raise ConfigError(
+            f"--model {name}: no tokenizer, and the vocabulary is not bytes ({type(problem).__name__}: {problem})"
+        ) from problem
     return tokenizer.encode, lambda ids: tokenizer.decode(ids)
 
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import rich.console
@@ -29,12 +28,13 @@ def load_pretrained(name: str) -> Any:
 
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     source = folder_or_hub_name(name)
-    if looks_like_path and not Path(source).is_dir():
+    if looks_like_path and not os.path.isdir(source):
         raise ConfigError(f"{name}: no such folder; give a folder with config.json, or a hub name")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(source)
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"{name}: cannot be loaded: {problem}") from None
+    except Exception as problem:
+        # For a damaged file, weights of other sizes or a wrong name each library has a class of its own.
+        raise ConfigError(f"{name}: cannot be loaded ({type(problem).__name__}: {problem})") from problem
     return model.eval().requires_grad_(False)
 
 

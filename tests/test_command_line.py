@@ -13,6 +13,8 @@ from qmamba_compile.command_line import load_pretrained, readable_errors, versio
 from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ConfigError, StrictError
 
+BUNDLED = Path(__file__).parents[1] / "demo" / "tiny-mamba2"
+
 
 class WrappedError(Exception):
     """As torch wraps what a backend raises."""
@@ -50,7 +52,7 @@ def test_the_variable_shows_the_traceback(monkeypatch):
         raise ConfigError("shape [3]")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "~/nowhere/at/all"])
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "~/nowhere/at/all", ""])
 def test_a_folder_that_is_not_there(name):
     with pytest.raises(ConfigError, match=f"{name}: no such folder"):
         load_pretrained(name)
@@ -68,13 +70,21 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     encode, _ = _text_codec("~/model", model)
     assert encode("one") == [1]
     assert len(load_tokenizer("~/model", model)) == 2
-    shutil.copy(Path(__file__).parents[1] / "demo/tiny-mamba2/calibration.safetensors", tmp_path / "scales.safetensors")
+    shutil.copy(BUNDLED / "calibration.safetensors", tmp_path / "scales.safetensors")
     assert read_artifact("~/scales.safetensors").source == str(tmp_path / "scales.safetensors")
     assert QMambaConfig(calibration="~/scales.safetensors").calibration == str(tmp_path / "scales.safetensors")
 
 
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\0" * 100])
+def test_a_model_whose_file_is_damaged(tmp_path, damage):
+    shutil.copy(BUNDLED / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(damage)
+    with pytest.raises(ConfigError, match=r"cannot be loaded \(SafetensorError: "):
         load_pretrained(str(tmp_path))
 
 
