@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("table", "esr", "rates", "plots")
 
 
-def accuracy(
+def main(
     model: Annotated[str, typer.Option(help="Folder or hub name; by default the bundled model.")] = str(
         ROOT / "demo/tiny-mamba2"
     ),
@@ -64,6 +66,17 @@ def accuracy(
     wanted = parts.split(",")
     if set(wanted) - set(PARTS):
         raise ConfigError(f"--parts {parts!r} is not allowed; use some of {', '.join(PARTS)}, separated by commas")
+    widths, seed_numbers = cli.parse_numbers(bits, "--bits"), cli.parse_numbers(seeds, "--seeds", least=0)
+    if set(widths) - {8, 4, 3, 2}:
+        raise ConfigError(f"--bits {bits!r} is not allowed; use some of 8, 4, 3, 2, separated by commas")
+    rate_numbers = _parse_rates(rates)
+    try:
+        re.compile(only)
+    except re.error as problem:
+        raise ConfigError(f"--only {only!r} is no regular expression: {problem}") from None
+    for folder in merge or ():
+        if not (folder / "accuracy.json").is_file():
+            raise ConfigError(f"--merge {folder}: no accuracy.json in there; give what was --out of another run")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "accuracy.json"
 
@@ -89,18 +102,25 @@ def accuracy(
         keep(part, results, {**reference, "machine": machine_record()})
 
     if "table" in wanted:
-        widths = tuple(int(width) for width in bits.split(","))
-        bench.table(widths, lambda: measured("table", [dataclasses.asdict(row) for row in bench.rows]))
+        bench.table(tuple(widths), lambda: measured("table", [dataclasses.asdict(row) for row in bench.rows]))
     if "esr" in wanted:
-        esr(bench, tuple(int(seed) for seed in seeds.split(",")), only, lambda results: measured("esr", results))
+        esr(bench, tuple(seed_numbers), only, lambda results: measured("esr", results))
     if "rates" in wanted:
-        learning_rates(
-            bench, tuple(float(rate) for rate in rates.split(",")), lambda results: measured("rates", results)
-        )
+        learning_rates(bench, rate_numbers, lambda results: measured("rates", results))
     if "plots" in wanted:
         plots(bench, out, json.loads(file.read_text()) if file.exists() else {})
     print_table(bench.rows)
     console.print(f"written to {file}", style="dim")
+
+
+def _parse_rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(rate) for rate in text.split(","))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise ConfigError(f"--rates {text!r} is not allowed; use numbers above 0, separated by commas")
+    return rates
 
 
 def merged(part: str, known: Any, found: Any) -> Any:
@@ -146,4 +166,4 @@ class _calibration_file:  # noqa: N801
 
 
 if __name__ == "__main__":
-    cli.run("accuracy", accuracy)
+    cli.run("accuracy", main)

@@ -129,8 +129,8 @@ def compare(
 # --- parsing -------------------------------------------------------------------------------------------------------
 
 
-def parse_numbers(text: str, flag: str) -> list[int]:
-    """Positive integers separated by commas.
+def parse_numbers(text: str, flag: str, least: int = 1) -> list[int]:
+    """Integers from ``least`` on, separated by commas.
 
     Raises:
         ConfigError: anything else.
@@ -139,8 +139,10 @@ def parse_numbers(text: str, flag: str) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ConfigError(f"{flag} {text!r} is not allowed; use positive integers separated by commas, such as 1,8,32")
+    if not numbers or min(numbers) < least:
+        raise ConfigError(
+            f"{flag} {text!r} is not allowed; use integers from {least} on, separated by commas, such as 1,8,32"
+        )
     return numbers
 
 
