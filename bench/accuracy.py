@@ -66,9 +66,7 @@ def main(
     wanted = parts.split(",")
     if set(wanted) - set(PARTS):
         raise ConfigError(f"--parts {parts!r} is not allowed; use some of {', '.join(PARTS)}, separated by commas")
-    widths, seed_numbers = cli.parse_numbers(bits, "--bits"), cli.parse_numbers(seeds, "--seeds", least=0)
-    if set(widths) - {8, 4, 3, 2}:
-        raise ConfigError(f"--bits {bits!r} is not allowed; use some of 8, 4, 3, 2, separated by commas")
+    widths, seed_numbers = cli.parse_bits(bits), cli.parse_numbers(seeds, "--seeds", least=0)
     rate_numbers = _parse_rates(rates)
     try:
         re.compile(only)

@@ -146,6 +146,18 @@ def parse_numbers(text: str, flag: str, least: int = 1) -> list[int]:
     return numbers
 
 
+def parse_bits(text: str) -> list[int]:
+    """Bits of a state element that the recurrence has codes for, separated by commas.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    bits = parse_numbers(text, "--bits")
+    if set(bits) - {8, 4, 3, 2}:
+        raise ConfigError(f"--bits {text!r} is not allowed; use some of 8, 4, 3, 2, separated by commas")
+    return bits
+
+
 def choose(text: str, known: Iterable[str], unusual: Iterable[str] = ()) -> list[str]:
     """The variants that ``--variants`` names; by default all but the ``unusual`` ones.
 

@@ -64,7 +64,7 @@ def main(
     """
     if plot is not None:
         require_matplotlib(plot)
-    widths, lengths = cli.parse_numbers(bits, "--bits"), cli.parse_numbers(intervals, "--intervals")
+    widths, lengths = cli.parse_bits(bits), cli.parse_numbers(intervals, "--intervals")
     wanted = parts.split(",")
     if set(wanted) - {"accuracy", "time"}:
         raise ConfigError(f"--parts {parts} is not allowed; use accuracy, time, or both")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import accuracy, cli, decode, linear, plot, ssm
+from bench import accuracy, cli, decode, flush, linear, plot, ssm
 from bench.record import Record
 from qmamba_compile import ConfigError
 
@@ -65,6 +65,7 @@ def test_a_refusal_is_one_line_and_status_2(arguments, wanted):
         (ssm, {"shape": "tiny", "batch": "0"}, ["--batch", "'0'"]),
         (ssm, {"shape": "tiny", "variants": "ours-h9"}, ["ours-h9", "ours-h8", "fused-float32"]),
         (accuracy, {"bits": "4,5"}, ["--bits", "4,5", "8, 4, 3, 2"]),
+        (flush, {"bits": "5"}, ["--bits", "5", "8, 4, 3, 2"]),
         (accuracy, {"seeds": "-1"}, ["--seeds", "-1", "from 0 on"]),
         (accuracy, {"rates": "1e-3,nan"}, ["--rates", "nan", "above 0"]),
         (accuracy, {"only": "("}, ["--only", "regular expression"]),
