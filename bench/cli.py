@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ def recording(
 
     if plot is not None:
         require_matplotlib(plot)
+    require_place(json)
     if threads:
         torch.set_num_threads(threads)
     machine = machine_record()
@@ -124,6 +126,22 @@ def compare(
         record.add(rows)
         print_rows(rows)
     return rows
+
+
+def require_place(json: Path | None) -> None:
+    """Make the folder of the file that ``--json`` names, before anything is measured.
+
+    Raises:
+        ConfigError: no file can be written there.
+    """
+    if json is None:
+        return
+    try:
+        json.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"--json {json}: its folder cannot be made ({problem.strerror}); give another") from None
+    if json.is_dir() or not os.access(json.parent, os.W_OK):
+        raise ConfigError(f"--json {json}: no file can be written there; give the name of one")
 
 
 # --- parsing -------------------------------------------------------------------------------------------------------

@@ -244,6 +244,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
 ) -> None:
     """Lower bounds from bytes, compiled instructions and published peaks. "decode" adds the linears, int8 or bf16."""
+    cli.require_place(json_path)
     results = [
         table(one_target, one_model, one_batch)
         for one_target in target or list(tuning.GPUS)
@@ -253,7 +254,6 @@ def main(
     for result in results:
         _print(result)
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(results, indent=1))
     _out.print("On paper: published peaks, compiled instructions, no latency, no launch. Nothing was measured.")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import accuracy, cli, decode, flush, linear, plot, ssm
+from bench import accuracy, cli, decode, flush, linear, plot, roofline, ssm
 from bench.record import Record
 from qmamba_compile import ConfigError
 
@@ -64,6 +64,9 @@ def test_a_refusal_is_one_line_and_status_2(arguments, wanted):
         (decode, {"shape": "tiny", "variants": "ours"}, ["'ours'", "ours-w8a8h4", "torchao"]),
         (ssm, {"shape": "tiny", "batch": "0"}, ["--batch", "'0'"]),
         (ssm, {"shape": "tiny", "variants": "ours-h9"}, ["ours-h9", "ours-h8", "fused-float32"]),
+        (linear, {"shape": "tiny", "json": Path("/dev/null/x/y.json")}, ["--json", "/dev/null/x/y.json", "folder"]),
+        (roofline, {"json_path": ROOT}, ["--json", str(ROOT), "name of one"]),
+        (plot, {"records": [ROOT / "README.md"], "plot": Path("picture.png")}, ["README.md", "no JSON"]),
         (accuracy, {"bits": "4,5"}, ["--bits", "4,5", "8, 4, 3, 2"]),
         (flush, {"bits": "5"}, ["--bits", "5", "8, 4, 3, 2"]),
         (accuracy, {"seeds": "-1"}, ["--seeds", "-1", "from 0 on"]),
