@@ -82,4 +82,4 @@ def allow(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
         ConfigError: it is not among those ``allowed``.
     """
     if value not in allowed:
-        raise ConfigError(f"{option} {value} is not allowed; use one of {', '.join(str(a) for a in allowed if a)}")
+        raise ConfigError(f"{option} {value!r} is not allowed; use one of {', '.join(str(a) for a in allowed if a)}")

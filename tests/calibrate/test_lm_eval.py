@@ -137,7 +137,7 @@ def test_the_model_is_registered():
         (["--model_args", "pretrained=FOLDER"], ["lm-eval", "No tasks"]),
         (["--tasks", "arc_easy"], ["pretrained=DIR"]),
         (["--model_args", "pretrained=FOLDER,statebits=8", "--tasks", "arc_easy"], ["statebits", "state_bits"]),
-        (["--model_args", "pretrained=FOLDER,state_bits=5", "--tasks", "arc_easy"], ["state_bits 5", "8, 4, 3, 2"]),
+        (["--model_args", "pretrained=FOLDER,state_bits=5", "--tasks", "arc_easy"], ["state_bits '5'", "8, 4, 3, 2"]),
     ],
 )
 def test_a_bad_argument_has_words(model_folder, monkeypatch, arguments, words):
