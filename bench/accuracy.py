@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -18,18 +20,20 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import cli
 from bench.accuracy_esr import RATES, esr, learning_rates
 from bench.accuracy_plots import plots
 from bench.accuracy_table import Bench, Sizes, print_table
 from bench.record import console, machine_record
 from calibrate.data import read_tokens
 from calibrate.models import load_model
+from qmamba_compile.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("table", "esr", "rates", "plots")
 
 
-def accuracy(
+def main(
     model: Annotated[str, typer.Option(help="Folder or hub name; by default the bundled model.")] = str(
         ROOT / "demo/tiny-mamba2"
     ),
@@ -61,7 +65,16 @@ def accuracy(
     """Perplexity against bits, scales and rounding; ESR; plots."""
     wanted = parts.split(",")
     if set(wanted) - set(PARTS):
-        raise typer.BadParameter(f"allowed: {', '.join(PARTS)}", param_hint="--parts")
+        raise ConfigError(f"--parts {parts!r} is not allowed; use some of {', '.join(PARTS)}, separated by commas")
+    widths, seed_numbers = cli.parse_bits(bits), cli.parse_numbers(seeds, "--seeds", least=0)
+    rate_numbers = _parse_rates(rates)
+    try:
+        re.compile(only)
+    except re.error as problem:
+        raise ConfigError(f"--only {only!r} is no regular expression: {problem}") from None
+    for folder in merge or ():
+        if not (folder / "accuracy.json").is_file():
+            raise ConfigError(f"--merge {folder}: no accuracy.json in there; give what was --out of another run")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "accuracy.json"
 
@@ -87,18 +100,25 @@ def accuracy(
         keep(part, results, {**reference, "machine": machine_record()})
 
     if "table" in wanted:
-        widths = tuple(int(width) for width in bits.split(","))
-        bench.table(widths, lambda: measured("table", [dataclasses.asdict(row) for row in bench.rows]))
+        bench.table(tuple(widths), lambda: measured("table", [dataclasses.asdict(row) for row in bench.rows]))
     if "esr" in wanted:
-        esr(bench, tuple(int(seed) for seed in seeds.split(",")), only, lambda results: measured("esr", results))
+        esr(bench, tuple(seed_numbers), only, lambda results: measured("esr", results))
     if "rates" in wanted:
-        learning_rates(
-            bench, tuple(float(rate) for rate in rates.split(",")), lambda results: measured("rates", results)
-        )
+        learning_rates(bench, rate_numbers, lambda results: measured("rates", results))
     if "plots" in wanted:
         plots(bench, out, json.loads(file.read_text()) if file.exists() else {})
     print_table(bench.rows)
     console.print(f"written to {file}", style="dim")
+
+
+def _parse_rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(rate) for rate in text.split(","))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise ConfigError(f"--rates {text!r} is not allowed; use numbers above 0, separated by commas")
+    return rates
 
 
 def merged(part: str, known: Any, found: Any) -> Any:
@@ -143,10 +163,5 @@ class _calibration_file:  # noqa: N801
         self._folder.cleanup()
 
 
-def main() -> None:
-    """Entry point of ``python -m bench accuracy`` and of ``python -m bench.accuracy``."""
-    typer.run(accuracy)
-
-
 if __name__ == "__main__":
-    main()
+    cli.run("accuracy", main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qmamba_compile import ConfigError
-from qmamba_compile.command_line import print_error, readable_errors
+from qmamba_compile.command_line import INTERRUPTED, REFUSED, print_error, readable_errors
 
 from .draw import draw, require_matplotlib
 from .measure import Gate, Summary, Work, checked_speedup, interleave, measure_roof
@@ -27,9 +28,6 @@ Variants = Annotated[str, typer.Option(help="Names separated by commas, or 'all'
 Options = Annotated[list[str], typer.Option("--option", help="name=value of QMambaConfig: one more variant with it.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the record here, again after each group.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the record to this .png.")]
-
-REFUSED, INTERRUPTED = 1, 130
-"""Exit statuses: a numerics check failed; Ctrl-C. An argument that is not allowed has that of `readable_errors`."""
 
 
 def run(question: str, main: Callable[..., Any]) -> None:
@@ -55,6 +53,7 @@ def recording(
 
     if plot is not None:
         require_matplotlib(plot)
+    require_place(json)
     if threads:
         torch.set_num_threads(threads)
     machine = machine_record()
@@ -129,11 +128,27 @@ def compare(
     return rows
 
 
+def require_place(json: Path | None) -> None:
+    """Make the folder of the file that ``--json`` names, before anything is measured.
+
+    Raises:
+        ConfigError: no file can be written there.
+    """
+    if json is None:
+        return
+    try:
+        json.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"--json {json}: its folder cannot be made ({problem.strerror}); give another") from None
+    if json.is_dir() or not os.access(json.parent, os.W_OK):
+        raise ConfigError(f"--json {json}: no file can be written there; give the name of one")
+
+
 # --- parsing -------------------------------------------------------------------------------------------------------
 
 
-def parse_numbers(text: str, flag: str) -> list[int]:
-    """Positive integers separated by commas.
+def parse_numbers(text: str, flag: str, least: int = 1) -> list[int]:
+    """Integers from ``least`` on, separated by commas.
 
     Raises:
         ConfigError: anything else.
@@ -142,9 +157,23 @@ def parse_numbers(text: str, flag: str) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ConfigError(f"{flag} {text!r} is not allowed; use positive integers separated by commas, such as 1,8,32")
+    if not numbers or min(numbers) < least:
+        raise ConfigError(
+            f"{flag} {text!r} is not allowed; use integers from {least} on, separated by commas, such as 1,8,32"
+        )
     return numbers
+
+
+def parse_bits(text: str) -> list[int]:
+    """Bits of a state element that the recurrence has codes for, separated by commas.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    bits = parse_numbers(text, "--bits")
+    if set(bits) - {8, 4, 3, 2}:
+        raise ConfigError(f"--bits {text!r} is not allowed; use some of 8, 4, 3, 2, separated by commas")
+    return bits
 
 
 def choose(text: str, known: Iterable[str], unusual: Iterable[str] = ()) -> list[str]:

@@ -64,7 +64,8 @@ def main(
     """
     if plot is not None:
         require_matplotlib(plot)
-    widths, lengths = cli.parse_numbers(bits, "--bits"), cli.parse_numbers(intervals, "--intervals")
+    cli.require_place(json)
+    widths, lengths = cli.parse_bits(bits), cli.parse_numbers(intervals, "--intervals")
     wanted = parts.split(",")
     if set(wanted) - {"accuracy", "time"}:
         raise ConfigError(f"--parts {parts} is not allowed; use accuracy, time, or both")
@@ -78,7 +79,6 @@ def main(
             rows = _time(shape, batch, repeats)
             results["time"] = {"machine": machine_record(), "shape": shape, "batch": batch, "rows": rows}
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(json_format.dumps(results, indent=1) + "\n")
     if plot is not None:
         draw(results, plot)

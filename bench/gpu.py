@@ -27,12 +27,14 @@ import torch
 import typer
 from torch import Tensor
 
+from bench import cli
 from bench.gpu_check import Step, check
 from bench.roofline import VARIANTS, step_bytes
 from bench.shapes import STEP_SHAPES, cache_name
 from bench.variants import state_bytes
 from qmamba_compile import quant, recurrence
-from qmamba_compile.command_line import version_of
+from qmamba_compile.command_line import REFUSED, version_of
+from qmamba_compile.errors import ConfigError
 from qmamba_compile.passes.int8_weight import held_nbytes
 from qmamba_compile.triton_templates import launch
 
@@ -47,9 +49,6 @@ LINEAR_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 DECODE_BATCHES = (1, 128, 64, 32, 8)
 PREFILL_TOKENS = (1024, 4096, 16384)
 BACKENDS = ("inductor", "qmamba")
-
-NO_GPU = 2
-"""Exit status on a machine without a GPU; 1 is a kernel that is wrong."""
 
 _L2_BYTES = 128 * 2**20
 """More than the L2 cache of any GPU that the kernels are written for."""
@@ -469,16 +468,14 @@ def main(
     """Check the kernels on this machine's GPU, then measure them."""
     chosen = only or list(SECTIONS)
     if unknown := [section for section in chosen if section not in SECTIONS]:
-        raise typer.BadParameter(f"section {unknown[0]!r} is unknown; allowed: {', '.join(SECTIONS)}")
+        raise ConfigError(f"--only {unknown[0]!r} is unknown; allowed: {', '.join(SECTIONS)}")
     if model not in STEP_SHAPES:
-        raise typer.BadParameter(f"model {model!r} is unknown; allowed: {', '.join(STEP_SHAPES)}")
+        raise ConfigError(f"--model {model!r} is unknown; allowed: {', '.join(STEP_SHAPES)}")
     if not torch.cuda.is_available():
-        _out.print("This machine has no CUDA device: nothing was checked and nothing was measured.", style="red")
-        sys.exit(NO_GPU)
+        raise ConfigError("this machine has no CUDA device: nothing was checked and nothing was measured")
     device = f"cuda:{torch.cuda.current_device()}"
     if launch.target("cuda", torch.cuda.current_device()) is None:
-        _out.print(f"No kernels for {torch.cuda.get_device_name(device)}: nothing was measured.", style="red")
-        sys.exit(NO_GPU)
+        raise ConfigError(f"no kernels for {torch.cuda.get_device_name(device)}: nothing was measured")
     deadline = Deadline(budget)
     record: dict[str, Any] = environment(device) | {"sections": {}, "skipped": {}}
     record["correctness"] = check(device)
@@ -487,7 +484,7 @@ def main(
         _out.print(f"{'WRONG' if name in wrong else 'ok':<6}{name}: {result}", style="red" if name in wrong else None)
     if wrong:
         _out.print("Not measured: the figures of a wrong kernel say nothing.", style="red")
-        sys.exit(1)
+        sys.exit(REFUSED)
     if check_only:
         return
     record["copy_bandwidth"] = copy_bandwidth(device)
@@ -520,4 +517,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.run("gpu", main)

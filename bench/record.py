@@ -109,7 +109,10 @@ class Record:
         Raises:
             ValueError: the file is no record of this format.
         """
-        data = json.loads(path.read_text())
+        try:
+            data = json.loads(path.read_text())
+        except ValueError as problem:
+            raise ValueError(f"{path}: no JSON ({problem}); give a record that --json wrote") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{path}: no benchmark record of format {FORMAT}; write one with --json")
         roof = None if data["roof"] is None else Roof(**data["roof"])

@@ -16,6 +16,7 @@ import rich.console
 import rich.table
 import typer
 
+from bench import cli
 from bench.shapes import STEP_SHAPES, Shape
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, tuning
@@ -244,22 +245,19 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
 ) -> None:
     """Lower bounds from bytes, compiled instructions and published peaks. "decode" adds the linears, int8 or bf16."""
-    try:
-        results = [
-            table(one_target, one_model, one_batch)
-            for one_target in target or list(tuning.GPUS)
-            for one_model in model or ["2.7b"]
-            for one_batch in batch or [1, 64]
-        ]
-    except ConfigError as problem:
-        raise typer.BadParameter(str(problem)) from None
+    cli.require_place(json_path)
+    results = [
+        table(one_target, one_model, one_batch)
+        for one_target in target or list(tuning.GPUS)
+        for one_model in model or ["2.7b"]
+        for one_batch in batch or [1, 64]
+    ]
     for result in results:
         _print(result)
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(results, indent=1))
     _out.print("On paper: published peaks, compiled instructions, no latency, no launch. Nothing was measured.")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.run("roofline", main)

@@ -15,14 +15,14 @@ import typer
 
 from qmamba_compile.artifact import Artifact
 from qmamba_compile.config import LARGEST_SEED, QMambaConfig
-from qmamba_compile.errors import ConfigError
+from qmamba_compile.errors import QMambaError
 
 from . import distributed
 from .data import cut_windows, read_tokens, spread
 from .errors import CalibrationError
 from .esr import LEARNABLE, EsrOptions
 from .evaluate import PROMPT, Score, score
-from .models import load_model, quantize
+from .models import allow, load_model, quantize
 from .pipeline import Calibration, Options
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,16 @@ ModelArgument = Annotated[str, typer.Argument(help="Folder or hub name of a tran
 FlushInterval = Annotated[int, typer.Option(min=1, help="Steps from one requantization of the state to the next.")]
 TextField = Annotated[str, typer.Option(help="Column of a JSONL or Parquet file or a data set that holds the text.")]
 
+# The backslash is for rich, to which [@split] is markup.
+_SOURCE = (
+    "Text, JSONL or Parquet file, or a data set, by its name or a folder of JSONL or Parquet files: "
+    "name[:config]\\[@split], of which train is the default."
+)
+
 
 def calibrate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a data set: name[:config][@split].")],
+    data: Annotated[str, typer.Option(help=_SOURCE)],
     out: Annotated[Path, typer.Option(help="The artifact to write.")],
     text_field: TextField = "text",
     weights: Annotated[str, typer.Option(help="Linears to calibrate for: int8 or none.")] = "int8",
@@ -76,15 +82,15 @@ def calibrate(
     Every choice is made by recurrent perplexity on validation samples, so nothing that is written makes it worse there.
     Under torchrun, processes share the samples.
     """
-    _allow("--weights", weights, ("int8", "none"))
-    _allow("--state-bits", state_bits, (8, 4, 3, 2))
-    _allow("--rounding", rounding, ("nearest", "stochastic"))
-    _allow("--esr-trajectory", esr_trajectory, ("exact", "single-step"))
-    _allow("--esr-loss", esr_loss, ("block", "mixer", "model"))
-    _allow("--esr-schedule", esr_schedule, ("cosine", "constant"))
+    allow("--weights", weights, ("int8", "none"))
+    allow("--state-bits", state_bits, (8, 4, 3, 2))
+    allow("--rounding", rounding, ("nearest", "stochastic"))
+    allow("--esr-trajectory", esr_trajectory, ("exact", "single-step"))
+    allow("--esr-loss", esr_loss, ("block", "mixer", "model"))
+    allow("--esr-schedule", esr_schedule, ("cosine", "constant"))
     learn = tuple(esr_learn.split(","))
     for name in learn:
-        _allow("--esr-learn", name, LEARNABLE)
+        allow("--esr-learn", name, LEARNABLE)
     QMambaConfig(flush_interval=flush_interval)  # refuses what the backend does not run
     options = Options(
         weights=None if weights == "none" else weights,
@@ -106,7 +112,7 @@ def calibrate(
         network = load_model(model).to(device)
         limit = 4 * (samples + validation) * length
         tokens = read_tokens(data, model, network, field=text_field, limit=limit)
-        calibration = Calibration(network, tokens, options, out, resume=resume, quiet=quiet)
+        calibration = Calibration(network, tokens, options, out.expanduser(), resume=resume, quiet=quiet)
         artifact = calibration.run()
         if distributed.is_main():
             _summary(artifact, calibration)
@@ -114,7 +120,7 @@ def calibrate(
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder or hub name of a transformers model.")],
-    text: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a data set: name[:config][@split].")],
+    text: Annotated[str, typer.Option(help=_SOURCE)],
     text_field: TextField = "text",
     calibration: Annotated[str | None, typer.Option(help="Calibration artifact.")] = None,
     state_bits: Annotated[str, typer.Option(help="8, 4, 3, 2 or none.")] = "4",
@@ -132,12 +138,12 @@ def evaluate(
 ) -> None:
     """Perplexity of the recurrence on a text, with the state requantized as decode does it.
 
-    The text is cut into windows, each from an empty state. A byte vocabulary also gives bits per byte.
+    The text is cut into windows, each from an empty state. Bits per byte are of its UTF-8.
     """
-    _allow("--state-bits", state_bits, ("8", "4", "3", "2", "none"))
-    _allow("--weights", weights, ("int8", "none"))
-    _allow("--rounding", rounding, ("nearest", "stochastic"))
-    _allow("--state-scales", state_scales, ("dynamic", "calibrated", None))
+    allow("--state-bits", state_bits, ("8", "4", "3", "2", "none"))
+    allow("--weights", weights, ("int8", "none"))
+    allow("--rounding", rounding, ("nearest", "stochastic"))
+    allow("--state-scales", state_scales, ("dynamic", "calibrated", None))
     with distributed.joined() as device:
         network = load_model(model).to(device)
         network, run = quantize(
@@ -188,7 +194,12 @@ def lm_eval(context: typer.Context) -> None:
     if "--model" not in arguments:
         arguments += ["--model", "qmamba"]
     sys.argv = ["lm_eval", *arguments]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except QMambaError:
+        raise
+    except ValueError as problem:  # lm-eval's word for an unknown task and the like
+        raise CalibrationError(f"lm-eval: {problem} (QMAMBA_TRACEBACK=1 shows where)") from problem
 
 
 def _command(function: Any, **settings: Any) -> typer.Typer:
@@ -249,8 +260,3 @@ def _summary(artifact: Artifact, calibration: Calibration) -> None:
     table.add_row("quantized, calibrated", f"{header.metrics_after['perplexity']:.4f}")
     _out.print(table)
     _out.print(f"{artifact.source}: {sum(t.nbytes for t in artifact.tensors.values()):,} bytes of tensors")
-
-
-def _allow(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{option} {value} is not allowed; use one of {', '.join(str(a) for a in allowed if a)}")

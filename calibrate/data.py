@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qmamba_compile.command_line import folder_or_hub_name
 
 from .errors import DataError
 
@@ -40,7 +43,8 @@ def read_tokens(source: str, model_path: str, model: Any, *, field: str = "text"
     """Read a text and turn it into tokens of ``model``.
 
     Args:
-        source: a text file, a JSONL or Parquet file with a column ``field``, or a data set ``name[:config][@split]``.
+        source: a text file, a JSONL or Parquet file with a column ``field``, or a data set ``name[:config][@split]``,
+            whose name may be a folder of such files.
         model_path: folder or hub name where the model's tokenizer is.
         limit: read only so much of a data set as gives this many tokens, about.
 
@@ -75,7 +79,7 @@ def read_documents(source: str, field: str = "text") -> Iterator[bytes]:
     Raises:
         DataError: it is neither, cannot be reached, or has no such column.
     """
-    path = Path(source).expanduser()
+    path, folder = Path(source).expanduser(), Path(_parts(source)[0]).expanduser()
     if path.is_file() and path.suffix not in _READERS:
         try:
             yield path.read_bytes()
@@ -84,7 +88,11 @@ def read_documents(source: str, field: str = "text") -> Iterator[bytes]:
                 f"{source}: cannot be read ({problem.strerror}); give a file that you may read"
             ) from problem
         return
-    if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in (*_READERS, ".txt", ".md", ".py")):
+    if folder.is_dir() and not any(file.suffix in _READERS for file in folder.rglob("*")):
+        # The library would take its texts line by line, without the line breaks, and leave out those named like a test.
+        raise DataError(f"{source}: a folder without JSONL or Parquet files; give one text file, joined from several")
+    is_there = path.exists() or folder.is_dir()
+    if not is_there and (source.startswith((".", "/", "~")) or path.suffix in (*_READERS, ".txt", ".md", ".py")):
         raise DataError(f"{source}: no such file; give a text, JSONL or Parquet file, or the name of a data set")
     for row in _rows(source, path):
         if field not in row or not isinstance(row[field], str):
@@ -92,23 +100,31 @@ def read_documents(source: str, field: str = "text") -> Iterator[bytes]:
         yield row[field].encode()
 
 
+def _parts(source: str) -> tuple[str, str, str]:
+    """Name, configuration and split of a data set; empty where not given."""
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
+    return name, config, split
+
+
 def _rows(source: str, path: Path) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
+    name, config, split = _parts(source)
+    name = os.path.expanduser(name)
+    is_local = path.is_file() or os.path.isdir(name)
     try:
         # Streamed, so that nothing is copied to a cache and only what is used is read.
         if path.is_file():
             yield from datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", streaming=True)
             return
-        name, _, split = source.partition("@")
-        name, _, config = name.partition(":")
         yield from datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
     except DataError:
         raise
     except Exception as problem:
         # The library raises some twenty classes for a bad file, a wrong name and an unreachable hub.
-        kind = "cannot be read" if path.is_file() else "is no local file, and the data set cannot be reached"
+        kind = "cannot be read" if is_local else "is no local file, and the data set cannot be reached"
         raise DataError(
             f"{source}: {kind} ({type(problem).__name__}: {str(problem).splitlines()[0]}); "
             "give a local text, JSONL or Parquet file, or name[:config][@split] of a data set"
@@ -141,7 +157,7 @@ def load_tokenizer(model_path: str, model: Any) -> Any:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder_or_hub_name(model_path))
     except Exception as problem:
         raise DataError(
             f"{model_path}: no tokenizer ({type(problem).__name__}: {str(problem).splitlines()[0]}), and a vocabulary "

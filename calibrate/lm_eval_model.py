@@ -8,6 +8,7 @@ does.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from qmamba_compile.errors import ConfigError
+
 from .data import BYTES, load_tokenizer
-from .models import load_model, quantize
+from .models import allow, load_model, quantize
 from .recurrence import replaced
 
 _LINE_BREAK = ord("\n")
@@ -37,11 +40,12 @@ class QMambaLM(TemplateLM):
         rounding: nearest or stochastic, with ``seed``. flush_interval: steps between two requantizations; 1 by
             default, since a generation goes on from a packed state, which a scan with a longer one does not give.
         batch_size: sequences that run together. max_length: tokens, beyond which the left is cut off.
+        max_batch_size, trust_remote_code: of lm-eval's own options, not used.
     """
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         calibration: str | None = None,
         state_bits: Any = 4,
         weights: str = "int8",
@@ -53,15 +57,27 @@ class QMambaLM(TemplateLM):
         max_length: int = 2048,
         max_gen_toks: int = 256,
         device: str | None = None,
-        **_: Any,
+        max_batch_size: Any = None,
+        trust_remote_code: Any = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if pretrained is None:
+            raise ConfigError("--model_args names no model; use --model_args pretrained=DIR")
+        if unknown:
+            known = ", ".join(name for name in inspect.signature(QMambaLM).parameters if name != "unknown")
+            raise ConfigError(f"--model_args {', '.join(unknown)}: unknown; allowed: {known}")
+        state_bits = "none" if state_bits is None else str(state_bits)
+        allow("state_bits", state_bits, ("8", "4", "3", "2", "none"))
+        allow("weights", weights, ("int8", "none", None))
+        allow("state_scales", state_scales, ("dynamic", "calibrated", None))
+        allow("rounding", rounding, ("nearest", "stochastic"))
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network = load_model(pretrained)
         self.tokenizer = None if network.config.vocab_size == BYTES else load_tokenizer(pretrained, network)
         self.model, self.recurrence = quantize(
             network.to(self._device),
-            state_bits=None if state_bits in (None, "none") else int(state_bits),
+            state_bits=None if state_bits == "none" else int(state_bits),
             weights=None if weights == "none" else weights,
             state_scales=state_scales,
             rounding=rounding,

@@ -73,3 +73,13 @@ def quantize(
         scales = {layer: artifact.tensors[f"{layer}.state_scale"].to(device) for layer in mixers(model)}
     run = Recurrence(state_bits, rounding == "stochastic", seed, flush_interval=flush_interval, state_scale=scales)
     return quantized, run
+
+
+def allow(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse a value of an option.
+
+    Raises:
+        ConfigError: it is not among those ``allowed``.
+    """
+    if value not in allowed:
+        raise ConfigError(f"{option} {value!r} is not allowed; use one of {', '.join(str(a) for a in allowed if a)}")

@@ -17,10 +17,10 @@ import torch
 import typer
 
 from . import report as report_module
-from .command_line import load_pretrained, readable_errors, version_of
+from .command_line import folder_or_hub_name, load_pretrained, readable_errors, version_of
 from .config import LARGEST_SEED, QMambaConfig
 from .errors import ConfigError, SkipReason, StrictError
-from .print_kernel import GPU_KERNELS, print_cpu_kernel, print_gpu_kernel
+from .print_kernel import CPU_KERNELS, GPU_ONLY, print_cpu_kernel, print_gpu_kernel
 from .print_report import print_reports, reports_as_json
 from .state import DSQState
 
@@ -147,9 +147,7 @@ def generate(
 
 @app.command()
 def render(
-    kernel: Annotated[
-        str, typer.Argument(help=f"Of a GPU: {', '.join(GPU_KERNELS)}. Of the CPU: the same but quantize_rows.")
-    ],
+    kernel: Annotated[str, typer.Argument(help=f"{', '.join(CPU_KERNELS)}. Of a GPU, also {', '.join(GPU_ONLY)}.")],
     headdim: Annotated[int, typer.Option()] = 64,
     dstate: Annotated[int, typer.Option()] = 128,
     bits: Annotated[int, typer.Option(envvar="QMAMBA_STATE_BITS", help="8, 4 or 2.")] = 4,
@@ -199,7 +197,7 @@ def env() -> None:
     table.add_row("python", platform.python_version())
     for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
         table.add_row(package, version_of(package) or "not installed")
-    table.add_row("C++ compiler", build.find_compiler() or "none found: on the CPU plain torch runs; install g++")
+    table.add_row("C++ compiler", build.inductor_compiler() or f"none, so plain torch runs: {build.missing_compiler()}")
     table.add_row("instruction set", f"{build.best_isa()}, kernels tuned for {build.core()}")
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
@@ -255,9 +253,11 @@ def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"--model {name}: no tokenizer, and the vocabulary is not bytes: {problem}") from None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder_or_hub_name(name))
+    except Exception as problem:
+        raise ConfigError(
+            f"--model {name}: no tokenizer, and the vocabulary is not bytes ({type(problem).__name__}: {problem})"
+        ) from problem
     return tokenizer.encode, lambda ids: tokenizer.decode(ids)
 
 
@@ -304,7 +304,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may well make what the terminal's encoding has not
-    with readable_errors({StrictError: 1}):
+    with readable_errors():
         app(standalone_mode=True)
 
 

@@ -250,7 +250,7 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
         ArtifactError: the file is missing, truncated or of another kind; its version is unknown; a header field or a
             tensor is missing, unexpected, or has a value that is not allowed.
     """
-    source = os.fspath(path)
+    source = os.path.expanduser(os.fspath(path))
     try:
         with safetensors.safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -6,16 +6,16 @@ import contextlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import rich.console
 
-from .errors import ConfigError, QMambaError
+from .errors import ConfigError, QMambaError, StrictError
 
-BAD_INPUT = 2
-"""Exit status of an error that has something to say."""
+REFUSED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+"""Exit statuses: a check that was asked for failed (--strict, a benchmark's numerics); any other error that has
+something to say; Ctrl-C."""
 
 
 def load_pretrained(name: str) -> Any:
@@ -27,23 +27,25 @@ def load_pretrained(name: str) -> Any:
     import transformers
 
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    path = Path(name).expanduser()
-    if not path.is_dir() and looks_like_path:
+    source = folder_or_hub_name(name)
+    if looks_like_path and not os.path.isdir(source):
         raise ConfigError(f"{name}: no such folder; give a folder with config.json, or a hub name")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"{name}: cannot be loaded: {problem}") from None
+        model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    except Exception as problem:
+        # For a damaged file, weights of other sizes or a wrong name each library has a class of its own.
+        raise ConfigError(f"{name}: cannot be loaded ({type(problem).__name__}: {problem})") from problem
     return model.eval().requires_grad_(False)
 
 
-@contextlib.contextmanager
-def readable_errors(statuses: Mapping[type[QMambaError], int] | None = None) -> Iterator[None]:
-    """One line instead of a traceback for errors that have something to say; QMAMBA_TRACEBACK=1 shows it all.
+def folder_or_hub_name(name: str) -> str:
+    """What `from_pretrained` takes for ``name``: no shell expands the ``~`` of ``--model=~/folder``."""
+    return os.path.expanduser(name)
 
-    Args:
-        statuses: exit statuses of errors for which it is not `BAD_INPUT`.
-    """
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """One line instead of a traceback for errors that have something to say; QMAMBA_TRACEBACK=1 shows it all."""
     try:
         yield
     except Exception as problem:
@@ -52,7 +54,7 @@ def readable_errors(statuses: Mapping[type[QMambaError], int] | None = None) -> 
         if not isinstance(cause, QMambaError) or os.environ.get("QMAMBA_TRACEBACK"):
             raise
         print_error(f"{type(cause).__name__}: {cause}")
-        sys.exit((statuses or {}).get(type(cause), BAD_INPUT))
+        sys.exit(REFUSED if isinstance(cause, StrictError) else BAD_INPUT)
 
 
 def print_error(text: str) -> None:

@@ -50,7 +50,7 @@ class QMambaConfig:
         ring_bits: bits of an input in that ring.
         calibration: path of a calibration artifact, or ``None``.
         skip_layers: module paths (or prefixes of them) to leave alone, such as ``("lm_head",)``.
-        check_finite: raise as soon as a packed state is not finite, naming its layer (one reduction a step).
+        check_finite: raise as soon as a packed state is not finite, naming its layer (a few reductions a step).
         strict: raise instead of reporting when an anchor is left alone.
         inner_backend: what compiles the rewritten graph; ``"aot_eager"`` and ``"eager"`` find faults by subtraction.
         mode: Inductor's mode, for torch.compile takes either its own ``mode`` or ``options``. ``"reduce-overhead"``
@@ -93,7 +93,7 @@ class QMambaConfig:
         if self.calibration is not None:
             if not isinstance(self.calibration, (str, os.PathLike)):
                 raise ConfigError(f"calibration={self.calibration!r} is not allowed; use a path or None")
-            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+            object.__setattr__(self, "calibration", os.path.expanduser(os.fspath(self.calibration)))
         if not isinstance(self.skip_layers, (list, tuple)) or not all(isinstance(s, str) for s in self.skip_layers):
             raise ConfigError(
                 f"skip_layers={self.skip_layers!r} is not allowed; use a list of module paths, such as ['lm_head']"

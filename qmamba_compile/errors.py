@@ -26,7 +26,7 @@ class NonFiniteStateError(StateError):
 
 
 class KernelBuildError(QMambaError, RuntimeError):
-    """The C++ compiler was found but did not accept a generated kernel."""
+    """The C++ compiler was found but made no library of a generated kernel."""
 
 
 class StrictError(QMambaError, RuntimeError):

@@ -25,6 +25,11 @@ GPU_KERNELS = (
     "ssm_scan_backward",
 )
 
+GPU_ONLY = ("quantize_rows", "norm_quantize_rows")
+"""On the CPU the linear's kernel does that itself."""
+
+CPU_KERNELS = tuple(kernel for kernel in GPU_KERNELS if kernel not in GPU_ONLY)
+
 _out = rich.console.Console(markup=False)
 
 
@@ -39,10 +44,9 @@ def print_cpu_kernel(
     from .cpu_templates import build
     from .cpu_templates.render import KERNELS, LAYER_KERNELS, LayerSpec, Spec, render
 
-    if kernel not in (*KERNELS, *LAYER_KERNELS):
-        raise ConfigError(
-            f"kernel={kernel!r} is not printed for CPUs; use one of {', '.join((*KERNELS, *LAYER_KERNELS))}"
-        )
+    assert {*KERNELS, *LAYER_KERNELS} == {*CPU_KERNELS}
+    if kernel not in CPU_KERNELS:
+        raise ConfigError(f"kernel={kernel!r} is not printed for CPUs; use one of {', '.join(CPU_KERNELS)}")
     isa = build.best_isa() if target == "cpu" else target
     headdim, dstate, *_ = scheme
     flush_interval, ring_bits = checkpoint

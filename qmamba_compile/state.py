@@ -154,11 +154,14 @@ class DSQState(torch.Tensor):
     materialize = dequantize
 
     def nonfinite(self) -> Tensor:
-        """Heads [b, h] whose state is NaN or infinite: its scale says so, or an input in the ring."""
+        """Heads [b, h] whose state is NaN or infinite: its scale says so, or what a step in the ring adds to it."""
         bad = ~self.channel_scale.isfinite().all(dim=-1)
         if self.ring is not None and self.flush_interval > 1:
             ring = self.ring
-            inputs = (ring.x if ring.scale is None else ring.scale[..., None]).isfinite().all(dim=-1)
+            # A step adds the products of its x and its B: that of the largest is finite where all are.
+            x, B = (tensor.float().abs().amax(dim=-1) for tensor in (ring.x, ring.B))  # [b, R, h], [b, R, g]
+            product = x * B.repeat_interleave(x.shape[2] // B.shape[2], dim=2)
+            inputs = (product if ring.scale is None else product * ring.scale).isfinite()
             decays = ring.decay.isfinite()
             slots = torch.arange(ring.decay.shape[1], device=self.device)
             filled = (slots < ring.position[:, None])[..., None]  # [b, R, 1]

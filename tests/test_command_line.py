@@ -1,9 +1,19 @@
 """What command lines share: which errors become one line, with which status, and which models are refused."""
 
+import shutil
+import types
+from pathlib import Path
+
 import pytest
 
+from calibrate.data import load_tokenizer
+from qmamba_compile.__main__ import _text_codec
+from qmamba_compile.artifact import read_artifact
 from qmamba_compile.command_line import load_pretrained, readable_errors, version_of
+from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ConfigError, StrictError
+
+BUNDLED = Path(__file__).parents[1] / "demo" / "tiny-mamba2"
 
 
 class WrappedError(Exception):
@@ -21,7 +31,7 @@ class WrappedError(Exception):
 )
 def test_errors_of_ours_are_one_line(monkeypatch, capsys, problem, status):
     monkeypatch.delenv("QMAMBA_TRACEBACK", raising=False)
-    with pytest.raises(SystemExit) as end, readable_errors({StrictError: 1}):
+    with pytest.raises(SystemExit) as end, readable_errors():
         raise problem
     assert end.value.code == status
     assert capsys.readouterr().err.rstrip().endswith("Error: shape [3]")
@@ -42,14 +52,39 @@ def test_the_variable_shows_the_traceback(monkeypatch):
         raise ConfigError("shape [3]")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "~/nowhere/at/all"])
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "~/nowhere/at/all", ""])
 def test_a_folder_that_is_not_there(name):
     with pytest.raises(ConfigError, match=f"{name}: no such folder"):
         load_pretrained(name)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """For the tokenizer and the artifact, too, not for the weights alone."""
+    import tokenizers
+    import transformers
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "one": 1}, unk_token="[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=300))
+    encode, _ = _text_codec("~/model", model)
+    assert encode("one") == [1]
+    assert len(load_tokenizer("~/model", model)) == 2
+    shutil.copy(BUNDLED / "calibration.safetensors", tmp_path / "scales.safetensors")
+    assert read_artifact("~/scales.safetensors").source == str(tmp_path / "scales.safetensors")
+    assert QMambaConfig(calibration="~/scales.safetensors").calibration == str(tmp_path / "scales.safetensors")
+
+
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\0" * 100])
+def test_a_model_whose_file_is_damaged(tmp_path, damage):
+    shutil.copy(BUNDLED / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(damage)
+    with pytest.raises(ConfigError, match=r"cannot be loaded \(SafetensorError: "):
         load_pretrained(str(tmp_path))
 
 

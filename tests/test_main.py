@@ -200,6 +200,15 @@ def test_render_prints_every_cpu_kernel(kernel):
     assert kernel in result.stdout.splitlines()[0] and f'extern "C" void {kernel}' in result.stdout
 
 
+def test_help_of_render_names_every_kernel():
+    said = invoke("render", "--help").output
+    of_cpu, _, of_gpu_alone = " ".join(word.strip("│ ") for word in said.split()).partition("Of a GPU, also")
+    assert all(kernel in of_cpu for kernel in (*KERNELS, *LAYER_KERNELS))
+    for kernel in print_kernel.GPU_ONLY:
+        assert kernel in of_gpu_alone
+        assert isinstance(invoke("render", kernel, "--target", "avx2").exception, errors.ConfigError)
+
+
 @pytest.mark.parametrize("interval, steps", [("1", []), ("8", ["a step that only reads", "a step that stores"])])
 def test_render_says_what_the_compiler_made_of_it(interval, steps):
     scheme = ("--state-scales", "calibrated", "--flush-interval", interval)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -334,6 +335,23 @@ def test_moves_stay_packed_when_compiled(calibrated, move):
     compiled = torch.compile(move, backend="aot_eager", fullgraph=True)
     s, t = make_state(4, calibrated), make_state(4, calibrated, seed=1)
     assert_same_bytes(compiled(s.clone(), t.clone()), move(s.clone(), t.clone()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+@pytest.mark.parametrize("large", [{"B": math.inf}, {"B": math.nan}, {"x": math.inf}, {"x": 1e30, "B": 1e30}])
+def test_a_step_in_the_ring_that_is_not_finite_is_found_at_once(dtype, large):
+    """Before the codes are stored again, with finite codes; an infinite B beside a finite x, and their product, too."""
+    ring = recurrence.new_ring(2, NHEADS, HEADDIM, NGROUPS, DSTATE, FLUSH_INTERVAL, dtype=dtype)
+    state = DSQState.from_float(make_float(batch=2), ring=ring)
+    x, B = torch.ones(2, NHEADS, HEADDIM), torch.ones(2, NGROUPS, DSTATE)
+    recurrence.append_(state.ring, x, torch.ones(2, NHEADS), B, torch.full((2, NHEADS), -0.1))
+    assert not state.nonfinite().any()
+    x[1, :, 3], B[1, :, 5] = large.get("x", 1.0), large.get("B", 1.0)
+    recurrence.append_(state.ring, x, torch.ones(2, NHEADS), B, torch.full((2, NHEADS), -0.2))
+    assert not state.dequantize()[1].isfinite().all()
+    assert state.nonfinite().tolist() == [[False] * NHEADS, [True] * NHEADS]
+    state.ring.position[1] = 1  # what lies behind the position is no part of the state
+    assert not state.nonfinite().any()
 
 
 def test_metadata_holds_constants_only():

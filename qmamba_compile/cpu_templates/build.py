@@ -117,8 +117,15 @@ def inductor_compiler() -> str | None:
 
     try:
         return get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
+    except (exc.InvalidCxxCompiler, OSError):  # OSError: CXX names a folder, or a file that may not be run
         return None
+
+
+def missing_compiler() -> str:
+    """Why there is none, and what to do."""
+    if "CXX" in os.environ:
+        return f"CXX={os.environ['CXX']!r} cannot be run with --version; set it to a C++ compiler, or unset it"
+    return "no C++ compiler was found; install g++, or set CXX to a compiler"
 
 
 @functools.cache
@@ -130,8 +137,8 @@ def find_compiler() -> str | None:
     compiler = inductor_compiler()
     if compiler is None:
         log.warning(
-            "no C++ compiler was found: on the CPU plain torch runs, Inductor's graphs and the SSM step included, many "
-            "times slower. Install g++, or set CXX to a compiler"
+            "%s. Until then plain torch runs on the CPU, Inductor's graphs and the SSM step, too: many times slower",
+            missing_compiler(),
         )
     return compiler
 
@@ -192,7 +199,7 @@ def load_extension(name: str) -> types.ModuleType | None:
 
 
 def _build(source: str, slug: str, flags: Sequence[str], remedy: str) -> pathlib.Path | None:
-    """Path of the shared library made of ``source``; ``remedy`` ends the message of a `KernelBuildError`."""
+    """Path of the shared library made of ``source``; ``remedy`` ends the message when the compiler rejects it."""
     compiler = find_compiler()
     if compiler is None:
         return None
@@ -218,6 +225,11 @@ def _build(source: str, slug: str, flags: Sequence[str], remedy: str) -> pathlib
         if result.returncode != 0:
             raise KernelBuildError(
                 f"{slug}: {compiler} rejected {kept}\n{' '.join(command)}\n{result.stderr.strip()}\nTo go on, {remedy}"
+            )
+        if not built.exists():
+            raise KernelBuildError(
+                f"{slug}: {compiler} reported success and wrote no library: it is no C++ compiler; "
+                "unset CXX, or set it to g++ or clang++"
             )
         built.replace(library)
     log.info("built %s", library)

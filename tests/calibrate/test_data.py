@@ -13,7 +13,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from calibrate.cli import calibrate_app, evaluate_app
 from calibrate.data import Tokens, cut_windows, read_documents, read_tokens, split_windows, spread
 from calibrate.errors import DataError
 
@@ -53,6 +55,26 @@ def test_rows_of_a_file(tmp_path, suffix):
     assert list(read_documents(str(path), "other")) == [b"x", b"y"]
     with pytest.raises(DataError, match=r"no text in column 'body'.*\['other', 'text'\]"):
         list(read_documents(str(path), "body"))
+
+
+def test_a_folder_is_a_data_set_or_refused(tmp_path):
+    (tmp_path / "part.txt").write_text("one\ntwo\n")
+    with pytest.raises(DataError, match="a folder without JSONL or Parquet files; give one text file"):
+        list(read_documents(str(tmp_path)))
+    for split in ("train", "test"):
+        folder = tmp_path / "set" / split
+        folder.mkdir(parents=True)
+        (folder / "part.jsonl").write_text(json.dumps({"text": f"of {split}"}) + "\n")
+    source = str(tmp_path / "set")
+    assert list(read_documents(source)) == [b"of train"]
+    assert list(read_documents(f"{source}@test")) == [b"of test"]
+    with pytest.raises(DataError, match=r"set@other: cannot be read .*Bad split"):
+        list(read_documents(f"{source}@other"))
+
+
+def test_help_says_what_a_source_may_be():
+    for application in (calibrate_app, evaluate_app):
+        assert "[@split]" in CliRunner().invoke(application, ["--help"], env={"COLUMNS": "300"}).output
 
 
 def test_a_tokenizer_marks_the_end_of_documents(tokenizer_folder, tmp_path):

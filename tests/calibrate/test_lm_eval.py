@@ -10,10 +10,13 @@ import torch
 import transformers
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from typer.testing import CliRunner
 
 from calibrate import lm_eval_model
+from calibrate.cli import lm_eval_app
 from calibrate.quantized_model import quantized_copy
 from calibrate.recurrence import Recurrence, replaced
+from qmamba_compile.errors import QMambaError
 
 TASKS = {
     "choices": """
@@ -125,3 +128,19 @@ def test_generation(answers, stepping):
 
 def test_the_model_is_registered():
     assert get_model("qmamba") is lm_eval_model.QMambaLM
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model_args", "pretrained=FOLDER", "--tasks", "no_such_task"], ["lm-eval", "no_such_task"]),
+        (["--model_args", "pretrained=FOLDER"], ["lm-eval", "No tasks"]),
+        (["--tasks", "arc_easy"], ["pretrained=DIR"]),
+        (["--model_args", "pretrained=FOLDER,statebits=8", "--tasks", "arc_easy"], ["statebits", "state_bits"]),
+        (["--model_args", "pretrained=FOLDER,state_bits=5", "--tasks", "arc_easy"], ["state_bits '5'", "8, 4, 3, 2"]),
+    ],
+)
+def test_a_bad_argument_has_words(model_folder, monkeypatch, arguments, words):
+    monkeypatch.setattr("sys.argv", ["qmamba"])  # the command replaces it
+    result = CliRunner().invoke(lm_eval_app, [argument.replace("FOLDER", str(model_folder)) for argument in arguments])
+    assert isinstance(result.exception, QMambaError) and all(word in str(result.exception) for word in words)

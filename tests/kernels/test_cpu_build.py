@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 
 from qmamba_compile import ops
 from qmamba_compile.cpu_templates import build, launch
@@ -140,6 +141,20 @@ def test_compiler_rejects_the_code(fresh: pathlib.Path, monkeypatch: pytest.Monk
     with pytest.raises(KernelBuildError, match=r"error: .*"):
         build.build(SPEC)
     assert not list(fresh.rglob("*.so"))
+
+
+def test_a_compiler_that_writes_nothing(fresh: pathlib.Path) -> None:
+    message = r"/bin/true reported success and wrote no library.*unset CXX"
+    with inductor_config.patch({"cpp.cxx": (None, "/bin/true")}), pytest.raises(KernelBuildError, match=message):
+        build.build(SPEC)
+
+
+@pytest.mark.parametrize("named", ["/bin/false", "/nowhere/g++", ".", "ccache g++", ""])
+def test_a_compiler_that_cannot_be_run_is_named(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    monkeypatch.setenv("CXX", named)
+    with inductor_config.patch({"cpp.cxx": (None, named)}):
+        assert build.inductor_compiler() is None
+    assert f"CXX={named!r}" in build.missing_compiler() and "unset it" in build.missing_compiler()
 
 
 @needs_compiler

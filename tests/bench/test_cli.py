@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli, decode, linear, plot, ssm
+from bench import accuracy, cli, decode, flush, linear, plot, roofline, ssm
 from bench.record import Record
 from qmamba_compile import ConfigError
 
@@ -40,10 +40,19 @@ def test_an_unknown_question_lists_the_known_ones():
     assert all(word in result.stderr for word in ("lineer", "linear", "decode", "cost"))
 
 
-def test_a_refusal_is_one_line_and_status_2():
-    result = bench("ssm", "--shape", "3b")
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (("ssm", "--shape", "3b"), ("3b", "2.7b")),
+        (("accuracy", "--model", "./nowhere"), ("./nowhere", "no such folder")),
+        (("roofline", "--target", "sm_1"), ("sm_1", "sm_90")),
+        (("gpu", "--only", "music"), ("music", "decode")),
+    ],
+)
+def test_a_refusal_is_one_line_and_status_2(arguments, wanted):
+    result = bench(*arguments)
     assert result.returncode == 2
-    assert "3b" in result.stderr and "2.7b" in result.stderr and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in wanted) and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -55,6 +64,15 @@ def test_a_refusal_is_one_line_and_status_2():
         (decode, {"shape": "tiny", "variants": "ours"}, ["'ours'", "ours-w8a8h4", "torchao"]),
         (ssm, {"shape": "tiny", "batch": "0"}, ["--batch", "'0'"]),
         (ssm, {"shape": "tiny", "variants": "ours-h9"}, ["ours-h9", "ours-h8", "fused-float32"]),
+        (linear, {"shape": "tiny", "json": Path("/dev/null/x/y.json")}, ["--json", "/dev/null/x/y.json", "folder"]),
+        (roofline, {"json_path": ROOT}, ["--json", str(ROOT), "name of one"]),
+        (plot, {"records": [ROOT / "README.md"], "plot": Path("picture.png")}, ["README.md", "no JSON"]),
+        (accuracy, {"bits": "4,5"}, ["--bits", "4,5", "8, 4, 3, 2"]),
+        (flush, {"bits": "5"}, ["--bits", "5", "8, 4, 3, 2"]),
+        (accuracy, {"seeds": "-1"}, ["--seeds", "-1", "from 0 on"]),
+        (accuracy, {"rates": "1e-3,nan"}, ["--rates", "nan", "above 0"]),
+        (accuracy, {"only": "("}, ["--only", "regular expression"]),
+        (accuracy, {"merge": [Path("nowhere")]}, ["--merge", "nowhere"]),
         (ssm, {"shape": "tiny", "batch": "1", "plot": Path("picture.pdf")}, ["picture.pdf", ".png"]),
     ],
 )
