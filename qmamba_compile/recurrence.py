@@ -253,7 +253,7 @@ class StoreRule:
     """How a faithful scan (`scan_ops`) stores its state.
 
     Attributes:
-        bits: one of `SCAN_BITS`, or ``None`` for a float state.
+        bits: one of `SCAN_BITS`, or ``None`` for a float state, which is neither rounded nor simulated.
         stochastic: rounding; nearest otherwise.
         seed: key of the noise of stochastic rounding.
         flush_interval: the state is requantized after every so many steps, and float32 in between.
@@ -285,6 +285,9 @@ class StoreRule:
             )
         if self.channel_scale is not None and self.state_scale is None:
             raise ValueError("a calibrated channel_scale needs a calibrated state_scale")
+        if self.bits is None:
+            object.__setattr__(self, "stochastic", False)
+            object.__setattr__(self, "single_step", False)
 
     @property
     def dynamic(self) -> bool:

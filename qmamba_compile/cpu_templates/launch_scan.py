@@ -127,8 +127,7 @@ def _scan_call(
     fields: list[Field] = [*_sequences(x, B, C), *vector(D), dt, decay, *floats]
     fields += [*vector(rule.state_scale), *vector(rule.fixed_scale)]
     team = threads(batch * nheads * headdim * B.shape[-1] * seqlen)
-    single_step = int(rule.single_step and rule.bits is not None)
-    fields += [batch, seqlen, nheads, B.shape[2], rule.seed, rule.flush_interval, single_step, team]
+    fields += [batch, seqlen, nheads, B.shape[2], rule.seed, rule.flush_interval, int(rule.single_step), team]
     return function, fields
 
 

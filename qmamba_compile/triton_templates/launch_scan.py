@@ -163,18 +163,15 @@ class _Scan:
         architecture = target(x.device.type, x.device.index)
         if architecture is None or x.numel() == 0:
             return None
-        quantized = rule.bits is not None
-        stochastic = quantized and rule.stochastic
-        specs = _chosen(architecture, x.shape[-1], B.shape[-1], rule.bits, rule.dynamic, stochastic)
+        specs = _chosen(architecture, x.shape[-1], B.shape[-1], rule.bits, rule.dynamic, rule.stochastic)
         if specs is None:
             return None
-        single_step = quantized and rule.single_step
         carried, copy = (None if state is None else state.float().contiguous() for state in states)
         state_scale, channel_scale = (
             None if scale is None else scale.contiguous() for scale in (rule.state_scale, rule.fixed_scale)
         )
         # Not a number: Triton would make another kernel of each that fits in 32 bits or is 1.
-        key = torch.full((1,), rule.seed, dtype=torch.int64, device=x.device) if stochastic else None
+        key = torch.full((1,), rule.seed, dtype=torch.int64, device=x.device) if rule.stochastic else None
         return cls(
             *specs,
             x,
@@ -182,11 +179,11 @@ class _Scan:
             decay.contiguous(),
             B,
             C,
-            (carried, copy if single_step else None),
+            (carried, copy if rule.single_step else None),
             (state_scale, channel_scale),
             key,
             rule.flush_interval,
-            single_step,
+            rule.single_step,
         )
 
     @property

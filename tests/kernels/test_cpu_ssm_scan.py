@@ -164,10 +164,13 @@ def test_bfloat16_inputs_give_the_codes_of_decode() -> None:
     assert_same(qmamba.ssm_scan_quantized(**arguments), decode(arguments), torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.parametrize("single_step", [False, True])
-def test_a_float_state_is_the_float_scan(single_step: bool) -> None:
-    arguments = problem(bits=None, seqlen=70, single_step=single_step)
+@pytest.mark.parametrize("change", [{}, {"single_step": True}, {"stochastic": True}], ids=str)
+def test_a_float_state_is_the_float_scan(change: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """By its kernel, whose absence would be warned of: it has no rounding that could be stochastic."""
+    arguments = problem(bits=None, seqlen=70, **change)
+    launch.kernel.cache_clear()
     y, state = qmamba.ssm_scan_quantized(**arguments)
+    assert not caplog.records
     names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state", "dt_softplus", "dt_min", "dt_max")
     wanted_y, wanted_state = qmamba.chunk_scan(*(arguments[name] for name in names))
     assert (y - wanted_y).abs().max() <= 5e-5 * wanted_y.abs().max()
