@@ -59,7 +59,17 @@ def test_golden_text(spec: Spec) -> None:
 @pytest.mark.parametrize("bits, dynamic, stochastic", [(8, True, True), (4, False, False), (2, True, False)])
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_rendered_text_is_readable(kernel: str, bits: int, dynamic: bool, stochastic: bool, isa: str) -> None:
-    text = render(Spec(kernel, 64, 128, bits, dynamic, stochastic, isa))
+    check_readable(render(Spec(kernel, 64, 128, bits, dynamic, stochastic, isa)))
+
+
+@pytest.mark.parametrize(
+    "tuned", [{}, {"vnni": True}, {"vnni": True, "bf16": True, "core": "amd"}], ids=lambda tuned: "-".join(tuned)
+)
+def test_a_rendered_ring_is_readable(tuned: dict[str, Any]) -> None:
+    check_readable(render(Spec("ssm_update", 64, 128, 4, flush_interval=16, ring="bfloat16", **tuned)))
+
+
+def check_readable(text: str) -> None:
     assert max(len(line) for line in text.splitlines()) <= 120
     assert all(line == line.rstrip() for line in text.splitlines())
     assert "\n\n\n" not in text and "{%" not in text and "{{" not in text.replace("{{}", "")

@@ -1,4 +1,5 @@
-// ssm_update_p5_n12_b2_calibrated_stochastic_avx2: one decode step of the SSM on a packed state.
+// ssm_update_p5_n12_b2_calibrated_stochastic_avx2:
+// one decode step of the SSM on a packed state.
 //
 //     h = exp(dt * A) * h + (dt * B) x        y = C . h + D x
 //

@@ -1,4 +1,5 @@
-// ssm_update_p64_n128_b4_dynamic_nearest_L8_bfloat16_avx512_vnni: one decode step of the SSM on a packed state.
+// ssm_update_p64_n128_b4_dynamic_nearest_L8_bfloat16_avx512_vnni:
+// one decode step of the SSM on a packed state.
 //
 //     h = exp(dt * A) * h + (dt * B) x        y = C . h + D x
 //
@@ -637,9 +638,9 @@ inline void update_block(
 }
 
 // Rows from the one multiplied to those fetched: the hardware alone stops at the end of a page. Microseconds a head of
-// 64 x 128 with an empty ring, batch 32, 24 layers, one thread of Emerald Rapids: 0.54 without, 0.46 with 32 rows to the
-// L1 cache alone, 0.44 with 128 to the L2 cache alone, 0.39 with both; past both caches (prefetchnta) 0.60. On Zen 4,
-// with three slots filled: 0.32 without, 0.33 with both, 0.29 with those to the L2 cache alone.
+// 64 x 128 with an empty ring, batch 32, 24 layers, one thread of Emerald Rapids: 0.54 without, 0.46 with 32 rows to
+// the L1 cache alone, 0.44 with 128 to the L2 cache alone, 0.39 with both; past both caches (prefetchnta) 0.60. On
+// Zen 4, with three slots filled: 0.32 without, 0.33 with both, 0.29 with those to the L2 cache alone.
 constexpr int ROWS_AHEAD = 16;       // to the L1 cache
 constexpr int ROWS_FAR_AHEAD = 128;  // to the L2 cache
 constexpr int READ_OFFSET = 8;  // what a code is read with, so that it is not negative

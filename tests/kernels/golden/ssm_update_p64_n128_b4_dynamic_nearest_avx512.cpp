@@ -1,4 +1,5 @@
-// ssm_update_p64_n128_b4_dynamic_nearest_avx512: one decode step of the SSM on a packed state.
+// ssm_update_p64_n128_b4_dynamic_nearest_avx512:
+// one decode step of the SSM on a packed state.
 //
 //     h = exp(dt * A) * h + (dt * B) x        y = C . h + D x
 //
