@@ -273,9 +273,16 @@ def _ring_constants(spec: Spec) -> dict[str, object]:
         "code_mask": f"{largest_code * (0x01010101 if spec.vnni else 0x10001):#010x}u",
         # No sum of dstate products leaves 32 bits; and vpdpbusd takes C as two signed bytes, 127 * 256 + 127 at most.
         "C_limit": min(32639 if spec.vnni else 32767, (2**31 - 1) // (largest_code * spec.dstate)),
-        "even_shorts": ", ".join(map(str, range(0, 4 * lanes, 2))),
-        "odd_shorts": ", ".join(map(str, range(1, 4 * lanes, 2))),
+        "even_shorts": _in_lines(range(0, 4 * lanes, 2)),
+        "odd_shorts": _in_lines(range(1, 4 * lanes, 2)),
     }
+
+
+def _in_lines(numbers: range) -> str:
+    """Sixteen a line."""
+    return (",\n" + 16 * " ").join(
+        ", ".join(map(str, numbers[begin : begin + 16])) for begin in range(0, len(numbers), 16)
+    )
 
 
 def _literals(values: float | tuple[float, ...]) -> str | list[str]:
