@@ -77,9 +77,20 @@ def available_isas() -> tuple[str, ...]:
 
 
 @functools.cache
-def has_vnni() -> bool:
-    """True when this machine has AVX-512 with vpdpbusd."""
-    return "avx512" in available_isas() and bool(torch.cpu._is_vnni_supported())
+def vnni_flags(isa: str) -> tuple[str, ...]:
+    """What the compiler is told for this machine's vpdpbusd on the vectors of ``isa``; nothing where it has none.
+
+    Client processors without AVX-512 have it for 32 bytes (AVX-VNNI); AVX-512's is for 64, and for 32 as well.
+    """
+    has_avx512 = "avx512" in available_isas() and bool(torch.cpu._is_vnni_supported())
+    if isa == "avx512" and has_avx512:
+        return ("-mavx512vnni",)
+    if isa == "avx2" and "avx2" in available_isas():
+        if "avx_vnni" in _cpu_words():
+            return ("-mavxvnni",)
+        if has_avx512:
+            return ("-mavx512vnni", "-mavx512vl")
+    return ()
 
 
 @functools.cache
@@ -91,10 +102,14 @@ def has_bf16() -> bool:
 @functools.cache
 def core() -> str:
     """``"amd"`` where /proc/cpuinfo says so, otherwise ``"intel"``, on whose cores the rest was measured."""
+    return "amd" if "AuthenticAMD" in _cpu_words() else "intel"
+
+
+def _cpu_words() -> list[str]:
+    """What Linux says of the processors: makers, names, features."""
     with contextlib.suppress(OSError):
-        if "AuthenticAMD" in pathlib.Path("/proc/cpuinfo").read_text():
-            return "amd"
-    return "intel"
+        return pathlib.Path("/proc/cpuinfo").read_text().split()
+    return []
 
 
 def for_this_machine(spec: AnySpec) -> AnySpec:
@@ -102,7 +117,7 @@ def for_this_machine(spec: AnySpec) -> AnySpec:
     if not spec.multiplies_codes:
         return spec
     has_avx512 = spec.isa == "avx512"
-    found: dict[str, Any] = {"vnni": has_avx512 and has_vnni(), "core": core()}
+    found: dict[str, Any] = {"vnni": bool(vnni_flags(spec.isa)), "core": core()}
     if isinstance(spec, Spec) and spec.ring != "float32":
         # On Zen 4 one takes as long as a fused multiply-add and does the work of two: a step that stores takes 2.5 us a
         # head of 64 x 128 for 2.9. Intel's cores were not measured.
@@ -150,7 +165,7 @@ def build(spec: Spec | LayerSpec) -> pathlib.Path | None:
         KernelBuildError: the compiler rejected the code; the message holds its own.
     """
     openmp = () if sys.platform == "darwin" else ("-fopenmp",)
-    more = ["-mavx512vnni"] * spec.vnni + ["-mavx512bf16"] * (isinstance(spec, Spec) and spec.bf16)
+    more = [*vnni_flags(spec.isa)] * spec.vnni + ["-mavx512bf16"] * (isinstance(spec, Spec) and spec.bf16)
     remedy = "set CXX to another compiler" + (", or fuse_ssm_update=False" if isinstance(spec, Spec) else "")
     return _build(render(spec), spec.slug(), (*_FLAGS, *_ISA_FLAGS[spec.isa], *more, *openmp), remedy)
 

@@ -40,9 +40,14 @@ MAX_ELEMENTS = 2**16
 _PANEL_BYTES = 24 * 2**10
 """Weight rows that all tokens are multiplied with at a time; with a few tokens they fill a 32 KiB L1 cache."""
 
-_PANELS_FROM = 36
-"""Tokens from which repacking weights pays. Microseconds as they lie / repacked, Xeon with VNNI, one thread: 768x3352
-518 / 474 at 32 tokens, 578 / 480 at 36; 1536x768 194 / 217 and 214 / 219; 2560x10576 5680 / 4880 at 36."""
+_BLOCK = {"avx512": 12, "avx2": 6}
+"""Tokens that meet a repacked panel of weights at a time: of the 32 or 16 registers two sums for each of them."""
+
+_BLOCKS_TO_PACK = 3
+"""From so many blocks of tokens on, repacking weights pays. Microseconds as they lie / repacked, Xeon with AVX-512 and
+VNNI, one thread: 768x3352 518 / 474 at 32 tokens, 578 / 480 at 36; 1536x768 194 / 217 and 214 / 219; 2560x10576 5680 /
+4880 at 36. Milliseconds of all linears of the 130M shape with 32-byte vectors, one thread of Zen 4: with vpdpbusd 22.4
+/ 19.8 at 18 tokens, 53 / 43 at 48, 264 / 211 at 256; without it 41 / 39, 110 / 92, 599 / 454."""
 
 _GROUP_BYTES = 3 * 2**17
 """Repacked weights that stay in the L2 cache while all tokens pass by. Milliseconds for 512 tokens, same machine, with
@@ -66,7 +71,7 @@ class Spec:
         isa: one of `LANES`.
         flush_interval: steps from one store of the codes to the next (``ssm_update`` only).
         ring: what the inputs since the last store are kept in, one of `RINGS`; None when every step stores.
-        vnni: vpdpbusd may be used (with a ring and ``isa="avx512"`` only).
+        vnni: vpdpbusd may be used (with a ring, and not with ``isa="portable"``).
         bf16: vdpbf16ps is used (with a ring of 16 or 8 bits and ``isa="avx512"`` only).
         core: whose cores it is tuned for, one of `CORES` (with a ring only).
 
@@ -156,7 +161,7 @@ class LayerSpec:
     Attributes:
         kernel: one of `LAYER_KERNELS`; the template's name.
         isa: one of `LANES`.
-        vnni: vpdpbusd may be used (``w8a8_linear`` with ``isa="avx512"`` only).
+        vnni: vpdpbusd may be used (``w8a8_linear``, and not with ``isa="portable"``).
         core: as `Spec.core` (``w8a8_linear`` only).
 
     Raises:
@@ -189,7 +194,7 @@ def _check_tuning(spec: Spec | LayerSpec, what: str) -> None:
     """Refuse a core and instructions for which no such kernel is made; ``what`` of ``spec`` decides that."""
     if spec.core not in CORES:
         raise ConfigError(f"core={spec.core!r} is not known; use one of {CORES}")
-    if spec.vnni and not (spec.multiplies_codes and spec.isa == "avx512"):
+    if spec.vnni and not (spec.multiplies_codes and spec.isa != "portable"):
         raise ConfigError(f"vnni=True is not allowed with {what} and isa={spec.isa!r}")
     if spec.core != "intel" and not spec.multiplies_codes:
         raise ConfigError(f"core={spec.core!r} is not allowed with {what}, for which no core is told from another")
@@ -300,13 +305,14 @@ def _layer_constants(spec: LayerSpec) -> dict[str, object]:
         "slots": 0,
         "rotations": _rotations(lanes),
         "merges": _merges(lanes),
-        "step": 64 if spec.vnni else 2 * lanes if spec.isa != "portable" else 16,
+        "step": 4 * lanes if spec.vnni else 2 * lanes if spec.isa != "portable" else 16,
         # 16 sums, 4 rows of weights and a token fill the 32 registers of AVX-512; the others have 16.
         "rows": 4,
         "tokens": 4 if spec.isa == "avx512" else 2,
         "panel_bytes": _PANEL_BYTES,
         "chunk_bytes": _CHUNK_BYTES,
-        "panels_from": _PANELS_FROM,
+        "block": _BLOCK.get(spec.isa),
+        "blocks_to_pack": _BLOCKS_TO_PACK,
         "group_bytes": _GROUP_BYTES,
         **_transposition(lanes),
         "tiny_scale": repr(quant.TINY_SCALE),

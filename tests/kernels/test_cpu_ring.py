@@ -146,16 +146,16 @@ def test_tuned_for_every_core(monkeypatch: pytest.MonkeyPatch, core: str) -> Non
         launch.kernel.cache_clear()
 
 
-@pytest.mark.skipif(not build.has_vnni(), reason="avx512 has no vpdpbusd here: the other tests run without it")
-def test_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "has_vnni", lambda: False)
+@pytest.mark.parametrize("vnni", [True, False])
+def test_with_and_without_vpdpbusd(isa: str, monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
+    if vnni and not build.vnni_flags(isa):
+        pytest.skip(f"{isa} has no vpdpbusd here")
+    if not vnni:
+        monkeypatch.setattr(build, "vnni_flags", lambda isa: ())
     launch.kernel.cache_clear()
-    try:
-        Problem().check(steps=12)
-        Problem(bits=2, dstate=12).check(steps=12)
-        Problem(bits=8, dstate=256, dynamic=False).check(steps=12)
-    finally:
-        launch.kernel.cache_clear()
+    Problem().check(steps=12)
+    Problem(bits=2, dstate=12).check(steps=12)
+    Problem(bits=8, dstate=256, dynamic=False).check(steps=12)
 
 
 @pytest.mark.parametrize(

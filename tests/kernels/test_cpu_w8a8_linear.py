@@ -25,9 +25,12 @@ pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ co
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPECS = [LayerSpec("w8a8_linear", isa) for isa in ("avx512", "avx2", "portable")]
-SPECS += [LayerSpec("w8a8_linear", "avx512", vnni=True), LayerSpec("w8a8_linear", "avx512", True, "amd")]
+SPECS += [LayerSpec("w8a8_linear", isa, vnni=True) for isa in ("avx512", "avx2")]
+SPECS += [LayerSpec("w8a8_linear", "avx512", True, "amd")]
 SPECS += [LayerSpec("w8a8_linear", isa, core="amd") for isa in ("avx2", "portable")]
-RUNNABLE = [spec for spec in SPECS if spec.isa in build.available_isas() and (build.has_vnni() or not spec.vnni)]
+RUNNABLE = [
+    spec for spec in SPECS if spec.isa in build.available_isas() and (build.vnni_flags(spec.isa) or not spec.vnni)
+]
 
 
 @contextlib.contextmanager
@@ -36,7 +39,8 @@ def only(spec: LayerSpec) -> Iterator[None]:
     empty = torch.empty
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QMAMBA_CPU_ISA", spec.isa)
-        patch.setattr(build, "has_vnni", lambda: spec.vnni)
+        if not spec.vnni:
+            patch.setattr(build, "vnni_flags", lambda isa: ())
         patch.setattr(build, "core", lambda: spec.core)
         patch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
         launch.layer_kernel.cache_clear()
@@ -237,21 +241,36 @@ def test_what_the_machine_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     built = []
     monkeypatch.setattr(build, "load", built.append)
     monkeypatch.delenv("QMAMBA_CPU_ISA", raising=False)
-    for isas, vnni in ((("avx512",), True), (("avx512",), False), (("avx2",), True)):
-        monkeypatch.setattr(build, "available_isas", lambda isas=isas: isas)
-        monkeypatch.setattr(build, "has_vnni", lambda vnni=vnni: vnni)
-        monkeypatch.setattr(build, "core", lambda vnni=vnni: "amd" if vnni else "intel")
+    machines = (("avx512", True, "amd"), ("avx512", False, "intel"), ("avx2", True, "intel"), ("avx2", False, "amd"))
+    for isa, vnni, core in machines:
+        monkeypatch.setattr(build, "available_isas", lambda isa=isa: (isa,))
+        monkeypatch.setattr(build, "vnni_flags", lambda isa, vnni=vnni: ("-mvnni",) * vnni)
+        monkeypatch.setattr(build, "core", lambda core=core: core)
         launch.layer_kernel.cache_clear()
         for name in LAYER_KERNELS:
             launch.layer_kernel(name)
     launch.layer_kernel.cache_clear()
-    machines = (("avx512", True, "amd"), ("avx512", False, "intel"), ("avx2", False, "amd"))
     linears = [LayerSpec("w8a8_linear", *machine) for machine in machines]
     assert [spec for spec in built if spec.kernel == "w8a8_linear"] == linears
     others = [name for name in LAYER_KERNELS if name != "w8a8_linear"]
     assert [spec for spec in built if spec not in linears] == [
         LayerSpec(name, spec.isa) for spec in linears for name in others
     ]
+
+
+def test_vpdpbusd_is_found_on_clients_and_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flags(isas: tuple[str, ...], cpu: str, has_avx512_vnni: bool) -> list[tuple[str, ...]]:
+        monkeypatch.setattr(build, "available_isas", lambda: isas)
+        monkeypatch.setattr(build, "_cpu_words", cpu.split)
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_avx512_vnni)
+        return [build.vnni_flags.__wrapped__(isa) for isa in ("avx512", "avx2", "portable")]
+
+    wide, narrow = ("avx512", "avx2", "portable"), ("avx2", "portable")
+    assert flags(wide, "avx512_vnni", True) == [("-mavx512vnni",), ("-mavx512vnni", "-mavx512vl"), ()]
+    assert flags(wide, "avx512_vnni avx_vnni", True) == [("-mavx512vnni",), ("-mavxvnni",), ()]
+    assert flags(narrow, "avx_vnni", False) == [(), ("-mavxvnni",), ()]
+    assert flags(wide, "avx512f", False) == flags(narrow, "avx2", False) == [(), (), ()]
+    assert flags(narrow, "avx512_vnni", True) == [(), (), ()]  # torch was told to do without AVX-512
 
 
 def test_the_core_is_the_kernels_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +290,7 @@ def test_the_core_is_the_kernels_vendor(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"kernel": "ssm_update"}, "ssm_update"),
         ({"isa": "mmx"}, "mmx"),
-        ({"vnni": True, "isa": "avx2"}, "avx2"),
+        ({"vnni": True, "isa": "portable"}, "portable"),
         ({"core": "arm"}, "arm"),
         ({"kernel": "conv_update", "core": "amd"}, "amd"),
     ],

@@ -153,10 +153,6 @@ struct Input {
     }
 };
 
-struct alignas(64) Line {
-    uint8_t bytes[64];
-};
-
 // Values from `index` of a tensor; `left` of them exist.
 inline Floats read(const Input& input, int64_t index, int64_t left) {
     if (input.dtype == 0) return load_first<Floats>((const float*)input.data + index, left);

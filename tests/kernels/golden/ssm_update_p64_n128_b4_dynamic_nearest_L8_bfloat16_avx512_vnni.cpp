@@ -77,9 +77,13 @@ template <int COUNT>
 inline Words load_bytes(const uint8_t* from) {
     return (Words)_mm512_maskz_loadu_epi8(~0ull >> (64 - COUNT), from);
 }
+// sum + the products of four unsigned and four signed bytes in each lane.
+inline Ints add_bytes(Ints sum, Words unsigned_bytes, Words signed_bytes) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+}
 // sum + (codes << shift) in the low byte of each lane.
 inline Ints add_byte(Ints sum, Ints codes, int shift) {
-    if (shift != 0) return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(1 << shift));
+    if (shift != 0) return add_bytes(sum, (Words)codes, Words{} + (1u << shift));
     return sum + (codes << shift);
 }
 
@@ -767,7 +771,8 @@ void prepare_C(const Arguments& a, int64_t b, int64_t head, Scratch& s) {
 
 // Codes of a row, each plus READ_OFFSET, times the integers of C, summed within each lane.
 inline Ints multiply_row(const uint8_t* packed, const int8_t* C) {
-    __m512i codes[UNITS][RUNS], sum = {};
+    Words codes[UNITS][RUNS];
+    Ints sum = {};
 #pragma GCC unroll 4
     for (int unit = 0; unit < UNITS; ++unit) {
         const uint8_t* from = packed + unit * UNIT;
@@ -775,7 +780,7 @@ inline Ints multiply_row(const uint8_t* packed, const int8_t* C) {
         __builtin_prefetch(from + ROWS_AHEAD * WIDTH);
         __builtin_prefetch(from + ROWS_FAR_AHEAD * WIDTH, 0, 2);
 #pragma GCC unroll 4
-        for (int run = 0; run < RUNS; ++run) codes[unit][run] = (__m512i)((bytes >> (run * BITS)) & 0x0f0f0f0fu);
+        for (int run = 0; run < RUNS; ++run) codes[unit][run] = (bytes >> (run * BITS)) & 0x0f0f0f0fu;
     }
     // The high bytes, then what they are worth, then the low ones.
 #pragma GCC unroll 2
@@ -785,12 +790,12 @@ inline Ints multiply_row(const uint8_t* packed, const int8_t* C) {
 #pragma GCC unroll 4
             for (int run = 0; run < RUNS; ++run) {
                 const int8_t* digits = C + ((2 * run + digit) * UNITS + unit) * UNIT;
-                sum = _mm512_dpbusd_epi32(sum, codes[unit][run], load<__m512i>(digits));
+                sum = add_bytes(sum, codes[unit][run], load<Words>(digits));
             }
         }
-        if (digit == 1) sum = _mm512_slli_epi32(sum, 8);
+        if (digit == 1) sum <<= 8;
     }
-    return (Ints)sum;
+    return sum;
 }
 
 void read_head(const Arguments& a, int64_t b, int64_t head, int filled, Scratch& s) {

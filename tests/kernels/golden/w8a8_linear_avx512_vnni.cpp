@@ -52,6 +52,10 @@ inline Ints blend(Ints a, Ints b) { return (Ints)_mm512_mask_blend_epi32(MASK, (
 inline Floats look_up(Floats table, Ints nibbles) { return _mm512_permutexvar_ps((__m512i)nibbles, table); }
 inline Words widen_halves(Halves halves) { return (Words)_mm512_cvtepu16_epi32((__m256i)halves); }
 inline Halves narrow_to_halves(Words words) { return (Halves)_mm512_cvtepi32_epi16((__m512i)words); }
+// sum + the products of four unsigned and four signed bytes in each lane.
+inline Ints add_bytes(Ints sum, Words unsigned_bytes, Words signed_bytes) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+}
 
 template <class Body>
 __attribute__((noinline)) void invoke(const Body& body) {
@@ -156,10 +160,6 @@ struct Input {
     }
 };
 
-struct alignas(64) Line {
-    uint8_t bytes[64];
-};
-
 // Values from `index` of a tensor; `left` of them exist.
 inline Floats read(const Input& input, int64_t index, int64_t left) {
     if (input.dtype == 0) return load_first<Floats>((const float*)input.data + index, left);
@@ -223,14 +223,10 @@ struct Tokens {
     int64_t width;
 };
 
-typedef __m512i Codes;
-inline Codes load_weights(const int8_t* from) {
-    return _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(-128));
-}
-inline Codes load_codes(const int8_t* from) { return _mm512_loadu_si512(from); }
-inline Ints add_products(Ints sums, Codes weights, Codes codes) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, weights, codes);
-}
+typedef Words Codes;
+inline Codes load_weights(const int8_t* from) { return load<Words>(from) ^ 0x80808080u; }
+inline Codes load_codes(const int8_t* from) { return load<Words>(from); }
+inline Ints add_products(Ints sums, Codes weights, Codes codes) { return add_bytes(sums, weights, codes); }
 
 // Lane i of the result is vector i reduced over its lanes; merge(a, b) reduces two lanes.
 template <class Vector, class Merge>
@@ -417,25 +413,33 @@ inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* 
     return sum;
 }
 
-constexpr int BLOCK = 12, PANEL = 32;  // tokens and rows: 24 vectors of sums, 2 of weights and one of codes
-constexpr int64_t PANELS_FROM = 36;  // tokens
+typedef __m512i Vector;
+constexpr int BLOCK = 12, PANEL = 2 * LANES;  // tokens and rows: 24 vectors of sums, 2 of weights and one of codes
+constexpr int UNIT = STEP / LANES;  // codes of a lane: bytes
+constexpr int64_t PANELS_FROM = 3 * BLOCK;  // tokens
 constexpr int64_t GROUP_BYTES = 393216;
 
-// `rows` rows of `count` codes, at most 16 of 64, plus 128 each: transposed in units of four codes, a vector a unit.
-inline void pack_tile(const int8_t* from, int64_t stride, int64_t rows, int64_t count, Line* to) {
-    __m512i a[16], b[16];
-    const __mmask64 mask = count >= 64 ? ~0ull : (1ull << count) - 1;
-    for (int i = 0; i < 16; ++i) {
-        a[i] = i < rows ? _mm512_maskz_loadu_epi8(mask, from + i * stride) : __m512i{};
-        a[i] = _mm512_xor_si512(a[i], _mm512_set1_epi8(-128));
+// The units of a panel's rows that begin at one place.
+struct alignas(4 * LANES) Column {
+    Codes rows[2];
+};
+
+// STEP codes of `rows` rows, LANES at most, transposed: a vector for each unit, of that half of a panel.
+// `count`: codes that exist.
+inline void pack_tile(const int8_t* from, int64_t stride, int64_t rows, int64_t count, int half, Column* to) {
+    Vector a[LANES], b[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        int8_t rest[STEP] = {};
+        if (i < rows && count < STEP) memcpy(rest, from + i * stride, count);
+        a[i] = (Vector)load_weights(i < rows && count >= STEP ? from + i * stride : rest);
         // 64 tokens, 768x3352, one thread: 833 us without, 767 with.
-        __builtin_prefetch(from + (i + 16) * stride, 0, 2);
+        __builtin_prefetch(from + (i + LANES) * stride, 0, 2);
     }
-    for (int i = 0; i < 16; i += 2) {
+    for (int i = 0; i < LANES; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4) {
+    for (int i = 0; i < LANES; i += 4) {
         a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
         a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
@@ -447,45 +451,47 @@ inline void pack_tile(const int8_t* from, int64_t stride, int64_t rows, int64_t 
         const __m512i odd_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
         const __m512i even_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
         const __m512i odd_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-        store(to + 2 * j, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
-        store(to + 2 * (4 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-        store(to + 2 * (8 + j), _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
-        store(to + 2 * (12 + j), _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+        to[j].rows[half] = (Codes)_mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        to[4 + j].rows[half] = (Codes)_mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        to[8 + j].rows[half] = (Codes)_mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        to[12 + j].rows[half] = (Codes)_mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
     }
 }
 
-// Rows from `row`: two vectors for each unit of four codes.
-inline void pack_panel(const Arguments& a, int64_t row, Line* panel) {
+// Rows from `row`.
+inline void pack_panel(const Arguments& a, int64_t row, Column* panel) {
     for (int half = 0; half < 2; ++half) {
-        const int64_t first = row + 16 * half;
-        for (int64_t i = 0; i < a.k; i += 64) {
-            pack_tile(a.qdata + first * a.k + i, a.k, a.o - first, a.k - i, panel + i / 2 + half);
+        const int64_t first = row + LANES * half;
+        for (int64_t i = 0; i < a.k; i += STEP) {
+            pack_tile(a.qdata + first * a.k + i, a.k, a.o - first, a.k - i, half, panel + i / UNIT);
         }
     }
 }
 
-// Where codes of a block of tokens lie: unit after unit, in each the tokens one after the other.
+// Where units of a block of tokens lie: place after place in a row, in each the tokens one after the other.
 inline int8_t* block_of(const Tokens& t, int64_t token) {
-    return t.codes + token / BLOCK * BLOCK * t.width + token % BLOCK * 4;
+    return t.codes + token / BLOCK * BLOCK * (t.width / UNIT * 4) + token % BLOCK * 4;
 }
 
 inline void spread_token(const Tokens& t, int64_t token, const int8_t* codes) {
     int8_t* to = block_of(t, token);
-    for (int64_t i = 0; i < t.width; i += 4) memcpy(to + i * BLOCK, codes + i, 4);
+    for (int64_t i = 0; i < t.width; i += UNIT) {
+        memcpy(to + i * BLOCK, codes + i, 4);
+    }
 }
 
-// y of one token in 16 rows of a panel.
-inline void write_sums(const Arguments& a, const Tokens& t, int64_t row, int64_t token, __m512i sums) {
+// y of one token in LANES rows of a panel.
+inline void write_sums(const Arguments& a, const Tokens& t, int64_t row, int64_t token, Ints sums) {
     const int64_t left = a.o - row;
     if (token >= a.tokens || left <= 0) return;
-    const Ints product = (Ints)sums - t.excess[token];
+    const Ints product = sums - t.excess[token];
     Floats y = __builtin_convertvector(product, Floats) * t.scale[token] * load_first<Floats>(a.scale + row, left);
     if (a.bias.data) y += read(a.bias, row, left);
     write(a.y, a.y_dtype, token * a.o + row, y, left);
 }
 
 // y of a panel's rows and 12 tokens of one block.
-inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const Line* panel, int64_t token) {
+inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token) {
     const int8_t* codes = block_of(t, token);
     const int64_t element = a.y_dtype == 0 ? 4 : 2;
     for (int64_t next = token; next < token + 12 && next < a.tokens; ++next) {
@@ -493,61 +499,61 @@ inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const 
         __builtin_prefetch(y, 1);
         __builtin_prefetch(y + 64, 1);
     }
-    __m512i low0 = {}, high0 = {};
-    __m512i low1 = {}, high1 = {};
-    __m512i low2 = {}, high2 = {};
-    __m512i low3 = {}, high3 = {};
-    __m512i low4 = {}, high4 = {};
-    __m512i low5 = {}, high5 = {};
-    __m512i low6 = {}, high6 = {};
-    __m512i low7 = {}, high7 = {};
-    __m512i low8 = {}, high8 = {};
-    __m512i low9 = {}, high9 = {};
-    __m512i low10 = {}, high10 = {};
-    __m512i low11 = {}, high11 = {};
+    Ints low0 = {}, high0 = {};
+    Ints low1 = {}, high1 = {};
+    Ints low2 = {}, high2 = {};
+    Ints low3 = {}, high3 = {};
+    Ints low4 = {}, high4 = {};
+    Ints low5 = {}, high5 = {};
+    Ints low6 = {}, high6 = {};
+    Ints low7 = {}, high7 = {};
+    Ints low8 = {}, high8 = {};
+    Ints low9 = {}, high9 = {};
+    Ints low10 = {}, high10 = {};
+    Ints low11 = {}, high11 = {};
 
-    for (int64_t unit = 0; unit < t.width / 4; ++unit) {
-        const __m512i low = load<__m512i>(panel + 2 * unit), high = load<__m512i>(panel + 2 * unit + 1);
-        const int8_t* four = codes + unit * 4 * BLOCK;
-        const __m512i code0 = _mm512_set1_epi32(load<int32_t>(four + 0));
-        low0 = _mm512_dpbusd_epi32(low0, low, code0);
-        high0 = _mm512_dpbusd_epi32(high0, high, code0);
-        const __m512i code1 = _mm512_set1_epi32(load<int32_t>(four + 4));
-        low1 = _mm512_dpbusd_epi32(low1, low, code1);
-        high1 = _mm512_dpbusd_epi32(high1, high, code1);
-        const __m512i code2 = _mm512_set1_epi32(load<int32_t>(four + 8));
-        low2 = _mm512_dpbusd_epi32(low2, low, code2);
-        high2 = _mm512_dpbusd_epi32(high2, high, code2);
-        const __m512i code3 = _mm512_set1_epi32(load<int32_t>(four + 12));
-        low3 = _mm512_dpbusd_epi32(low3, low, code3);
-        high3 = _mm512_dpbusd_epi32(high3, high, code3);
-        const __m512i code4 = _mm512_set1_epi32(load<int32_t>(four + 16));
-        low4 = _mm512_dpbusd_epi32(low4, low, code4);
-        high4 = _mm512_dpbusd_epi32(high4, high, code4);
-        const __m512i code5 = _mm512_set1_epi32(load<int32_t>(four + 20));
-        low5 = _mm512_dpbusd_epi32(low5, low, code5);
-        high5 = _mm512_dpbusd_epi32(high5, high, code5);
-        const __m512i code6 = _mm512_set1_epi32(load<int32_t>(four + 24));
-        low6 = _mm512_dpbusd_epi32(low6, low, code6);
-        high6 = _mm512_dpbusd_epi32(high6, high, code6);
-        const __m512i code7 = _mm512_set1_epi32(load<int32_t>(four + 28));
-        low7 = _mm512_dpbusd_epi32(low7, low, code7);
-        high7 = _mm512_dpbusd_epi32(high7, high, code7);
-        const __m512i code8 = _mm512_set1_epi32(load<int32_t>(four + 32));
-        low8 = _mm512_dpbusd_epi32(low8, low, code8);
-        high8 = _mm512_dpbusd_epi32(high8, high, code8);
-        const __m512i code9 = _mm512_set1_epi32(load<int32_t>(four + 36));
-        low9 = _mm512_dpbusd_epi32(low9, low, code9);
-        high9 = _mm512_dpbusd_epi32(high9, high, code9);
-        const __m512i code10 = _mm512_set1_epi32(load<int32_t>(four + 40));
-        low10 = _mm512_dpbusd_epi32(low10, low, code10);
-        high10 = _mm512_dpbusd_epi32(high10, high, code10);
-        const __m512i code11 = _mm512_set1_epi32(load<int32_t>(four + 44));
-        low11 = _mm512_dpbusd_epi32(low11, low, code11);
-        high11 = _mm512_dpbusd_epi32(high11, high, code11);
+    for (int64_t column = 0; column < t.width / UNIT; ++column) {
+        const Codes low = panel[column].rows[0], high = panel[column].rows[1];
+        const int8_t* units = codes + column * 4 * BLOCK;
+        const Codes unit0 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 0));
+        low0 = add_products(low0, low, unit0);
+        high0 = add_products(high0, high, unit0);
+        const Codes unit1 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 4));
+        low1 = add_products(low1, low, unit1);
+        high1 = add_products(high1, high, unit1);
+        const Codes unit2 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 8));
+        low2 = add_products(low2, low, unit2);
+        high2 = add_products(high2, high, unit2);
+        const Codes unit3 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 12));
+        low3 = add_products(low3, low, unit3);
+        high3 = add_products(high3, high, unit3);
+        const Codes unit4 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 16));
+        low4 = add_products(low4, low, unit4);
+        high4 = add_products(high4, high, unit4);
+        const Codes unit5 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 20));
+        low5 = add_products(low5, low, unit5);
+        high5 = add_products(high5, high, unit5);
+        const Codes unit6 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 24));
+        low6 = add_products(low6, low, unit6);
+        high6 = add_products(high6, high, unit6);
+        const Codes unit7 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 28));
+        low7 = add_products(low7, low, unit7);
+        high7 = add_products(high7, high, unit7);
+        const Codes unit8 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 32));
+        low8 = add_products(low8, low, unit8);
+        high8 = add_products(high8, high, unit8);
+        const Codes unit9 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 36));
+        low9 = add_products(low9, low, unit9);
+        high9 = add_products(high9, high, unit9);
+        const Codes unit10 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 40));
+        low10 = add_products(low10, low, unit10);
+        high10 = add_products(high10, high, unit10);
+        const Codes unit11 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 44));
+        low11 = add_products(low11, low, unit11);
+        high11 = add_products(high11, high, unit11);
     }
     // Through memory, so that no sum has to live in it before: what follows calls functions, which keep no vector.
-    __m512i sums[24];
+    Ints sums[24];
     sums[0] = low0, sums[1] = high0;
     sums[2] = low1, sums[3] = high1;
     sums[4] = low2, sums[5] = high2;
@@ -563,12 +569,12 @@ inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const 
     asm volatile("" : : "r"(sums) : "memory");
     for (int m = 0; m < 12; ++m) {
         write_sums(a, t, row, token + m, sums[2 * m]);
-        write_sums(a, t, row + 16, token + m, sums[2 * m + 1]);
+        write_sums(a, t, row + LANES, token + m, sums[2 * m + 1]);
     }
 }
 
 // y of a panel's rows and 4 tokens of one block.
-inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const Line* panel, int64_t token) {
+inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token) {
     const int8_t* codes = block_of(t, token);
     const int64_t element = a.y_dtype == 0 ? 4 : 2;
     for (int64_t next = token; next < token + 4 && next < a.tokens; ++next) {
@@ -576,29 +582,29 @@ inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const L
         __builtin_prefetch(y, 1);
         __builtin_prefetch(y + 64, 1);
     }
-    __m512i low0 = {}, high0 = {};
-    __m512i low1 = {}, high1 = {};
-    __m512i low2 = {}, high2 = {};
-    __m512i low3 = {}, high3 = {};
+    Ints low0 = {}, high0 = {};
+    Ints low1 = {}, high1 = {};
+    Ints low2 = {}, high2 = {};
+    Ints low3 = {}, high3 = {};
 
-    for (int64_t unit = 0; unit < t.width / 4; ++unit) {
-        const __m512i low = load<__m512i>(panel + 2 * unit), high = load<__m512i>(panel + 2 * unit + 1);
-        const int8_t* four = codes + unit * 4 * BLOCK;
-        const __m512i code0 = _mm512_set1_epi32(load<int32_t>(four + 0));
-        low0 = _mm512_dpbusd_epi32(low0, low, code0);
-        high0 = _mm512_dpbusd_epi32(high0, high, code0);
-        const __m512i code1 = _mm512_set1_epi32(load<int32_t>(four + 4));
-        low1 = _mm512_dpbusd_epi32(low1, low, code1);
-        high1 = _mm512_dpbusd_epi32(high1, high, code1);
-        const __m512i code2 = _mm512_set1_epi32(load<int32_t>(four + 8));
-        low2 = _mm512_dpbusd_epi32(low2, low, code2);
-        high2 = _mm512_dpbusd_epi32(high2, high, code2);
-        const __m512i code3 = _mm512_set1_epi32(load<int32_t>(four + 12));
-        low3 = _mm512_dpbusd_epi32(low3, low, code3);
-        high3 = _mm512_dpbusd_epi32(high3, high, code3);
+    for (int64_t column = 0; column < t.width / UNIT; ++column) {
+        const Codes low = panel[column].rows[0], high = panel[column].rows[1];
+        const int8_t* units = codes + column * 4 * BLOCK;
+        const Codes unit0 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 0));
+        low0 = add_products(low0, low, unit0);
+        high0 = add_products(high0, high, unit0);
+        const Codes unit1 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 4));
+        low1 = add_products(low1, low, unit1);
+        high1 = add_products(high1, high, unit1);
+        const Codes unit2 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 8));
+        low2 = add_products(low2, low, unit2);
+        high2 = add_products(high2, high, unit2);
+        const Codes unit3 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 12));
+        low3 = add_products(low3, low, unit3);
+        high3 = add_products(high3, high, unit3);
     }
     // Through memory, so that no sum has to live in it before: what follows calls functions, which keep no vector.
-    __m512i sums[8];
+    Ints sums[8];
     sums[0] = low0, sums[1] = high0;
     sums[2] = low1, sums[3] = high1;
     sums[4] = low2, sums[5] = high2;
@@ -606,29 +612,31 @@ inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const L
     asm volatile("" : : "r"(sums) : "memory");
     for (int m = 0; m < 4; ++m) {
         write_sums(a, t, row, token + m, sums[2 * m]);
-        write_sums(a, t, row + 16, token + m, sums[2 * m + 1]);
+        write_sums(a, t, row + LANES, token + m, sums[2 * m + 1]);
     }
 }
 
 // All tokens over the panels `first` to `last`, a group of them at a time: packed, a group stays in the L2 cache while
 // all tokens pass by, and a token's results in it are one run of memory, not a line or two in each panel.
 void multiply_panels(const Arguments& a, const Tokens& t, int64_t first, int64_t last) {
-    const int64_t lines = t.width / 2;  // of a panel
-    const int64_t fitting = GROUP_BYTES / (64 * lines), group = fitting > 1 ? fitting : 1;
-    std::vector<Line> packed((group < last - first ? group : last - first) * lines);
+    const int64_t columns = t.width / UNIT;  // of a panel
+    const int64_t fitting = GROUP_BYTES / (int64_t)(columns * sizeof(Column)), group = fitting > 1 ? fitting : 1;
+    std::vector<Column> packed((group < last - first ? group : last - first) * columns);
     for (; first < last; first += group) {
         const int64_t end = first + group < last ? first + group : last;
         for (int64_t index = first; index < end; ++index) {
-            pack_panel(a, index * PANEL, packed.data() + (index - first) * lines);
+            pack_panel(a, index * PANEL, packed.data() + (index - first) * columns);
         }
         for (int64_t token = 0; token < a.tokens; token += BLOCK) {
             for (int64_t index = first; index < end; ++index) {
-                const Line* panel = packed.data() + (index - first) * lines;
+                const Column* panel = packed.data() + (index - first) * columns;
                 if (token + BLOCK <= a.tokens) {
                     multiply_12(a, t, index * PANEL, panel, token);
                     continue;
                 }
-                for (int64_t rest = token; rest < a.tokens; rest += 4) multiply_4(a, t, index * PANEL, panel, rest);
+                for (int64_t rest = token; rest < a.tokens; rest += 4) {
+                    multiply_4(a, t, index * PANEL, panel, rest);
+                }
             }
         }
     }
@@ -685,10 +693,10 @@ extern "C" void w8a8_linear_avx512_vnni(const void* packed_arguments) {
     memcpy(&a, packed_arguments, sizeof a);
     const int64_t width = (a.k + STEP - 1) / STEP * STEP;
     const bool packed = a.tokens >= PANELS_FROM;
-    const int64_t places = packed ? (a.tokens + BLOCK - 1) / BLOCK * BLOCK : a.tokens;
-    Scratch shared(places * width + 8 * a.tokens);
+    const int64_t bytes = packed ? (a.tokens + BLOCK - 1) / BLOCK * BLOCK * (width / UNIT * 4) : a.tokens * width;
+    Scratch shared(bytes + 8 * a.tokens);
     int8_t* const codes = shared.data();
-    float* const row_scale = (float*)(codes + places * width);
+    float* const row_scale = (float*)(codes + bytes);
     const Tokens t = {codes, row_scale, (int32_t*)(row_scale + a.tokens), width};
     const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
     const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;

@@ -143,10 +143,6 @@ struct Input {
     }
 };
 
-struct alignas(64) Line {
-    uint8_t bytes[64];
-};
-
 // Values from `index` of a tensor; `left` of them exist.
 inline Floats read(const Input& input, int64_t index, int64_t left) {
     if (input.dtype == 0) return load_first<Floats>((const float*)input.data + index, left);
@@ -441,10 +437,10 @@ extern "C" void w8a8_linear_portable(const void* packed_arguments) {
     Arguments a;
     memcpy(&a, packed_arguments, sizeof a);
     const int64_t width = (a.k + STEP - 1) / STEP * STEP;
-    const int64_t places = a.tokens;
-    Scratch shared(places * width + 8 * a.tokens);
+    const int64_t bytes = a.tokens * width;
+    Scratch shared(bytes + 8 * a.tokens);
     int8_t* const codes = shared.data();
-    float* const row_scale = (float*)(codes + places * width);
+    float* const row_scale = (float*)(codes + bytes);
     const Tokens t = {codes, row_scale, (int32_t*)(row_scale + a.tokens), width};
     const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
     const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
