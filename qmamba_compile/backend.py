@@ -61,7 +61,7 @@ def qmamba(
     if config.inner_backend == "inductor" and on_cpu and inductor_compiler() is None:
         find_compiler()  # warns, once
         config = dataclasses.replace(config, inner_backend="eager")
-    inner = _inner_compiler(config, mode, report.phase)
+    inner = _inner_compiler(config, mode, report.phase, on_cpu)
     _warn_before_recompile_limit()
     report_module.recent.append(report)
     if _needs_gradients(gm):
@@ -188,7 +188,7 @@ def _examples(sources: Sequence[InputSource], context: PassContext) -> list[Any]
     return [example(source) for source in sources]
 
 
-def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compiled:
+def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str, on_cpu: bool) -> Compiled:
     if config.inner_backend != "inductor":
         return torch._dynamo.lookup_backend(config.inner_backend)
     from torch._inductor.compile_fx import compile_fx
@@ -197,7 +197,19 @@ def _inner_compiler(config: QMambaConfig, mode: str | None, phase: str) -> Compi
     if phase == "prefill":
         # The states that a prompt leaves must outlive the next prompt, and memory of a CUDA graph does not.
         patches["triton.cudagraphs"] = False
-    return functools.partial(compile_fx, config_patches=patches)
+    return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches | (_vector_width() if on_cpu else {}))
+
+
+def _vector_width() -> dict[str, Any]:
+    """What Inductor picks by itself, as a setting: those are a part of its cache's key, and the machine is not.
+
+    Its code for the CPU is written for one width of vectors. From a cache that a machine with AVX-512 has filled, one
+    with AVX2 gets NaN; the other way round the heap is corrupted (torch 2.13, two lines of torch.compile alone).
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    chosen = torch._inductor.config.cpp.simdlen
+    return {"cpp.simdlen": pick_vec_isa().bit_width() if chosen is None else chosen}
 
 
 def _records_cuda_graphs(config: QMambaConfig, mode: str | None) -> bool:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from model_parts import float_parameters, states
 from torch import nn
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torchao.quantization import Int8Tensor
 
 from qmamba_compile import DSQState, backend, report
+from qmamba_compile.cpu_templates.build import available_isas
 from qmamba_compile.fx_utils import op_name
 from qmamba_compile.passes import PIPELINE
 
@@ -154,7 +159,7 @@ def test_all_switches_off_gives_inductor_dynamos_own_graph(make_model, tokens, m
         graphs.append([(node.op, op_name(node)) for node in gm.graph.nodes])
         return gm.forward
 
-    monkeypatch.setattr(backend, "_inner_compiler", lambda config, mode, phase: capture)
+    monkeypatch.setattr(backend, "_inner_compiler", lambda config, mode, phase, on_cpu: capture)
     off = {rewrite.name(): False for rewrite in PIPELINE}
     model = make_model()
     for chosen in ({"backend": capture}, {"backend": "qmamba", "options": off}):
@@ -228,3 +233,44 @@ def test_two_models_with_different_options(make_model, tokens, compiled, decode)
     assert type(first.lm_head.weight) is nn.Parameter and isinstance(second.lm_head.weight, Int8Tensor)
     torch.testing.assert_close(one, plain[0], rtol=0.01, atol=0.01)
     assert 0.01 < (two - plain[1]).abs().max() < 1.5
+
+
+PROMPT_OF_A_PROCESS = """
+import torch, transformers
+torch.manual_seed(0)
+extents = dict(hidden_size=64, num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=8, vocab_size=64)
+config = transformers.Mamba2Config(**extents, num_hidden_layers=1)
+model = transformers.Mamba2ForCausalLM(config).eval().requires_grad_(False)
+ids = torch.arange(24).view(2, 12)
+expected = model(ids).logits
+model.compile(backend="qmamba", options={"weights": None})
+with torch.no_grad():
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-4)
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx512" not in available_isas(), reason="this machine has one width of vectors")
+def test_machines_of_different_vectors_share_a_cache_directory(tmp_path):
+    for capability in ("avx512", "avx2", "avx512"):
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", PROMPT_OF_A_PROCESS]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.stdout.split() == [capability.upper()], result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("chosen", [None, 256])
+def test_the_width_of_vectors_is_a_setting(make_model, tokens, compiled, monkeypatch, chosen):
+    """And so a part of the key of Inductor's cache, see the slow test above."""
+    widths = []
+
+    def compile_fx(gm, inputs, config_patches):
+        widths.append(config_patches["cpp.simdlen"])
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("torch._inductor.config.cpp.simdlen", chosen)
+    with torch.no_grad():
+        compiled(make_model(num_hidden_layers=1), inner_backend="inductor")(tokens(2, 9))
+    assert widths == [pick_vec_isa().bit_width()]
