@@ -270,7 +270,6 @@ def test_the_width_of_vectors_is_a_setting(make_model, tokens, compiled, monkeyp
         return gm.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    monkeypatch.setattr("torch._inductor.config.cpp.simdlen", chosen)
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch({"cpp.simdlen": chosen}):
         compiled(make_model(num_hidden_layers=1), inner_backend="inductor")(tokens(2, 9))
-    assert widths == [pick_vec_isa().bit_width()]
+        assert widths == [pick_vec_isa().bit_width()]
