@@ -215,9 +215,11 @@ struct Arguments {
     int64_t threads;
 };
 
+typedef int8_t Code;  // of a token
+
 // Tokens as the products read them: rows of `width` codes, zero from k on.
 struct Tokens {
-    int8_t* codes;
+    Code* codes;
     float* scale;
     int32_t* excess;
     int64_t width;
@@ -225,7 +227,7 @@ struct Tokens {
 
 typedef Words Codes;
 inline Codes load_weights(const int8_t* from) { return load<Words>(from) ^ 0x80808080u; }
-inline Codes load_codes(const int8_t* from) { return load<Words>(from); }
+inline Codes load_codes(const Code* from) { return load<Words>(from); }
 inline Ints add_products(Ints sums, Codes weights, Codes codes) { return add_bytes(sums, weights, codes); }
 
 // Lane i of the result is vector i reduced over its lanes; merge(a, b) reduces two lanes.
@@ -292,7 +294,7 @@ constexpr int ABREAST_FOR_FEW = ROWS;
 template <int R, int T, int ABREAST>
 inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int64_t token) {
     const int8_t* weights = a.qdata + row * a.k;
-    const int8_t* codes = t.codes + token * t.width;
+    const Code* codes = t.codes + token * t.width;
     constexpr int VECTORS = (R * T + LANES - 1) / LANES;  // of results
     // Every loop over these is unrolled: an index that is no constant would keep them in memory.
     Ints sums[VECTORS * LANES] = {};
@@ -398,7 +400,7 @@ void norm_token(const Arguments& a, int64_t token, float* row) {
 // Write the codes of a token, whose values wait in `row`; returns their sum. A scale of the token's own leaves nothing
 // to limit, a static one does. 64 tokens, 1536x768, one thread: 324 us with the limits, 311 without.
 template <bool LIMITED>
-inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* codes) {
+inline int32_t quantize_row(const float* row, int64_t k, float inverse, Code* codes) {
     Ints sums = {};
     for (int64_t i = 0; i < k; i += LANES) {
         Floats scaled = load<Floats>(row + i) * inverse;
@@ -406,7 +408,7 @@ inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* 
         // Adding 1.5 * 2^23 rounds half to even, and the low bits of the sum are the rounded value.
         const Ints code = (Ints)(scaled + 12582912.0f) - 0x4b400000;
         sums += code;
-        store((uint8_t*)codes + i, narrow(code));
+        store(codes + i, narrow(code));
     }
     int32_t sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
@@ -415,7 +417,7 @@ inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* 
 
 typedef __m512i Vector;
 constexpr int BLOCK = 12, PANEL = 2 * LANES;  // tokens and rows: 24 vectors of sums, 2 of weights and one of codes
-constexpr int UNIT = STEP / LANES;  // codes of a lane: bytes
+constexpr int UNIT = STEP / LANES;  // codes of a lane
 constexpr int64_t PANELS_FROM = 3 * BLOCK;  // tokens
 constexpr int64_t GROUP_BYTES = 393216;
 
@@ -469,15 +471,13 @@ inline void pack_panel(const Arguments& a, int64_t row, Column* panel) {
 }
 
 // Where units of a block of tokens lie: place after place in a row, in each the tokens one after the other.
-inline int8_t* block_of(const Tokens& t, int64_t token) {
-    return t.codes + token / BLOCK * BLOCK * (t.width / UNIT * 4) + token % BLOCK * 4;
+inline Code* block_of(const Tokens& t, int64_t token) {
+    return t.codes + token / BLOCK * BLOCK * t.width + token % BLOCK * UNIT;
 }
 
-inline void spread_token(const Tokens& t, int64_t token, const int8_t* codes) {
-    int8_t* to = block_of(t, token);
-    for (int64_t i = 0; i < t.width; i += UNIT) {
-        memcpy(to + i * BLOCK, codes + i, 4);
-    }
+inline void spread_token(const Tokens& t, int64_t token, const Code* codes) {
+    Code* to = block_of(t, token);
+    for (int64_t i = 0; i < t.width; i += UNIT) memcpy(to + i * BLOCK, codes + i, UNIT * sizeof(Code));
 }
 
 // y of one token in LANES rows of a panel.
@@ -492,7 +492,7 @@ inline void write_sums(const Arguments& a, const Tokens& t, int64_t row, int64_t
 
 // y of a panel's rows and 12 tokens of one block.
 inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token) {
-    const int8_t* codes = block_of(t, token);
+    const Code* codes = block_of(t, token);
     const int64_t element = a.y_dtype == 0 ? 4 : 2;
     for (int64_t next = token; next < token + 12 && next < a.tokens; ++next) {
         const char* y = (const char*)a.y + (next * a.o + row) * element;
@@ -514,41 +514,41 @@ inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const 
 
     for (int64_t column = 0; column < t.width / UNIT; ++column) {
         const Codes low = panel[column].rows[0], high = panel[column].rows[1];
-        const int8_t* units = codes + column * 4 * BLOCK;
-        const Codes unit0 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 0));
+        const Code* units = codes + column * UNIT * BLOCK;
+        const Codes unit0 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 0 * UNIT));
         low0 = add_products(low0, low, unit0);
         high0 = add_products(high0, high, unit0);
-        const Codes unit1 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 4));
+        const Codes unit1 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 1 * UNIT));
         low1 = add_products(low1, low, unit1);
         high1 = add_products(high1, high, unit1);
-        const Codes unit2 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 8));
+        const Codes unit2 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 2 * UNIT));
         low2 = add_products(low2, low, unit2);
         high2 = add_products(high2, high, unit2);
-        const Codes unit3 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 12));
+        const Codes unit3 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 3 * UNIT));
         low3 = add_products(low3, low, unit3);
         high3 = add_products(high3, high, unit3);
-        const Codes unit4 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 16));
+        const Codes unit4 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 4 * UNIT));
         low4 = add_products(low4, low, unit4);
         high4 = add_products(high4, high, unit4);
-        const Codes unit5 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 20));
+        const Codes unit5 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 5 * UNIT));
         low5 = add_products(low5, low, unit5);
         high5 = add_products(high5, high, unit5);
-        const Codes unit6 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 24));
+        const Codes unit6 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 6 * UNIT));
         low6 = add_products(low6, low, unit6);
         high6 = add_products(high6, high, unit6);
-        const Codes unit7 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 28));
+        const Codes unit7 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 7 * UNIT));
         low7 = add_products(low7, low, unit7);
         high7 = add_products(high7, high, unit7);
-        const Codes unit8 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 32));
+        const Codes unit8 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 8 * UNIT));
         low8 = add_products(low8, low, unit8);
         high8 = add_products(high8, high, unit8);
-        const Codes unit9 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 36));
+        const Codes unit9 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 9 * UNIT));
         low9 = add_products(low9, low, unit9);
         high9 = add_products(high9, high, unit9);
-        const Codes unit10 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 40));
+        const Codes unit10 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 10 * UNIT));
         low10 = add_products(low10, low, unit10);
         high10 = add_products(high10, high, unit10);
-        const Codes unit11 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 44));
+        const Codes unit11 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 11 * UNIT));
         low11 = add_products(low11, low, unit11);
         high11 = add_products(high11, high, unit11);
     }
@@ -575,7 +575,7 @@ inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const 
 
 // y of a panel's rows and 4 tokens of one block.
 inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token) {
-    const int8_t* codes = block_of(t, token);
+    const Code* codes = block_of(t, token);
     const int64_t element = a.y_dtype == 0 ? 4 : 2;
     for (int64_t next = token; next < token + 4 && next < a.tokens; ++next) {
         const char* y = (const char*)a.y + (next * a.o + row) * element;
@@ -589,17 +589,17 @@ inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const C
 
     for (int64_t column = 0; column < t.width / UNIT; ++column) {
         const Codes low = panel[column].rows[0], high = panel[column].rows[1];
-        const int8_t* units = codes + column * 4 * BLOCK;
-        const Codes unit0 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 0));
+        const Code* units = codes + column * UNIT * BLOCK;
+        const Codes unit0 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 0 * UNIT));
         low0 = add_products(low0, low, unit0);
         high0 = add_products(high0, high, unit0);
-        const Codes unit1 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 4));
+        const Codes unit1 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 1 * UNIT));
         low1 = add_products(low1, low, unit1);
         high1 = add_products(high1, high, unit1);
-        const Codes unit2 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 8));
+        const Codes unit2 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 2 * UNIT));
         low2 = add_products(low2, low, unit2);
         high2 = add_products(high2, high, unit2);
-        const Codes unit3 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 12));
+        const Codes unit3 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 3 * UNIT));
         low3 = add_products(low3, low, unit3);
         high3 = add_products(high3, high, unit3);
     }
@@ -643,7 +643,7 @@ void multiply_panels(const Arguments& a, const Tokens& t, int64_t first, int64_t
 }
 
 // Norm and quantize one token. `row`: scratch of `width` floats, zero from k on.
-void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* row, int8_t* spread) {
+void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* row, Code* spread) {
     if (a.norm.data) {
         norm_token(a, token, row);
     } else {
@@ -669,7 +669,7 @@ void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* ro
     if (!a.act_scale && scale < TINY_SCALE) scale = TINY_SCALE;
     const float inverse = 1.0f / scale;
     const bool finite = isfinite(a.act_scale ? top * inverse : scale);
-    int8_t* const codes = spread ? spread : t.codes + token * t.width;
+    Code* const codes = spread ? spread : t.codes + token * t.width;
     int32_t sum = 0;
     if (finite) sum = (a.act_scale ? quantize_row<true> : quantize_row<false>)(row, a.k, inverse, codes);
     if (finite && spread) spread_token(t, token, spread);
@@ -693,19 +693,20 @@ extern "C" void w8a8_linear_avx512_vnni(const void* packed_arguments) {
     memcpy(&a, packed_arguments, sizeof a);
     const int64_t width = (a.k + STEP - 1) / STEP * STEP;
     const bool packed = a.tokens >= PANELS_FROM;
-    const int64_t bytes = packed ? (a.tokens + BLOCK - 1) / BLOCK * BLOCK * (width / UNIT * 4) : a.tokens * width;
-    Scratch shared(bytes + 8 * a.tokens);
-    int8_t* const codes = shared.data();
-    float* const row_scale = (float*)(codes + bytes);
+    const int64_t places = packed ? (a.tokens + BLOCK - 1) / BLOCK * BLOCK : a.tokens;
+    Scratch shared(places * width * sizeof(Code) + 8 * a.tokens);
+    Code* const codes = (Code*)shared.data();
+    float* const row_scale = (float*)(codes + places * width);
     const Tokens t = {codes, row_scale, (int32_t*)(row_scale + a.tokens), width};
-    const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
+    const int64_t fitting_tokens = CHUNK_BYTES / (int64_t)sizeof(Code) / width / TOKENS * TOKENS;
+    const int64_t chunk = fitting_tokens > 0 ? fitting_tokens : TOKENS;
     const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
     const int64_t panel = packed ? PANEL : fitting, panels = (a.o + panel - 1) / panel;
     by_threads(a.threads, [&] {
         {
-            Scratch own(4 * width + (packed ? width : 0));
+            Scratch own(4 * width + (packed ? width * sizeof(Code) : 0));
             float* const row = (float*)own.data();
-            int8_t* const spread = packed ? (int8_t*)(row + width) : nullptr;
+            Code* const spread = packed ? (Code*)(row + width) : nullptr;
 #pragma omp for schedule(static)
             for (int64_t token = 0; token < a.tokens; ++token) {
                 prepare_token(a, t, token, row, spread);

@@ -198,9 +198,11 @@ struct Arguments {
     int64_t threads;
 };
 
+typedef int16_t Code;  // of a token
+
 // Tokens as the products read them: rows of `width` codes, zero from k on.
 struct Tokens {
-    int8_t* codes;
+    Code* codes;
     float* scale;
     int32_t* excess;
     int64_t width;
@@ -211,10 +213,10 @@ typedef int16_t Shorts __attribute__((vector_size(16)));
 struct Codes {
     Shorts low, high;
 };
-inline Codes load_codes(const int8_t* from) {
+inline Codes load_weights(const int8_t* from) {
     return {__builtin_convertvector(load<Eight>(from), Shorts), __builtin_convertvector(load<Eight>(from + 8), Shorts)};
 }
-inline Codes load_weights(const int8_t* from) { return load_codes(from); }
+inline Codes load_codes(const Code* from) { return {load<Shorts>(from), load<Shorts>(from + 8)}; }
 inline Ints add_products(Ints sums, Codes weights, Codes codes) {
     const Ints pairs = (Ints)(weights.low * codes.low + weights.high * codes.high);
     return sums + (pairs << 16 >> 16) + (pairs >> 16);
@@ -270,7 +272,7 @@ constexpr int ABREAST_FOR_FEW = ROWS;
 template <int R, int T, int ABREAST>
 inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int64_t token) {
     const int8_t* weights = a.qdata + row * a.k;
-    const int8_t* codes = t.codes + token * t.width;
+    const Code* codes = t.codes + token * t.width;
     constexpr int VECTORS = (R * T + LANES - 1) / LANES;  // of results
     // Every loop over these is unrolled: an index that is no constant would keep them in memory.
     Ints sums[VECTORS * LANES] = {};
@@ -373,7 +375,7 @@ void norm_token(const Arguments& a, int64_t token, float* row) {
 // Write the codes of a token, whose values wait in `row`; returns their sum. A scale of the token's own leaves nothing
 // to limit, a static one does. 64 tokens, 1536x768, one thread: 324 us with the limits, 311 without.
 template <bool LIMITED>
-inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* codes) {
+inline int32_t quantize_row(const float* row, int64_t k, float inverse, Code* codes) {
     Ints sums = {};
     for (int64_t i = 0; i < k; i += LANES) {
         Floats scaled = load<Floats>(row + i) * inverse;
@@ -381,7 +383,7 @@ inline int32_t quantize_row(const float* row, int64_t k, float inverse, int8_t* 
         // Adding 1.5 * 2^23 rounds half to even, and the low bits of the sum are the rounded value.
         const Ints code = (Ints)(scaled + 12582912.0f) - 0x4b400000;
         sums += code;
-        store((uint8_t*)codes + i, narrow(code));
+        store(codes + i, narrow_to_halves((Words)code));
     }
     int32_t sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
@@ -415,7 +417,7 @@ void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* ro
     if (!a.act_scale && scale < TINY_SCALE) scale = TINY_SCALE;
     const float inverse = 1.0f / scale;
     const bool finite = isfinite(a.act_scale ? top * inverse : scale);
-    int8_t* const codes = t.codes + token * t.width;
+    Code* const codes = t.codes + token * t.width;
     int32_t sum = 0;
     if (finite) sum = (a.act_scale ? quantize_row<true> : quantize_row<false>)(row, a.k, inverse, codes);
     t.scale[token] = finite ? scale : NAN;
@@ -437,12 +439,13 @@ extern "C" void w8a8_linear_portable(const void* packed_arguments) {
     Arguments a;
     memcpy(&a, packed_arguments, sizeof a);
     const int64_t width = (a.k + STEP - 1) / STEP * STEP;
-    const int64_t bytes = a.tokens * width;
-    Scratch shared(bytes + 8 * a.tokens);
-    int8_t* const codes = shared.data();
-    float* const row_scale = (float*)(codes + bytes);
+    const int64_t places = a.tokens;
+    Scratch shared(places * width * sizeof(Code) + 8 * a.tokens);
+    Code* const codes = (Code*)shared.data();
+    float* const row_scale = (float*)(codes + places * width);
     const Tokens t = {codes, row_scale, (int32_t*)(row_scale + a.tokens), width};
-    const int64_t chunk = width * TOKENS < CHUNK_BYTES ? CHUNK_BYTES / width / TOKENS * TOKENS : TOKENS;
+    const int64_t fitting_tokens = CHUNK_BYTES / (int64_t)sizeof(Code) / width / TOKENS * TOKENS;
+    const int64_t chunk = fitting_tokens > 0 ? fitting_tokens : TOKENS;
     const int64_t fitting = a.k * ROWS < PANEL_BYTES ? PANEL_BYTES / a.k / ROWS * ROWS : ROWS;
     const int64_t panel = fitting, panels = (a.o + panel - 1) / panel;
     by_threads(a.threads, [&] {
