@@ -46,8 +46,8 @@ _BLOCK = {"avx512": 12, "avx2": 6}
 _BLOCKS_TO_PACK = 3
 """From so many blocks of tokens on, repacking weights pays. Microseconds as they lie / repacked, Xeon with AVX-512 and
 VNNI, one thread: 768x3352 518 / 474 at 32 tokens, 578 / 480 at 36; 1536x768 194 / 217 and 214 / 219; 2560x10576 5680 /
-4880 at 36. Milliseconds of all linears of the 130M shape with 32-byte vectors, one thread of Zen 4: with vpdpbusd 22 / 20
-at 18 tokens, 49 / 38 at 48, 257 / 201 at 256; without it 39 / 40, 95 / 86, 545 / 442."""
+4880 at 36. Milliseconds of all linears of the 130M shape with 32-byte vectors, one thread of Zen 4: with vpdpbusd
+22 / 20 at 18 tokens, 49 / 38 at 48, 257 / 201 at 256; without it 39 / 40, 95 / 86, 545 / 442."""
 
 _GROUP_BYTES = 3 * 2**17
 """Repacked weights that stay in the L2 cache while all tokens pass by. Milliseconds for 512 tokens, same machine, with

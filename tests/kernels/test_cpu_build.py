@@ -15,7 +15,7 @@ import torch._inductor.config as inductor_config
 
 from qmamba_compile import ops
 from qmamba_compile.cpu_templates import build, launch
-from qmamba_compile.cpu_templates.render import Spec, render
+from qmamba_compile.cpu_templates.render import LayerSpec, Spec, render
 from qmamba_compile.errors import ConfigError, KernelBuildError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -132,6 +132,23 @@ def test_instruction_set_is_chosen_by_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setattr(build, "available_isas", lambda: ("portable",))
     with pytest.raises(ConfigError, match="lacks"):
         build.best_isa()
+
+
+@needs_compiler
+@pytest.mark.skipif("avx2" not in build.available_isas(), reason="no x86 compiler")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LayerSpec("w8a8_linear", "avx2", vnni=True),
+        Spec("ssm_update", 64, 128, 4, isa="avx2", flush_interval=8, ring="bfloat16", vnni=True),
+    ],
+    ids=lambda spec: spec.kernel,
+)
+def test_clients_vpdpbusd_is_compiled(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
+    """Other tests run these kernels where AVX-512 has the same instruction; this machine may lack AVX-VNNI."""
+    monkeypatch.setattr(build, "vnni_flags", lambda isa: ("-mavxvnni",))
+    library = build.build(spec)
+    assert library is not None and library.exists()
 
 
 @needs_compiler
