@@ -104,7 +104,7 @@ class Calibration:
             tokens, options.length, (options.samples, options.validation), options.seed
         )
         require_file_name(out)
-        with writing(out):
+        with writing(out, begun=False):
             Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
         self.work = Work(out, self._identity(), resume=resume)
         self.choices: list[Choice] = []

@@ -40,7 +40,7 @@ class Work:
         if distributed.is_main():
             if not resume:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            with writing(self.folder):
+            with writing(self.folder, begun=False):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._check_identity(json.loads(json.dumps(identity)))
         distributed.barrier()
@@ -88,12 +88,12 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say which file could not be written, and what to do about it."""
+def writing(path: Path, *, begun: bool = True) -> Iterator[None]:
+    """Say which file could not be written, and what to do about it; once ``begun``, there are stages to go on with."""
     try:
         yield
     except OSError as problem:
+        remedy = f"free space or choose another --out, then continue: {distributed.RESUME}"
         raise CalibrationError(
-            f"{path}: cannot be written ({problem.strerror or problem}); free space or choose another --out, then "
-            f"continue: {distributed.RESUME}"
+            f"{path}: cannot be written ({problem.strerror or problem}); {remedy if begun else 'choose another --out'}"
         ) from problem

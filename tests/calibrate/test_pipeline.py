@@ -195,6 +195,12 @@ def test_no_room_for_activations(calibrate, monkeypatch):
         calibrate(options=dataclasses.replace(SMALL, memory=0))
 
 
+def test_a_place_where_no_folder_can_be(calibrate, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CalibrationError, match=r"cannot be written \(.*\); choose another --out$"):
+        calibrate("file/a.safetensors")
+
+
 def test_an_output_that_is_a_folder(calibrate, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ArtifactError, match="folder: a folder; give the name of the file"):
