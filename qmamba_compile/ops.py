@@ -390,8 +390,7 @@ def w8a8_linear_reference(
         finite = scaled.isfinite().all(dim=-1, keepdim=True)
         row_scale = torch.where(finite, act_scale.float(), torch.nan)
         codes = torch.where(finite, scaled, 0.0).round().clamp(-127, 127).to(torch.int8)
-    product = torch._int_mm(codes, qdata.t())
-    y = product.float() * row_scale * scale.view(1, -1)
+    y = quant.integer_product(codes, qdata).float() * row_scale * scale.view(1, -1)
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], qdata.shape[0])

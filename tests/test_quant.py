@@ -1,6 +1,9 @@
 """The reference arithmetic against independent float math: nothing expected here comes from the code under test."""
 
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -368,3 +371,21 @@ def test_rows_of_bfloat16_are_taken_as_float32():
     codes, scale = quant.quantize_rows(x)
     wanted_codes, wanted_scale = quant.quantize_rows(x.float())
     assert torch.equal(codes, wanted_codes) and torch.equal(scale, wanted_scale) and scale.shape == (3, 5, 1)
+
+
+@pytest.mark.parametrize("isa", [None, "AVX2"])
+def test_a_product_of_codes_is_exact(isa):
+    """Also where oneDNN has no VNNI, and pairs of its products saturate at 16 bits."""
+    program = """
+import torch
+from qmamba_compile import quant
+generator = torch.Generator().manual_seed(0)
+for m, k, o in ((1, 5, 3), (20, 768, 33), (3, 2500, 4)):
+    codes = torch.randint(-127, 128, (m, k), generator=generator).to(torch.int8)
+    weights = torch.randint(-128, 128, (o, k), generator=generator).to(torch.int8)
+    weights[0], codes[0] = -128, 127
+    product = quant.integer_product(codes, weights)
+    assert product.dtype == torch.int32 and torch.equal(product.long(), codes.long() @ weights.long().t())
+"""
+    environment = os.environ | ({"ONEDNN_MAX_CPU_ISA": isa} if isa else {})
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
