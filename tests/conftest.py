@@ -32,6 +32,14 @@ def quiet_libraries():
 
 
 @pytest.fixture(scope="session")
+def exact_torchao():
+    """For tests that compare with torchao's linears: without VNNI the int8 product of torch that they use saturates."""
+    large = torch.full((32, 32), 127, dtype=torch.int8)
+    if not (torch._int_mm(large, large) == 32 * 127**2).all():
+        pytest.skip("torch's int8 product is not exact on this processor")
+
+
+@pytest.fixture(scope="session")
 def make_model():
     """Factory of a tiny random ``Mamba2ForCausalLM``: the same seed and sizes give the same weights."""
     from transformers import Mamba2Config, Mamba2ForCausalLM

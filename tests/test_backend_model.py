@@ -90,6 +90,7 @@ def test_resident_memory_falls_by_the_float_weights():
     assert before - after > 0.65 * linears
 
 
+@pytest.mark.usefixtures("exact_torchao")
 def test_model_works_without_the_backend_afterwards(make_model, tokens, compiled, decode):
     model, prompt, more = make_model(), tokens(2, 9), tokens(2, 3)
     compiled_logits, _ = decode(compiled(model), prompt, more)
@@ -154,6 +155,7 @@ def test_an_unfused_scan_falls_back_to_storing_at_every_step(make_model, tokens,
     assert "stored at every step: the scan, which names B, was not fused" in entry.detail
 
 
+@pytest.mark.usefixtures("exact_torchao")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tied_head_and_embedding_are_one_int8_table(make_model, tokens, compiled, decode, dtype):
     model, prompt, more = make_model(dtype=dtype, tie_word_embeddings=True), tokens(2, 9), tokens(2, 3)
@@ -245,6 +247,7 @@ def test_weights_that_the_user_still_holds(make_model, tokens, compiled):
     assert isinstance(model.lm_head.weight, Int8Tensor) and type(held["lm_head.weight"]) is nn.Parameter
 
 
+@pytest.mark.usefixtures("exact_torchao")
 def test_model_already_quantized_by_torchao(make_model, tokens, compiled):
     model, plain, prompt = make_model(), make_model(), tokens(2, 9)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())

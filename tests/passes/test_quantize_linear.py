@@ -136,6 +136,7 @@ def test_a_weight_that_someone_else_holds_does_not_disturb(capture):
     assert type(held[0]) is nn.Parameter and isinstance(layers.first.weight, Int8Tensor)
 
 
+@pytest.mark.usefixtures("exact_torchao")
 def test_eager_model_works_afterwards(capture):
     layers, x = Two(linear(), linear(24, 8)), torch.randn(3, 16)
     y = capture(QuantizeLinear).compile(layers)(x)
@@ -527,6 +528,7 @@ class Scales:
         return lambda layer: self._values[name] if layer == self._layer else None
 
 
+@pytest.mark.usefixtures("exact_torchao")
 def test_smooth_factors_multiply_the_input_and_divide_the_weight(capture):
     layers, x, smooth = Two(linear(), linear(24, 8)), torch.randn(3, 16), torch.rand(16) + 0.5
     first = reference(x * smooth, layers.first.weight / smooth, layers.first.bias)
