@@ -198,7 +198,9 @@ def env() -> None:
     for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
         table.add_row(package, version_of(package) or "not installed")
     table.add_row("C++ compiler", build.inductor_compiler() or f"none, so plain torch runs: {build.missing_compiler()}")
-    table.add_row("instruction set", f"{build.best_isa()}, kernels tuned for {build.core()}")
+    isa = build.best_isa()
+    with_vnni = " with VNNI" if build.vnni_flags(isa) else ""
+    table.add_row("instruction set", f"{isa}{with_vnni}, kernels tuned for {build.core()}")
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     defaults, current = QMambaConfig(), QMambaConfig.from_options()

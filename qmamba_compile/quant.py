@@ -294,4 +294,7 @@ def integer_product(codes: Tensor, weights: Tensor) -> Tensor:
     if not codes.is_cpu:
         return torch._int_mm(codes, weights.t())
     blocks = zip(codes.split(1024, dim=1), weights.split(1024, dim=1), strict=True)
-    return sum((a.float() @ b.float().t()).to(torch.int32) for a, b in blocks)
+    sums = torch.zeros(codes.shape[0], weights.shape[0], dtype=torch.int32)
+    for some_codes, some_weights in blocks:
+        sums += (some_codes.float() @ some_weights.float().t()).to(torch.int32)
+    return sums
