@@ -86,7 +86,7 @@ def vnni_flags(isa: str) -> tuple[str, ...]:
     if isa == "avx512" and has_avx512:
         return ("-mavx512vnni",)
     if isa == "avx2" and "avx2" in available_isas():
-        if "avx_vnni" in _cpu_words():
+        if "avx_vnni" in _cpu_words() and _compiler_knows("-mavxvnni"):
             return ("-mavxvnni",)
         if has_avx512:
             return ("-mavx512vnni", "-mavx512vl")
@@ -95,8 +95,9 @@ def vnni_flags(isa: str) -> tuple[str, ...]:
 
 @functools.cache
 def has_bf16() -> bool:
-    """True when this machine has AVX-512 with vdpbf16ps."""
-    return "avx512" in available_isas() and bool(torch.cpu._is_avx512_bf16_supported())
+    """True when this machine has AVX-512 with vdpbf16ps, and its compiler knows."""
+    supported = "avx512" in available_isas() and bool(torch.cpu._is_avx512_bf16_supported())
+    return supported and _compiler_knows("-mavx512bf16")
 
 
 @functools.cache
@@ -156,6 +157,16 @@ def find_compiler() -> str | None:
             missing_compiler(),
         )
     return compiler
+
+
+@functools.cache
+def _compiler_knows(flag: str) -> bool:
+    """True when the compiler takes ``flag``. Of g++, -mavx512bf16 needs version 10 and -mavxvnni 11."""
+    compiler = find_compiler()
+    if compiler is None:
+        return False
+    command = [compiler, flag, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def build(spec: Spec | LayerSpec) -> pathlib.Path | None:

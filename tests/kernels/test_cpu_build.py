@@ -135,7 +135,7 @@ def test_instruction_set_is_chosen_by_the_environment(monkeypatch: pytest.Monkey
 
 
 @needs_compiler
-@pytest.mark.skipif("avx2" not in build.available_isas(), reason="no x86 compiler")
+@pytest.mark.skipif("avx2" not in build.available_isas(), reason="not an x86 machine with AVX2")
 @pytest.mark.parametrize(
     "spec",
     [
@@ -170,6 +170,13 @@ def test_compiler_rejects_the_code(fresh: pathlib.Path, monkeypatch: pytest.Monk
     assert not list(fresh.rglob("*.so"))
 
 
+@needs_compiler
+def test_flags_that_the_compiler_knows() -> None:
+    assert build._compiler_knows("-O2")
+    assert not build._compiler_knows("-mno-such-instructions")
+
+
+@needs_compiler
 def test_a_compiler_that_writes_nothing(fresh: pathlib.Path) -> None:
     message = r"/bin/true reported success and wrote no library.*unset CXX"
     with inductor_config.patch({"cpp.cxx": (None, "/bin/true")}), pytest.raises(KernelBuildError, match=message):

@@ -259,9 +259,10 @@ def test_what_the_machine_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_vpdpbusd_is_found_on_clients_and_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flags(isas: tuple[str, ...], cpu: str, has_avx512_vnni: bool) -> list[tuple[str, ...]]:
+    def flags(isas: tuple[str, ...], cpu: str, has_avx512_vnni: bool, knows: bool = True) -> list[tuple[str, ...]]:
         monkeypatch.setattr(build, "available_isas", lambda: isas)
         monkeypatch.setattr(build, "_cpu_words", cpu.split)
+        monkeypatch.setattr(build, "_compiler_knows", lambda flag: knows)
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_avx512_vnni)
         return [build.vnni_flags.__wrapped__(isa) for isa in ("avx512", "avx2", "portable")]
 
@@ -269,6 +270,8 @@ def test_vpdpbusd_is_found_on_clients_and_servers(monkeypatch: pytest.MonkeyPatc
     assert flags(wide, "avx512_vnni", True) == [("-mavx512vnni",), ("-mavx512vnni", "-mavx512vl"), ()]
     assert flags(wide, "avx512_vnni avx_vnni", True) == [("-mavx512vnni",), ("-mavxvnni",), ()]
     assert flags(narrow, "avx_vnni", False) == [(), ("-mavxvnni",), ()]
+    assert flags(narrow, "avx_vnni", False, knows=False) == [(), (), ()]
+    assert flags(wide, "avx512_vnni avx_vnni", True, knows=False)[1] == ("-mavx512vnni", "-mavx512vl")
     assert flags(wide, "avx512f", False) == flags(narrow, "avx2", False) == [(), (), ()]
     assert flags(narrow, "avx512_vnni", True) == [(), (), ()]  # torch was told to do without AVX-512
 
