@@ -75,7 +75,7 @@ def main(
     for folder in merge or ():
         if not (folder / "accuracy.json").is_file():
             raise ConfigError(f"--merge {folder}: no accuracy.json in there; give what was --out of another run")
-    out.mkdir(parents=True, exist_ok=True)
+    cli.require_folder(out, f"--out {out}")
     file = out / "accuracy.json"
 
     def keep(part: str, results: Any, about: dict[str, Any]) -> None:

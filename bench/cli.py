@@ -136,12 +136,23 @@ def require_place(json: Path | None) -> None:
     """
     if json is None:
         return
+    require_folder(json.parent, f"--json {json}")
+    if json.is_dir():
+        raise ConfigError(f"--json {json} is a folder; give the name of a file")
+
+
+def require_folder(folder: Path, option: str) -> None:
+    """Make the folder of results that ``option`` asks for, before anything is measured.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
     try:
-        json.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise ConfigError(f"--json {json}: its folder cannot be made ({problem.strerror}); give another") from None
-    if json.is_dir() or not os.access(json.parent, os.W_OK):
-        raise ConfigError(f"--json {json}: no file can be written there; give the name of one")
+        raise ConfigError(f"{option}: the folder cannot be made ({problem.strerror}); give another") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{option}: nothing can be written to {folder}; give another folder")
 
 
 # --- parsing -------------------------------------------------------------------------------------------------------

@@ -447,7 +447,6 @@ def plot(record: dict[str, Any], folder: Path) -> list[Path]:
 
 def write(record: dict[str, Any], folder: Path) -> list[Path]:
     """JSON and plots of a record."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "gpu.json"
     path.write_text(json.dumps(record, indent=1))
     return [path, *plot(record, folder)]
@@ -471,6 +470,7 @@ def main(
         raise ConfigError(f"--only {unknown[0]!r} is unknown; allowed: {', '.join(SECTIONS)}")
     if model not in STEP_SHAPES:
         raise ConfigError(f"--model {model!r} is unknown; allowed: {', '.join(STEP_SHAPES)}")
+    cli.require_folder(out, f"--out {out}")
     if not torch.cuda.is_available():
         raise ConfigError("this machine has no CUDA device: nothing was checked and nothing was measured")
     device = f"cuda:{torch.cuda.current_device()}"

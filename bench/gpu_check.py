@@ -269,7 +269,7 @@ def check_quantized_scan(model: Shape, variant: Variant, device: str, tokens: in
         "gradients_off": max(share_off(a, b) for a, b in zip(grads, wanted, strict=True)),
     }
     furthest = int(codes.abs().max())
-    correct = furthest <= (1 if (variant.bits or 8) < 8 else 2) and max(result.values()) <= TRAJECTORY_OFF
+    correct = furthest <= (1 if variant.bits != 8 else 2) and max(result.values()) <= TRAJECTORY_OFF
     return result | {"furthest": furthest, "correct": correct}
 
 

@@ -42,7 +42,8 @@ def print_cpu_kernel(
         scheme: headdim, dstate, bits, dynamic, stochastic. checkpoint: flush_interval, ring_bits.
     """
     from .cpu_templates import build
-    from .cpu_templates.render import KERNELS, LAYER_KERNELS, LayerSpec, Spec, render
+    from .cpu_templates.render import render
+    from .cpu_templates.specs import KERNELS, LAYER_KERNELS, LayerSpec, Spec
 
     assert {*KERNELS, *LAYER_KERNELS} == {*CPU_KERNELS}
     if kernel not in CPU_KERNELS:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from qmamba_compile import __main__ as cli
 from qmamba_compile import errors, print_kernel, print_report
-from qmamba_compile.cpu_templates.render import KERNELS, LAYER_KERNELS
+from qmamba_compile.cpu_templates.specs import KERNELS, LAYER_KERNELS
 from qmamba_compile.report import Report
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "tiny-mamba2"

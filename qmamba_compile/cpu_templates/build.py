@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import ConfigError, KernelBuildError
-from .render import LANES, LayerSpec, Spec, render
+from .render import render
+from .specs import LANES, LayerSpec, Spec
 
 log = logging.getLogger(__name__)
 

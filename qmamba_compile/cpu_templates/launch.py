@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..recurrence import Ring, ring_of
 from . import build
 from .call_site import Field, Launch, launched, pack
-from .render import Spec
+from .specs import Spec
 
 log = logging.getLogger(__name__)
 

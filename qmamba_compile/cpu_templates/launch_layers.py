@@ -11,7 +11,7 @@ from torch import Tensor
 from . import build
 from .call_site import Field, Launch, launched
 from .launch import ABSENT, DTYPES, contiguous_float, empty, threads, vector
-from .render import MOST_TAPS, LayerSpec
+from .specs import MOST_TAPS, LayerSpec
 
 PARALLEL_WEIGHTS = 2**18
 """Weights (times tokens over 16) below which one thread does a linear: 13 microseconds of reading at 20 GB/s."""

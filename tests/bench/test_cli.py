@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import accuracy, cli, decode, flush, linear, plot, roofline, ssm
+from bench import accuracy, cli, decode, flush, gpu, linear, plot, roofline, ssm
 from bench.record import Record
 from qmamba_compile import ConfigError
 
@@ -65,7 +65,7 @@ def test_a_refusal_is_one_line_and_status_2(arguments, wanted):
         (ssm, {"shape": "tiny", "batch": "0"}, ["--batch", "'0'"]),
         (ssm, {"shape": "tiny", "variants": "ours-h9"}, ["ours-h9", "ours-h8", "fused-float32"]),
         (linear, {"shape": "tiny", "json": Path("/dev/null/x/y.json")}, ["--json", "/dev/null/x/y.json", "folder"]),
-        (roofline, {"json_path": ROOT}, ["--json", str(ROOT), "name of one"]),
+        (roofline, {"json_path": ROOT}, ["--json", str(ROOT), "name of a file"]),
         (plot, {"records": [ROOT / "README.md"], "plot": Path("picture.png")}, ["README.md", "no JSON"]),
         (accuracy, {"bits": "4,5"}, ["--bits", "4,5", "8, 4, 3, 2"]),
         (flush, {"bits": "5"}, ["--bits", "5", "8, 4, 3, 2"]),
@@ -73,6 +73,8 @@ def test_a_refusal_is_one_line_and_status_2(arguments, wanted):
         (accuracy, {"rates": "1e-3,nan"}, ["--rates", "nan", "above 0"]),
         (accuracy, {"only": "("}, ["--only", "regular expression"]),
         (accuracy, {"merge": [Path("nowhere")]}, ["--merge", "nowhere"]),
+        (accuracy, {"out": Path("/dev/null/x")}, ["--out", "/dev/null/x", "folder"]),
+        (gpu, {"out": Path("/dev/null/x")}, ["--out", "/dev/null/x", "folder"]),
         (ssm, {"shape": "tiny", "batch": "1", "plot": Path("picture.pdf")}, ["picture.pdf", ".png"]),
     ],
 )

@@ -74,7 +74,7 @@ def test_speedups_compare_like_with_like(record: dict[str, Any]) -> None:
 
 
 def test_record_is_written_and_plotted(record: dict[str, Any], tmp_path: pathlib.Path) -> None:
-    files = gpu.write(record, tmp_path / "results")
+    files = gpu.write(record, tmp_path)
     assert json.loads(files[0].read_text()) == record
     if importlib.util.find_spec("matplotlib"):
         assert [path.name for path in files[1:]] == ["gpu_ssm.png", "gpu_linear.png", "gpu_decode.png"]

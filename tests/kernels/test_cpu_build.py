@@ -15,7 +15,8 @@ import torch._inductor.config as inductor_config
 
 from qmamba_compile import ops
 from qmamba_compile.cpu_templates import build, launch
-from qmamba_compile.cpu_templates.render import LayerSpec, Spec, render
+from qmamba_compile.cpu_templates.render import render
+from qmamba_compile.cpu_templates.specs import LayerSpec, Spec
 from qmamba_compile.errors import ConfigError, KernelBuildError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -235,7 +236,7 @@ class _Warnings:
 @needs_compiler
 def test_two_processes_build_one_kernel_at_once(tmp_path: pathlib.Path) -> None:
     program = (
-        "from qmamba_compile.cpu_templates import build; from qmamba_compile.cpu_templates.render import Spec;"
+        "from qmamba_compile.cpu_templates import build; from qmamba_compile.cpu_templates.specs import Spec;"
         f"assert build.load({SPEC!r}) is not None"
     )
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -14,7 +14,8 @@ from torch import Tensor
 from qmamba_compile import ops
 from qmamba_compile.cpu_templates import build
 from qmamba_compile.cpu_templates import launch_layers as launch
-from qmamba_compile.cpu_templates.render import LayerSpec, render
+from qmamba_compile.cpu_templates.render import render
+from qmamba_compile.cpu_templates.specs import LayerSpec
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 

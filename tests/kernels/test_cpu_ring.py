@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qmamba_compile import ops, quant, recurrence
 from qmamba_compile.cpu_templates import build, launch
-from qmamba_compile.cpu_templates.render import CORES
+from qmamba_compile.cpu_templates.specs import CORES
 from qmamba_compile.recurrence import Ring
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")

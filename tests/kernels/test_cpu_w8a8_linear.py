@@ -18,7 +18,8 @@ from torch import Tensor
 from qmamba_compile import ops
 from qmamba_compile.cpu_templates import build
 from qmamba_compile.cpu_templates import launch_layers as launch
-from qmamba_compile.cpu_templates.render import LAYER_KERNELS, LayerSpec, render
+from qmamba_compile.cpu_templates.render import render
+from qmamba_compile.cpu_templates.specs import LAYER_KERNELS, LayerSpec
 from qmamba_compile.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")

@@ -655,10 +655,6 @@ inline Floats ring_floats(RingVector stored) {
     return (Floats)(widen_halves(stored) << 16);
 }
 
-inline float ring_float(uint16_t stored) {
-    return from_bfloat16(stored);
-}
-
 // As the ring keeps a row of `count` values times `factor`; returns what a stored one is worth.
 inline float to_ring(const float* values, int count, float factor, uint16_t* stored) {
     int i = 0;
