@@ -192,15 +192,16 @@ def render(
 def env() -> None:
     """Versions, compiler, instruction set, threads, and the options that environment variables set."""
     from .cpu_templates import build
+    from .cpu_templates.specs import LayerSpec
 
     table = rich.table.Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
     for package in ("qmamba-compile", "torch", "triton", "transformers", "torchao", "mamba-ssm"):
         table.add_row(package, version_of(package) or "not installed")
     table.add_row("C++ compiler", build.inductor_compiler() or f"none, so plain torch runs: {build.missing_compiler()}")
-    isa = build.best_isa()
-    with_vnni = " with VNNI" if build.vnni_flags(isa) else ""
-    table.add_row("instruction set", f"{isa}{with_vnni}, kernels tuned for {build.core()}")
+    linear = build.for_this_machine(LayerSpec("w8a8_linear", build.best_isa()))
+    words = [linear.isa, *["VNNI"] * linear.vnni, *["AMX"] * linear.amx]
+    table.add_row("instruction set", f"{', '.join(words)}; kernels tuned for {linear.core}")
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     defaults, current = QMambaConfig(), QMambaConfig.from_options()

@@ -49,6 +49,8 @@ _ISA_FLAGS = {
     "portable": (),
 }
 
+_AMX_FLAGS = ("-mamx-tile", "-mamx-int8")
+
 # No -ffast-math, and no fused multiply-add that the reference does not have: the codes must be the reference's.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 
@@ -102,6 +104,13 @@ def has_bf16() -> bool:
 
 
 @functools.cache
+def has_amx() -> bool:
+    """True when this machine multiplies tiles of bytes (AMX), Linux lets this process do so, and its compiler knows."""
+    supported = "avx512" in available_isas() and {"amx_tile", "amx_int8"} <= set(_cpu_words())
+    return supported and torch.cpu._init_amx() and all(map(_compiler_knows, _AMX_FLAGS))
+
+
+@functools.cache
 def core() -> str:
     """``"amd"`` where /proc/cpuinfo says so, otherwise ``"intel"``, on whose cores the rest was measured."""
     return "amd" if "AuthenticAMD" in _cpu_words() else "intel"
@@ -124,6 +133,9 @@ def for_this_machine(spec: AnySpec) -> AnySpec:
         # On Zen 4 one takes as long as a fused multiply-add and does the work of two: a step that stores takes 2.5 us a
         # head of 64 x 128 for 2.9. Intel's cores were not measured.
         found["bf16"] = has_avx512 and has_bf16() and core() == "amd"
+    if isinstance(spec, LayerSpec):
+        # Who names an instruction set gets no more than that.
+        found["amx"] = has_avx512 and has_amx() and not os.environ.get("QMAMBA_CPU_ISA")
     return dataclasses.replace(spec, **found)
 
 
@@ -177,7 +189,8 @@ def build(spec: Spec | LayerSpec) -> pathlib.Path | None:
         KernelBuildError: the compiler rejected the code; the message holds its own.
     """
     openmp = () if sys.platform == "darwin" else ("-fopenmp",)
-    more = [*vnni_flags(spec.isa)] * spec.vnni + ["-mavx512bf16"] * (isinstance(spec, Spec) and spec.bf16)
+    more = [*vnni_flags(spec.isa)] * spec.vnni
+    more += ["-mavx512bf16"] * spec.bf16 if isinstance(spec, Spec) else [*_AMX_FLAGS] * spec.amx
     remedy = "set CXX to another compiler" + (", or fuse_ssm_update=False" if isinstance(spec, Spec) else "")
     return _build(render(spec), spec.slug(), (*_FLAGS, *_ISA_FLAGS[spec.isa], *more, *openmp), remedy)
 

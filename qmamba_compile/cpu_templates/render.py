@@ -21,14 +21,16 @@ of 64 x 128, one thread of Zen 5, CPU time, median (best): 15.5 ms (14.8) at 32,
 _PANEL_BYTES = 24 * 2**10
 """Weight rows that all tokens are multiplied with at a time; with a few tokens they fill a 32 KiB L1 cache."""
 
-_BLOCK = {"avx512": 12, "avx2": 6}
-"""Tokens that meet a repacked panel of weights at a time: of the 32 or 16 registers two sums for each of them."""
+_BLOCK = {"avx512": 12, "avx2": 6, "amx": 32}
+"""Tokens that meet a repacked panel of weights at a time: of the 32 or 16 registers two sums for each of them; of eight
+tiles four hold sums of 16 tokens and 16 rows."""
 
 _BLOCKS_TO_PACK = 3
 """From so many blocks of tokens on, repacking weights pays. Microseconds as they lie / repacked, Xeon with AVX-512 and
 VNNI, one thread: 768x3352 518 / 474 at 32 tokens, 578 / 480 at 36; 1536x768 194 / 217 and 214 / 219; 2560x10576 5680 /
 4880 at 36. Milliseconds of all linears of the 130M shape with 32-byte vectors, one thread of Zen 4: with vpdpbusd
-22 / 20 at 18 tokens, 49 / 38 at 48, 257 / 201 at 256; without it 39 / 40, 95 / 86, 545 / 442."""
+22 / 20 at 18 tokens, 49 / 38 at 48, 257 / 201 at 256; without it 39 / 40, 95 / 86, 545 / 442. With tiles, whose times
+nobody has measured yet, from one block of 32 tokens on."""
 
 _GROUP_BYTES = 3 * 2**17
 """Repacked weights that stay in the L2 cache while all tokens pass by. Milliseconds for 512 tokens, same machine, with
@@ -145,8 +147,8 @@ def _layer_constants(spec: LayerSpec) -> dict[str, object]:
         "tokens": 4 if spec.isa == "avx512" else 2,
         "panel_bytes": _PANEL_BYTES,
         "chunk_bytes": _CHUNK_BYTES,
-        "block": _BLOCK.get(spec.isa),
-        "blocks_to_pack": _BLOCKS_TO_PACK,
+        "block": _BLOCK.get("amx" if spec.amx else spec.isa),
+        "blocks_to_pack": 1 if spec.amx else _BLOCKS_TO_PACK,
         "group_bytes": _GROUP_BYTES,
         **_transposition(lanes),
         "tiny_scale": repr(quant.TINY_SCALE),

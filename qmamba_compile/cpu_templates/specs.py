@@ -131,6 +131,7 @@ class LayerSpec:
         isa: one of `LANES`.
         vnni: vpdpbusd may be used (``w8a8_linear``, and not with ``isa="portable"``).
         core: as `Spec.core` (``w8a8_linear`` only).
+        amx: many tokens are multiplied by tiles (``w8a8_linear`` with ``vnni`` and ``isa="avx512"`` only).
 
     Raises:
         ConfigError: a value that no kernel can be made for.
@@ -140,12 +141,15 @@ class LayerSpec:
     isa: str = "avx512"
     vnni: bool = False
     core: str = "intel"
+    amx: bool = False
 
     def __post_init__(self) -> None:
         if self.kernel not in LAYER_KERNELS:
             raise ConfigError(f"kernel={self.kernel!r} is not known; use one of {LAYER_KERNELS}")
         if self.isa not in LANES:
             raise ConfigError(f"isa={self.isa!r} is not known; use one of {tuple(LANES)}")
+        if self.amx and not (self.vnni and self.isa == "avx512"):
+            raise ConfigError(f"amx=True is not allowed with vnni={self.vnni} and isa={self.isa!r}")
         _check_tuning(self, repr(self.kernel))
 
     @property
@@ -155,7 +159,7 @@ class LayerSpec:
 
     def slug(self) -> str:
         """Name of the kernel's function and the beginning of its file's name."""
-        return "_".join([self.kernel, self.isa, *_tuning(self)])
+        return "_".join([self.kernel, self.isa, *["amx"] * self.amx, *_tuning(self)])
 
 
 def _check_tuning(spec: Spec | LayerSpec, what: str) -> None:

@@ -29,6 +29,7 @@ SPECS = [LayerSpec("w8a8_linear", isa) for isa in ("avx512", "avx2", "portable")
 SPECS += [LayerSpec("w8a8_linear", isa, vnni=True) for isa in ("avx512", "avx2")]
 SPECS += [LayerSpec("w8a8_linear", "avx512", True, "amd")]
 SPECS += [LayerSpec("w8a8_linear", isa, core="amd") for isa in ("avx2", "portable")]
+SPECS += [LayerSpec("w8a8_linear", "avx512", vnni=True, amx=True)]
 RUNNABLE = [
     spec for spec in SPECS if spec.isa in build.available_isas() and (build.vnni_flags(spec.isa) or not spec.vnni)
 ]
@@ -39,7 +40,9 @@ def only(spec: LayerSpec) -> Iterator[None]:
     """Launch the kernel of ``spec``, with outputs that hold NaN before it writes."""
     empty = torch.empty
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QMAMBA_CPU_ISA", spec.isa)
+        patch.setenv("QMAMBA_CPU_ISA", "" if spec.amx else spec.isa)
+        if spec.amx and not build.has_amx():
+            emulate_tiles(patch)
         if not spec.vnni:
             patch.setattr(build, "vnni_flags", lambda isa: ())
         patch.setattr(build, "core", lambda: spec.core)
@@ -47,6 +50,15 @@ def only(spec: LayerSpec) -> Iterator[None]:
         launch.layer_kernel.cache_clear()
         yield
     launch.layer_kernel.cache_clear()
+
+
+def emulate_tiles(patch: pytest.MonkeyPatch) -> None:
+    """Run the same text without the instructions: what they are told is defined by amx_emulation.h."""
+    include = "#include <immintrin.h>\n"
+    emulation = (pathlib.Path(__file__).parent / "amx_emulation.h").read_text()
+    patch.setattr(build, "has_amx", lambda: True)
+    patch.setattr(build, "_AMX_FLAGS", ())
+    patch.setattr(build, "render", lambda spec: render(spec).replace(include, include + emulation))
 
 
 @pytest.fixture(params=RUNNABLE, ids=LayerSpec.slug)
@@ -242,8 +254,15 @@ def test_what_the_machine_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     built = []
     monkeypatch.setattr(build, "load", built.append)
     monkeypatch.delenv("QMAMBA_CPU_ISA", raising=False)
-    machines = (("avx512", True, "amd"), ("avx512", False, "intel"), ("avx2", True, "intel"), ("avx2", False, "amd"))
-    for isa, vnni, core in machines:
+    machines = (
+        ("avx512", True, "intel", True),
+        ("avx512", True, "amd", False),
+        ("avx512", False, "intel", False),
+        ("avx2", True, "intel", False),
+        ("avx2", False, "amd", False),
+    )
+    for isa, vnni, core, amx in machines:
+        monkeypatch.setattr(build, "has_amx", lambda amx=amx: amx)
         monkeypatch.setattr(build, "available_isas", lambda isa=isa: (isa,))
         monkeypatch.setattr(build, "vnni_flags", lambda isa, vnni=vnni: ("-mvnni",) * vnni)
         monkeypatch.setattr(build, "core", lambda core=core: core)
@@ -251,7 +270,7 @@ def test_what_the_machine_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None
         for name in LAYER_KERNELS:
             launch.layer_kernel(name)
     launch.layer_kernel.cache_clear()
-    linears = [LayerSpec("w8a8_linear", *machine) for machine in machines]
+    linears = [LayerSpec("w8a8_linear", isa, vnni, core, amx) for isa, vnni, core, amx in machines]
     assert [spec for spec in built if spec.kernel == "w8a8_linear"] == linears
     others = [name for name in LAYER_KERNELS if name != "w8a8_linear"]
     assert [spec for spec in built if spec not in linears] == [
@@ -277,6 +296,37 @@ def test_vpdpbusd_is_found_on_clients_and_servers(monkeypatch: pytest.MonkeyPatc
     assert flags(narrow, "avx512_vnni", True) == [(), (), ()]  # torch was told to do without AVX-512
 
 
+def test_tiles_need_the_processor_linux_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(isa: str = "avx512", cpu: str = "amx_tile amx_int8", allowed: bool = True, knows: bool = True) -> bool:
+        monkeypatch.setattr(build, "available_isas", lambda: (isa,))
+        monkeypatch.setattr(build, "_cpu_words", cpu.split)
+        monkeypatch.setattr(build, "_compiler_knows", lambda flag: knows)
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
+        return build.has_amx.__wrapped__()
+
+    assert found()
+    refusals = ({"isa": "avx2"}, {"cpu": "amx_tile amx_bf16"}, {"allowed": False}, {"knows": False})
+    assert not any(found(**refusal) for refusal in refusals)
+
+
+def test_who_names_avx512_gets_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "has_amx", lambda: True)
+    monkeypatch.setattr(build, "vnni_flags", lambda isa: ("-mavx512vnni",))
+    spec = LayerSpec("w8a8_linear", "avx512")
+    for value, amx in (("", True), ("avx512", False)):
+        monkeypatch.setenv("QMAMBA_CPU_ISA", value)
+        assert build.for_this_machine(spec).amx is amx
+
+
+@pytest.mark.skipif(not all(map(build._compiler_knows, build._AMX_FLAGS)), reason="a compiler that knows no tiles")
+def test_tiles_compile_to_their_instructions() -> None:
+    library = build.build(SPECS[-1])
+    assert library is not None
+    # tdpbsud with sums in tile 0 or 1, codes in 4 and weights in 6 or 7.
+    code = library.read_bytes()
+    assert b"\xc4\xe2\x4a\x5e\xc4" in code and b"\xc4\xe2\x42\x5e\xcc" in code
+
+
 def test_the_core_is_the_kernels_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, core in (("vendor_id : AuthenticAMD", "amd"), ("vendor_id : GenuineIntel", "intel"), (None, "intel")):
 
@@ -297,6 +347,8 @@ def test_the_core_is_the_kernels_vendor(monkeypatch: pytest.MonkeyPatch) -> None
         ({"vnni": True, "isa": "portable"}, "portable"),
         ({"core": "arm"}, "arm"),
         ({"kernel": "conv_update", "core": "amd"}, "amd"),
+        ({"amx": True}, "amx"),
+        ({"amx": True, "vnni": True, "isa": "avx2"}, "amx"),
     ],
 )
 def test_spec_refuses(change: dict[str, Any], named: str) -> None:

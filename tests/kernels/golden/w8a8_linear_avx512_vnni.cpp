@@ -490,15 +490,20 @@ inline void write_sums(const Arguments& a, const Tokens& t, int64_t row, int64_t
     write(a.y, a.y_dtype, token * a.o + row, y, left);
 }
 
-// y of a panel's rows and 12 tokens of one block.
-inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token) {
-    const Code* codes = block_of(t, token);
+// What `multiply` will write is fetched before.
+inline void fetch_results(const Arguments& a, int64_t row, int64_t token, int places) {
     const int64_t element = a.y_dtype == 0 ? 4 : 2;
-    for (int64_t next = token; next < token + 12 && next < a.tokens; ++next) {
+    for (int64_t next = token; next < token + places && next < a.tokens; ++next) {
         const char* y = (const char*)a.y + (next * a.o + row) * element;
         __builtin_prefetch(y, 1);
         __builtin_prefetch(y + 64, 1);
     }
+}
+
+// y of a panel's rows and 12 tokens of one block.
+inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token) {
+    const Code* codes = block_of(t, token);
+    fetch_results(a, row, token, 12);
     Ints low0 = {}, high0 = {};
     Ints low1 = {}, high1 = {};
     Ints low2 = {}, high2 = {};
@@ -576,12 +581,7 @@ inline void multiply_12(const Arguments& a, const Tokens& t, int64_t row, const 
 // y of a panel's rows and 4 tokens of one block.
 inline void multiply_4(const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token) {
     const Code* codes = block_of(t, token);
-    const int64_t element = a.y_dtype == 0 ? 4 : 2;
-    for (int64_t next = token; next < token + 4 && next < a.tokens; ++next) {
-        const char* y = (const char*)a.y + (next * a.o + row) * element;
-        __builtin_prefetch(y, 1);
-        __builtin_prefetch(y + 64, 1);
-    }
+    fetch_results(a, row, token, 4);
     Ints low0 = {}, high0 = {};
     Ints low1 = {}, high1 = {};
     Ints low2 = {}, high2 = {};
