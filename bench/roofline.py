@@ -63,12 +63,17 @@ TENSOR_RATES = {
     "sm_89": (362e12, 733e12),
     "sm_90": (989e12, 1979e12),
     "sm_100": (2250e12, 4500e12),
+    "sm_120": (210e12, 838e12),
     "gfx942": (1307e12, 2615e12),
+    "gfx950": (2517e12, 5033e12),
 }
 """Dense bf16 and int8 matrix operations a second, from the vendors' datasheets of the GPUs in `tuning.GPUS`."""
 
 HALF_RATE = ("LOP3", "LEA", "IADD3", "SHF", "FMNMX", "FMNMX3", "SEL", "FSEL", "ISETP", "FSETP", "PRMT", "MOV", "VIADD")
 """Of NVIDIA's instructions those of the integer pipe, 16 lanes of each of a unit's four quarters."""
+
+WIDE_INTEGERS = ("sm_120",)
+"""Architectures whose integer pipe has all 32 lanes of a quarter."""
 
 EIGHTH_RATE = ("MUFU", "F2F", "I2F", "F2I", "FRND")
 """And those of the special-function pipe, 4 lanes of each quarter."""
@@ -163,7 +168,9 @@ def _roofs(target: str, facts: compiled.Facts, warps: float, moved: float) -> di
     if target.startswith("sm_"):
         half = sum(count for name, count in facts.mix.items() if name in HALF_RATE)
         eighth = sum(count for name, count in facts.mix.items() if name in EIGHTH_RATE)
-        roofs |= {"integer pipe": 2 * warps * half * cycle, "special functions": 8 * warps * eighth * cycle}
+        roofs |= {"special functions": 8 * warps * eighth * cycle}
+        if target not in WIDE_INTEGERS:
+            roofs |= {"integer pipe": 2 * warps * half * cycle}
     return roofs
 
 

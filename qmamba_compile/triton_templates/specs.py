@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from .. import quant
@@ -18,13 +19,25 @@ def target_of(architecture: str) -> str:
     Raises:
         ConfigError: there is none.
     """
-    if architecture in TARGETS:
+    try:
+        return latest_before(architecture, TARGETS)
+    except KeyError:
+        raise ConfigError(f"architecture {architecture!r} has no kernels; they are written for {TARGETS}") from None
+
+
+def latest_before(architecture: str, known: Collection[str]) -> str:
+    """``architecture`` itself if it is ``known``, or of NVIDIA's the latest known before it.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if architecture in known:
         return architecture
     if architecture.startswith("sm_") and architecture[3:].isdecimal():
-        older = [name for name in TARGETS if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
+        older = [name for name in known if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
         if older:
             return max(older, key=lambda name: int(name[3:]))
-    raise ConfigError(f"architecture {architecture!r} has no kernels; they are written for {TARGETS}")
+    raise KeyError(architecture)
 
 
 def lanes_of(target: str) -> int:

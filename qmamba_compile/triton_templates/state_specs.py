@@ -16,7 +16,7 @@ PREFETCHED_TILES = 4
 H100, 2.7B shape, batch 128, 4 bits: 49.0 with 4 tiles; 54 with 2, and 50 with 8, which take more registers; 58.6 with
 the loads in the loop."""
 
-NOT_PREFETCHED = ("sm_100", "gfx942")
+NOT_PREFETCHED = ("sm_100", "sm_103", "gfx942", "gfx950")
 """Targets whose compilers spill four tiles, or where nothing was measured."""
 
 WALKING = ("sm_90", "interpreter")

@@ -10,7 +10,7 @@ import dataclasses
 
 from .layer_specs import CausalConvSpec, ConvSpec, LinearSpec, RowsSpec
 from .scan_specs import ChunkScanSpec, SsmScanBackwardSpec, SsmScanSpec
-from .specs import lanes_of, padded
+from .specs import lanes_of, latest_before, padded
 from .state_specs import NOT_PREFETCHED, PREFETCHED_TILES, DequantizeSpec, QuantizeSpec, StateSpec
 
 
@@ -41,8 +41,19 @@ GPUS = {
     "sm_89": Gpu("L40S", 142, 65536, 2.52e9, 4, 0.864e12),
     "sm_90": Gpu("H200 SXM", 132, 65536, 1.98e9, 4, 4.8e12),
     "sm_100": Gpu("B200", 148, 65536, 1.965e9, 4, 8.0e12),
+    "sm_120": Gpu("RTX 5090", 170, 65536, 2.407e9, 4, 1.792e12),
     "gfx942": Gpu("MI300X", 304, 131072, 2.1e9, 1, 5.3e12),
+    "gfx950": Gpu("MI355X", 256, 131072, 2.4e9, 1, 8.0e12),
 }
+"""One GPU of each architecture."""
+
+
+def gpu_of(architecture: str) -> Gpu | None:
+    """Figures for ``architecture``: its own, or of NVIDIA's the latest before it. None for the interpreter."""
+    if architecture == "interpreter":
+        return None
+    return GPUS[latest_before(architecture, GPUS)]
+
 
 PLANNED_WARPS = {"float or 8": 24, "other": 8}
 """Warps that a unit must at least hold at once, which a kernel's registers decide. 8 bits, calibrated, nearest: 80.
@@ -97,7 +108,7 @@ def ssm_update(
     padded = 1 << (headdim - 1).bit_length()
     lanes = lanes_of(architecture)
     rows, warps = padded, 1
-    gpu = GPUS.get(architecture)
+    gpu = gpu_of(architecture)
     if dynamic:
         few = gpu is not None and heads <= gpu.units and flush_interval == 1
         while warps < 16 and padded * dstate > (MEASURED_BY_A_THREAD >> few) * lanes * warps:
@@ -130,7 +141,7 @@ def launches(spec: StateSpec, programs: int, batch: int) -> dict[bool | None, in
     the batch, as many as are resident, and one that reads. One storing program for each sequence took 7.8 us to find
     nothing to store (batch 128), walking ones 3.8.
     """
-    gpu = GPUS.get(spec.target)
+    gpu = gpu_of(spec.target)
     resident = gpu.units * PLANNED_WARPS["other"] // spec.warps if gpu else 1
     if programs * batch <= resident:
         return {None: batch}
@@ -158,7 +169,7 @@ def w8a8_linear(architecture: str, rows: int, outputs: int, k: int, *, prequanti
     launch that adds up the parts costs more than it saves elsewhere (2560 x 5120, one row: 7.6 us whole, 8.7 in four
     parts).
     """
-    gpu = GPUS.get(architecture)
+    gpu = gpu_of(architecture)
     units = gpu.units if gpu else 1
 
     def programs(block_m: int, block_o: int) -> int:
@@ -220,7 +231,7 @@ def scan_parts(architecture: str, programs: int, chunks: int) -> int:
     (sm_90, 64 x 128: 587 a chunk and warp for 1354); so there are no more than the GPU holds at once. 4096 tokens of 80
     heads: three parts, 83,000 instructions of a warp one after another where one part has 173,000.
     """
-    gpu = GPUS.get(architecture)
+    gpu = gpu_of(architecture)
     if gpu is None:
         return 1
     held = gpu.units * (1 if lanes_of(architecture) == 64 else SCAN_PROGRAMS)
@@ -277,7 +288,7 @@ def conv_update(architecture: str, channels: int, length: int, taps: int) -> Con
         ConfigError: no kernel serves these extents.
     """
     lanes = lanes_of(architecture)
-    gpu = GPUS.get(architecture)
+    gpu = gpu_of(architecture)
     warps = 1 if gpu and channels < 2 * 4 * lanes * gpu.units else 4
     return ConvSpec(length, taps, warps * lanes, warps, architecture)
 
@@ -301,7 +312,7 @@ def causal_conv(architecture: str, batch: int, channels: int, seqlen: int, taps:
         ConfigError: no kernel serves these extents.
     """
     block = lanes_of(architecture) * 16 // itemsize
-    gpu = GPUS.get(architecture)
+    gpu = gpu_of(architecture)
     wanted = 2 * gpu.units * CONVOLVING_WARPS if gpu else 1
     tokens, fewest = CONVOLVED_TOKENS
     while tokens > fewest and batch * -(-channels // block) * -(-seqlen // tokens) < wanted:

@@ -325,6 +325,19 @@ def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: 
             assert min(width for kind, width in found.accesses if kind == "store") >= 16, found.accesses
 
 
+@pytest.mark.parametrize("target", ["sm_89", "sm_120"])
+@pytest.mark.parametrize("rows", [40, 512, 4096])
+def test_products_fit_a_consumers_gpu(target: str, rows: int) -> None:
+    """A program may have 99 KiB of shared memory there, of data centers' GPUs 163 or more."""
+    spec = tuning.w8a8_linear(target, rows, 10576, 2560, prequantized=True)
+    types = dict.fromkeys(("codes", "qdata"), "*i8") | {"scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
+    types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32"}
+    constants = {"OUTPUTS": 10576, "K": 2560}
+    kernel = compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
+    found = compiled.facts(kernel)
+    assert found.shared_bytes <= 99 * 1024 and found.spills == 0
+
+
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_the_product_starts_while_rows_are_quantized(target: str) -> None:
     types = {"x": "*bf16", "codes": "*i8", "row_scale": "*fp32", "x_stride": "i32"}

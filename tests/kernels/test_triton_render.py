@@ -13,8 +13,9 @@ import pytest
 
 from qmamba_compile import quant
 from qmamba_compile.errors import ConfigError
+from qmamba_compile.triton_templates import tuning
 from qmamba_compile.triton_templates.render import render
-from qmamba_compile.triton_templates.specs import target_of
+from qmamba_compile.triton_templates.specs import TARGETS, target_of
 from qmamba_compile.triton_templates.state_specs import StateSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -86,6 +87,9 @@ def test_slugs_tell_specs_apart() -> None:
 
 def test_architectures_that_are_served() -> None:
     assert target_of("sm_90") == "sm_90" and target_of("sm_87") == "sm_86" and target_of("sm_121") == "sm_120"
+    figures = {target: tuning.gpu_of(target) for target in TARGETS}
+    assert figures["sm_103"] is tuning.GPUS["sm_100"] and figures["sm_120"] is tuning.GPUS["sm_120"]
+    assert [target for target, gpu in figures.items() if gpu is None] == ["interpreter"]
     for unknown in ("sm_75", "gfx906"):
         with pytest.raises(ConfigError, match=unknown):
             target_of(unknown)
