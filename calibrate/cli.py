@@ -14,6 +14,7 @@ import rich.table
 import typer
 
 from qmamba_compile.artifact import Artifact
+from qmamba_compile.command_line import print_error
 from qmamba_compile.config import LARGEST_SEED, QMambaConfig
 from qmamba_compile.errors import QMambaError
 
@@ -113,7 +114,11 @@ def calibrate(
         limit = 4 * (samples + validation) * length
         tokens = read_tokens(data, model, network, field=text_field, limit=limit)
         calibration = Calibration(network, tokens, options, out.expanduser(), resume=resume, quiet=quiet)
-        artifact = calibration.run()
+        try:
+            artifact = calibration.run()
+        except KeyboardInterrupt:
+            print_error(f"interrupted; {distributed.RESUME}")
+            raise
         if distributed.is_main():
             _summary(artifact, calibration)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import importlib.metadata
 import io
 import logging
@@ -17,7 +16,7 @@ import torch
 import typer
 
 from . import report as report_module
-from .command_line import folder_or_hub_name, load_pretrained, readable_errors, version_of
+from .command_line import INTERRUPTED, folder_or_hub_name, load_pretrained, readable_errors, version_of
 from .config import LARGEST_SEED, QMambaConfig
 from .errors import ConfigError, SkipReason, StrictError
 from .print_kernel import CPU_KERNELS, GPU_ONLY, print_cpu_kernel, print_gpu_kernel
@@ -135,14 +134,17 @@ def generate(
     encode, decode = _text_codec(model, network)
     ids = torch.tensor([encode(prompt)])
     if ids.shape[1] == 0:
-        raise ConfigError("--prompt is empty; give at least one character")
+        raise ConfigError("--prompt has no token of this model in it; give at least one character that it knows")
     network.compile(backend="qmamba", options=options)
     torch.manual_seed(seed)
     sampling = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     _err.print("compiling on the first tokens, once for each kind of input ...", style="dim")
-    with contextlib.suppress(KeyboardInterrupt):
-        network.generate(ids, max_new_tokens=max_new_tokens, streamer=_Printer(prompt, decode), **sampling)
-    sys.stdout.write("\n")
+    printer = _Printer(prompt, decode)
+    try:
+        network.generate(ids, max_new_tokens=max_new_tokens, streamer=printer, **sampling)
+    except KeyboardInterrupt:
+        printer.end()
+        sys.exit(INTERRUPTED)
 
 
 @app.command()
@@ -280,13 +282,15 @@ class _Printer:
         self._is_prompt = False
 
     def end(self) -> None:
-        pass
+        sys.stdout.write("\n")
 
 
 def _cache_of(output: Any) -> dict[str, Any]:
     """The cache of a model's output under the name by which the model takes it back."""
     # The first name is that of transformers 5.24 and later; before, it depends on the model.
-    name = next(name for name in ("cache", "cache_params", "past_key_values") if name in output)
+    name = next((name for name in ("cache", "cache_params", "past_key_values") if name in output), None)
+    if name is None:
+        raise ConfigError("this model gives no cache back, so it has no decode step; use a causal language model")
     return {name: output[name]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -269,6 +270,13 @@ def _graphs_kept() -> int:
     return sum(_has_same_id_matched_objs(frame, entry) for entry in kept)
 
 
+_RAISE_LIMIT = (
+    "Pass recompile_limit=64 to torch.compile or model.compile"
+    if "recompile_limit" in inspect.signature(torch.compile).parameters
+    else "Set torch._dynamo.config.recompile_limit higher in each thread that calls the model"
+)
+
+
 def _warn_before_recompile_limit() -> None:
     if torch._guards.CompileContext.current_compile_id() is None:  # called by hand
         return
@@ -276,7 +284,8 @@ def _warn_before_recompile_limit() -> None:
     if count + 1 == torch._dynamo.config.recompile_limit:
         logger.warning(
             "qmamba: this is compilation %d of the same function and the last that Dynamo allows; beyond it PyTorch "
-            "silently runs eager. Set torch._dynamo.config.recompile_limit higher, or use fewer kinds of inputs "
-            "(batch 1 or more, with or without attention mask, prompts of one or several chunks)",
+            "silently runs eager. %s, or use fewer kinds of inputs (batch 1 or more, with or without attention mask, "
+            "prompts of one or several chunks)",
             count + 1,
+            _RAISE_LIMIT,
         )

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -150,6 +151,42 @@ def test_last_compilation_before_the_limit_warns(make_model, tokens, compiled, c
         model(tokens(2, 9), output_hidden_states=True)
         assert len(warnings_of(caplog)) == 1
     assert len(report.recent) == 3
+
+
+@pytest.mark.skipif(
+    "recompile_limit" not in inspect.signature(torch.compile).parameters, reason="this torch has one limit for all"
+)
+def test_the_limit_that_the_warning_advises_holds_in_threads(make_model, tokens, caplog):
+    """`torch._dynamo.config` of the main thread does not."""
+    model = make_model(num_hidden_layers=1)
+    assert "recompile_limit=64 to torch.compile" in backend._RAISE_LIMIT
+    model.compile(backend="qmamba", recompile_limit=3, options={"inner_backend": "eager", "weights": None})
+
+    @torch.no_grad()
+    def serve():
+        for options in ({}, {"use_cache": False}, {"output_hidden_states": True}):
+            model(tokens(2, 9), **options)
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        thread = threading.Thread(target=serve)
+        thread.start()
+        thread.join()
+    assert len(report.recent) == 3 and len(warnings_of(caplog)) == 1
+
+
+def test_a_mamba1_model_is_left_alone(tokens, caplog):
+    """Its state is no [b, h, p, n], though its step looks like ours."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=1, state_size=8)
+    model = MambaForCausalLM(config).eval().requires_grad_(False)
+    before = float_parameters(model)
+    model.compile(backend="qmamba", options={"inner_backend": "eager"})
+    with torch.no_grad():
+        cache = model(tokens(2, 9), use_cache=True).cache_params
+        model(tokens(2, 1), cache_params=cache, use_cache=True)
+    assert [found.phase for found in report.recent] == ["other", "other"] and float_parameters(model) == before
 
 
 def test_all_switches_off_gives_inductor_dynamos_own_graph(make_model, tokens, monkeypatch):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from typer.testing import CliRunner
 
 from qmamba_compile import __main__ as cli
@@ -160,6 +162,26 @@ def test_env_shows_versions_and_overrides(monkeypatch):
     monkeypatch.setenv("QMAMBA_STATE_BITS", "8")
     output = invoke("env").stdout
     assert "torch" in output and "state_bits=8" in output
+
+
+def test_an_interrupted_generation_says_so(monkeypatch):
+    def interrupted(self, ids, *, streamer, **options):
+        streamer.put(ids)
+        streamer.put(torch.tensor([33]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.Mamba2ForCausalLM, "generate", interrupted)
+    result = invoke("generate", "--model", "toy", "--prompt", "hello")
+    assert result.exit_code == 130 and result.stdout == "hello!\n"
+
+
+def test_explain_refuses_a_model_without_a_cache(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    problem = invoke("explain", "--model", str(tmp_path)).exception
+    assert isinstance(problem, errors.ConfigError) and "no cache" in str(problem)
 
 
 @pytest.mark.slow

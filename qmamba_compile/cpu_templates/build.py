@@ -253,7 +253,12 @@ def _build(source: str, slug: str, flags: Sequence[str], remedy: str) -> pathlib
     library = folder / f"{name}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelBuildError(
+            f"{folder}: cannot be made ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+        ) from error
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as workplace:
         unit = pathlib.Path(workplace, f"{name}.cpp")
         unit.write_text(source)

@@ -79,15 +79,19 @@ PyObject* first(CallSite* self, PyObject* const* arguments, size_t flags, PyObje
 }
 
 PyObject* repeat(CallSite* self, PyObject* const* arguments) {
-    PyObject* output = PyObject_Call(self->allocate, self->allocation, nullptr);
+    // Copies: other threads may repeat this launch or find another one while Python code or the kernel runs.
+    const Kernel kernel = self->kernel;
+    std::vector<int64_t> fields(*self->fields);
+    const std::vector<Input> inputs(*self->inputs);
+    const Py_ssize_t place = self->output;
+    PyObject* allocation = Py_NewRef(self->allocation);
+    PyObject* output = PyObject_Call(self->allocate, allocation, nullptr);
+    Py_DECREF(allocation);
     if (output == nullptr) return nullptr;
     try {
-        // A copy: another thread may repeat the launch while the kernel runs.
-        std::vector<int64_t> fields(*self->fields);
-        for (const Input& input : *self->inputs)
+        for (const Input& input : inputs)
             fields[input.position] = reinterpret_cast<int64_t>(data_ptr(arguments[input.argument])) + input.offset;
-        fields[self->output] = reinterpret_cast<int64_t>(data_ptr(output));
-        const Kernel kernel = self->kernel;
+        fields[place] = reinterpret_cast<int64_t>(data_ptr(output));
         Py_BEGIN_ALLOW_THREADS;
         kernel(fields.data());
         Py_END_ALLOW_THREADS;

@@ -33,7 +33,12 @@ class StepMatch:
 
 
 def is_step(new_state: Any, old_state: fx.Node) -> bool:
-    """True when ``new_state`` is ``old_state * exp(..) + ..``, whatever surrounds it."""
+    """True when ``new_state`` is ``old_state * exp(..) + ..`` of [b, h, p, n], whatever surrounds it.
+
+    Mamba1's is of [b, d, n]: no layer of such a model is rewritten.
+    """
+    if len(shape_of(old_state)) != 4:
+        return False
     total = strip(new_state, *COPIES)
     if op_name(total) != "add":
         return False

@@ -161,6 +161,13 @@ def test_a_kill_at_any_stage_costs_nothing_but_it(calibrate, monkeypatch, tmp_pa
     assert calibrate("a.safetensors", resume=True).digest == whole.digest
 
 
+def test_an_interrupted_run_says_how_to_go_on(model_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Calibration, "_smooth", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    out = tmp_path / "a.safetensors"
+    result = invoke(cli.calibrate_app, model_folder, "--data", text_file, "--out", out, *FLAGS)
+    assert result.exit_code == 130 and "interrupted; the finished stages are kept" in result.stderr
+
+
 def test_a_resumed_run_must_be_the_same_calibration(calibrate, monkeypatch):
     monkeypatch.setattr(Calibration, "_smooth", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -164,6 +164,13 @@ def test_second_build_is_a_look_up(fresh: pathlib.Path, monkeypatch: pytest.Monk
 
 
 @needs_compiler
+def test_a_cache_directory_that_cannot_be_made(fresh: pathlib.Path) -> None:
+    (fresh / "qmamba").write_text("in the way")
+    with pytest.raises(KernelBuildError, match=r"cannot be made.*TORCHINDUCTOR_CACHE_DIR"):
+        build.build(SPEC)
+
+
+@needs_compiler
 def test_compiler_rejects_the_code(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "render", lambda spec: "int main( {")
     with pytest.raises(KernelBuildError, match=r"error: .*"):
