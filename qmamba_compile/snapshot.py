@@ -10,22 +10,8 @@ from torch import Tensor
 
 from .errors import StateError
 
-_OPERATORS = (
-    "add",
-    "sub",
-    "mul",
-    "matmul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-)
-_IN_PLACE = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS)}  # `__set__` of .data
+_OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
+_IN_PLACE = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS.split())}  # `__set__` of .data
 
 
 class Snapshot(Tensor):
@@ -66,7 +52,7 @@ def _writes(func: Callable[..., Any]) -> bool:
 
 def snapshots(result: Any, chosen: Callable[[Tensor], bool] = lambda tensor: True) -> Any:
     """``result``, or each tensor of a list or tuple, as a `Snapshot` where it is a real tensor and ``chosen``."""
-    if isinstance(result, (list, tuple)):
-        return type(result)(snapshots(item, chosen) for item in result) if type(result) in (list, tuple) else result
+    if type(result) in (list, tuple):
+        return type(result)(snapshots(item, chosen) for item in result)
     real = type(result) in (Tensor, Snapshot) and result.device.type != "meta"
     return result.as_subclass(Snapshot) if real and chosen(result) else result
