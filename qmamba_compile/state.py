@@ -14,7 +14,6 @@ from . import ops as _ops  # noqa: F401  (registers qmamba::*)
 from . import quant
 from .errors import StateError
 from .recurrence import Ring
-from .snapshot import snapshots
 
 aten = torch.ops.aten
 
@@ -36,7 +35,7 @@ class DSQState(torch.Tensor):
     The model's own cache holds it like any tensor. Reads dequantize to a plain snapshot, ``copy_`` of a float state
     requantizes, ``copy_`` of a `DSQState` copies codes. Batch indexing (``index_select``, ``s[idx]``, ``cat``,
     ``chunk``), ``clone``, ``to``, ``zero_``, deep copies and pickling keep it packed. Every other write raises
-    `StateError`, since a write to a dequantized snapshot would be lost; so does one to a view such as ``s[0]``.
+    `StateError`, since a write to a dequantized snapshot would be lost: as one to a view is (``s[0]``, not ``s[:1]``).
 
     Attributes:
         packed: codes [b, h, p, n*bits/8] (uint8; int8 at 8 bits), see `quant.pack`.
@@ -198,28 +197,21 @@ class DSQState(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and args and type(args[0]) is DSQState and not args[0].is_inference():
+            # Autograd counts the versions of what is a view of such a state, and a tensor of inference mode has none.
+            with torch.inference_mode(False), torch.no_grad():
+                return cls.__torch_dispatch__(func, types, args, kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         _refuse_writes(func, args, kwargs)
-        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
-        if not is_view or type(args[0]) is not DSQState or type(args[0].packed) is not Tensor:  # the last: a trace
-            args, kwargs = tree_map_only(DSQState, DSQState.dequantize, (args, kwargs))
-            return func(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode takes no subclass
-            return snapshots(func(args[0].dequantize(), *args[1:], **kwargs))
-
-    def __getitem__(self, index: Any) -> Any:
-        result = super().__getitem__(index)
-        indices = index if isinstance(index, tuple) else (index,)
-        # The dispatcher sees the first of several steps alone.
-        is_view = all(i is None or i is ... or isinstance(i, (int, slice)) for i in indices)
-        return result if torch.compiler.is_compiling() or not is_view else snapshots(result)
+        args, kwargs = tree_map_only(DSQState, DSQState.dequantize, (args, kwargs))
+        return func(*args, **kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise StateError(

@@ -140,6 +140,20 @@ def test_reads_are_plain_snapshots(state, name, read):
     assert all(torch.equal(tensor, before[key]) for key, tensor in inner(state).items())
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_inference_mode_reads_states_made_outside_and_inside(inside):
+    with torch.inference_mode(inside):
+        state = make_state()
+    wanted = state.dequantize()
+    with torch.inference_mode():
+        for read in (lambda s: s[0], lambda s: s.view(-1), lambda s: s[1:], lambda s: s.unbind()[1], torch.clone):
+            found = read(state)
+            assert torch.equal(found.clone(), read(wanted))
+        assert type(state[1:]) is DSQState
+        state[:1].zero_()
+    assert not state[0].any() and torch.equal(state[1], wanted[1])
+
+
 def test_values_come_out_of_a_state(state):
     assert torch.equal(state, state.dequantize()) and torch.allclose(state, state.clone())
     assert float(state.abs().max()) == state.dequantize().abs().max().item()

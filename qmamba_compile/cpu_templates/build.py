@@ -134,8 +134,8 @@ def for_this_machine(spec: AnySpec) -> AnySpec:
         # head of 64 x 128 for 2.9. Intel's cores were not measured.
         found["bf16"] = has_avx512 and has_bf16() and core() == "amd"
     if isinstance(spec, LayerSpec):
-        # Who names an instruction set gets no more than that.
-        found["amx"] = has_avx512 and has_amx() and not os.environ.get("QMAMBA_CPU_ISA")
+        # Who names an instruction set gets no tiles.
+        found["amx"] = has_avx512 and found["vnni"] and has_amx() and not os.environ.get("QMAMBA_CPU_ISA")
     return dataclasses.replace(spec, **found)
 
 
@@ -249,16 +249,17 @@ def _build(source: str, slug: str, flags: Sequence[str], remedy: str) -> pathlib
     flags = (*flags, "-shared", "-fPIC")
     identity = "\n".join((source, *flags, compiler, get_compiler_version_info(compiler), platform.machine()))
     name = f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    folder = pathlib.Path(cache_dir(), "qmamba")
-    library = folder / f"{name}.so"
-    if library.exists():
-        return library
     try:
+        folder = pathlib.Path(cache_dir(), "qmamba")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KernelBuildError(
-            f"{folder}: cannot be made ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+            f"{error.filename}: no folder can be made there ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR "
+            "to one that can be written"
         ) from error
+    library = folder / f"{name}.so"
+    if library.exists():
+        return library
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as workplace:
         unit = pathlib.Path(workplace, f"{name}.cpp")
         unit.write_text(source)

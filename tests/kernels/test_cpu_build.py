@@ -164,10 +164,12 @@ def test_second_build_is_a_look_up(fresh: pathlib.Path, monkeypatch: pytest.Monk
 
 
 @needs_compiler
-def test_a_cache_directory_that_cannot_be_made(fresh: pathlib.Path) -> None:
+def test_a_cache_directory_that_cannot_be_made(fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (fresh / "qmamba").write_text("in the way")
-    with pytest.raises(KernelBuildError, match=r"cannot be made.*TORCHINDUCTOR_CACHE_DIR"):
-        build.build(SPEC)
+    for place in (fresh, fresh / "qmamba" / "below"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place))
+        with pytest.raises(KernelBuildError, match=r"can be made there.*TORCHINDUCTOR_CACHE_DIR"):
+            build.build(SPEC)
 
 
 @needs_compiler

@@ -598,7 +598,7 @@ inline void multiply_12(
 
 // y of a panel's rows and 4 tokens of one block.
 inline void multiply_4(
-    const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token, const int8_t* next
+    const Arguments& a, const Tokens& t, int64_t row, const Column* panel, int64_t token
 ) {
     const Code* codes = block_of(t, token);
     fetch_results(a, row, token, 4);
@@ -608,7 +608,6 @@ inline void multiply_4(
     Ints low3 = {}, high3 = {};
 
     for (int64_t column = 0; column < t.width / UNIT; ++column) {
-        if (next) fetch_weights(next, column);
         const Codes low = panel[column].rows[0], high = panel[column].rows[1];
         const Code* units = codes + column * UNIT * BLOCK;
         const Codes unit0 = (Codes)_mm512_set1_epi32(load<int32_t>(units + 0 * UNIT));
@@ -659,7 +658,7 @@ void multiply_panels(const Arguments& a, const Tokens& t, int64_t first, int64_t
                     continue;
                 }
                 for (int64_t rest = token; rest < a.tokens; rest += 4) {
-                    multiply_4(a, t, index * PANEL, panel, rest, next);
+                    multiply_4(a, t, index * PANEL, panel, rest);
                 }
             }
         }
