@@ -73,7 +73,7 @@ HALF_RATE = ("LOP3", "LEA", "IADD3", "SHF", "FMNMX", "FMNMX3", "SEL", "FSEL", "I
 """Of NVIDIA's instructions those of the integer pipe, 16 lanes of each of a unit's four quarters."""
 
 WIDE_INTEGERS = ("sm_120",)
-"""Architectures whose integer pipe has all 32 lanes of a quarter."""
+"""Architectures whose integer pipe has all 32 lanes of a quarter (NVIDIA's whitepaper of RTX Blackwell)."""
 
 EIGHTH_RATE = ("MUFU", "F2F", "I2F", "F2I", "FRND")
 """And those of the special-function pipe, 4 lanes of each quarter."""

@@ -174,7 +174,7 @@ def test_the_limit_that_the_warning_advises_holds_in_threads(make_model, tokens,
     assert len(report.recent) == 3 and len(warnings_of(caplog)) == 1
 
 
-def test_a_mamba1_model_is_left_alone(tokens, caplog):
+def test_a_mamba1_model_is_left_alone(tokens):
     """Its state is no [b, h, p, n], though its step looks like ours."""
     from transformers import MambaConfig, MambaForCausalLM
 

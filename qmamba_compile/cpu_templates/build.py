@@ -252,16 +252,17 @@ def _build(source: str, slug: str, flags: Sequence[str], remedy: str) -> pathlib
     try:
         folder = pathlib.Path(cache_dir(), "qmamba")
         folder.mkdir(parents=True, exist_ok=True)
+        library = folder / f"{name}.so"
+        if library.exists():
+            return library
+        workplace = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder)
     except OSError as error:
         raise KernelBuildError(
             f"{error.filename}: no folder can be made there ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR "
             "to one that can be written"
         ) from error
-    library = folder / f"{name}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as workplace:
-        unit = pathlib.Path(workplace, f"{name}.cpp")
+    with workplace as place:
+        unit = pathlib.Path(place, f"{name}.cpp")
         unit.write_text(source)
         built = unit.with_suffix(".so")
         command = [compiler, *flags, str(unit), "-o", str(built), "-lm"]

@@ -79,16 +79,17 @@ PyObject* first(CallSite* self, PyObject* const* arguments, size_t flags, PyObje
 }
 
 PyObject* repeat(CallSite* self, PyObject* const* arguments) {
-    // Copies: other threads may repeat this launch or find another one while Python code or the kernel runs.
-    const Kernel kernel = self->kernel;
-    std::vector<int64_t> fields(*self->fields);
-    const std::vector<Input> inputs(*self->inputs);
-    const Py_ssize_t place = self->output;
-    PyObject* allocation = Py_NewRef(self->allocation);
-    PyObject* output = PyObject_Call(self->allocate, allocation, nullptr);
-    Py_DECREF(allocation);
-    if (output == nullptr) return nullptr;
+    PyObject* output = nullptr;
     try {
+        // Copies: other threads may repeat this launch or find another one while Python code or the kernel runs.
+        const Kernel kernel = self->kernel;
+        std::vector<int64_t> fields(*self->fields);
+        const std::vector<Input> inputs(*self->inputs);
+        const Py_ssize_t place = self->output;
+        PyObject* allocation = Py_NewRef(self->allocation);
+        output = PyObject_Call(self->allocate, allocation, nullptr);
+        Py_DECREF(allocation);
+        if (output == nullptr) return nullptr;
         for (const Input& input : inputs)
             fields[input.position] = reinterpret_cast<int64_t>(data_ptr(arguments[input.argument])) + input.offset;
         fields[place] = reinterpret_cast<int64_t>(data_ptr(output));

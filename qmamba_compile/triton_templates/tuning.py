@@ -45,11 +45,11 @@ GPUS = {
     "gfx942": Gpu("MI300X", 304, 131072, 2.1e9, 1, 5.3e12),
     "gfx950": Gpu("MI355X", 256, 131072, 2.4e9, 1, 8.0e12),
 }
-"""One GPU of each architecture."""
+"""One GPU of each architecture; other GPUs of it are taken for as large."""
 
 
 def gpu_of(architecture: str) -> Gpu | None:
-    """Figures for ``architecture``: its own, or of NVIDIA's the latest before it. None for the interpreter."""
+    """Figures for one of `specs.TARGETS`: its own, or of NVIDIA's the latest before it. None for the interpreter."""
     if architecture == "interpreter":
         return None
     return GPUS[latest_before(architecture, GPUS)]

@@ -127,3 +127,12 @@ def test_command_line(tmp_path: pathlib.Path) -> None:
     assert written["target"] == "sm_90" and set(written["step"]) == set(VARIANTS)
     wrong = subprocess.run([*command[:4], "sm_1"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "sm_1" in wrong.stderr
+
+
+def test_every_gpu_of_the_table_has_its_rates() -> None:
+    assert set(roofline.TENSOR_RATES) == set(roofline.tuning.GPUS)
+    assert (
+        "integer pipe" in roofline.step_roofs("sm_90", STEP_SHAPES["130m"], VARIANTS["int4 calibrated"], 1)["seconds"]
+    )
+    wide = roofline.step_roofs("sm_120", STEP_SHAPES["130m"], VARIANTS["int4 calibrated"], 1)["seconds"]
+    assert set(wide) == {"memory", "issue", "special functions"}

@@ -170,6 +170,13 @@ def test_a_cache_directory_that_cannot_be_made(fresh: pathlib.Path, monkeypatch:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place))
         with pytest.raises(KernelBuildError, match=r"can be made there.*TORCHINDUCTOR_CACHE_DIR"):
             build.build(SPEC)
+    (fresh / "qmamba").unlink()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(fresh))
+    # What a folder that is there and may not be written answers; nobody forbids root anything.
+    refusal = PermissionError(13, "Permission denied", str(fresh / "qmamba"))
+    monkeypatch.setattr(build.tempfile, "mkdtemp", lambda *args: (_ for _ in ()).throw(refusal))
+    with pytest.raises(KernelBuildError, match=r"can be made there \(Permission denied\).*TORCHINDUCTOR_CACHE_DIR"):
+        build.build(SPEC)
 
 
 @needs_compiler
