@@ -56,7 +56,7 @@ class QMambaConfig:
         mode: Inductor's mode, for torch.compile takes either its own ``mode`` or ``options``. ``"reduce-overhead"``
             replays decode as CUDA graphs.
         quantize_linear, fuse_chunk_scan, quantize_state, fuse_ssm_update, apply_tuned_conv, fuse_conv_update,
-            fuse_causal_conv, fuse_norm_linear: one switch a pass.
+            fuse_causal_conv, fuse_norm_linear, fuse_residual, hoist_decay: one switch a pass.
     """
 
     weights: str | None = "int8"
@@ -80,6 +80,8 @@ class QMambaConfig:
     fuse_conv_update: bool = True
     fuse_causal_conv: bool = True
     fuse_norm_linear: bool = True
+    fuse_residual: bool = True
+    hoist_decay: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():

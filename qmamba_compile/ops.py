@@ -58,12 +58,13 @@ _define(
     "Tensor? initial_state, bool dt_softplus, float dt_min, float dt_max) -> (Tensor, Tensor)"
 )
 _define(
-    "w8a8_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale) "
-    "-> Tensor"
+    "w8a8_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale, "
+    "Tensor? residual=None) -> Tensor"
 )
 _define(
     "norm_w8a8_linear(Tensor x, Tensor? gate, Tensor norm_weight, float epsilon, int group_size, Tensor qdata, "
-    "Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale) -> Tensor"
+    "Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale, Tensor? residual=None, "
+    "bool cast_x=False, ScalarType? dtype=None) -> Tensor"
 )
 _define("causal_conv(Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
 _define("conv_update(Tensor(a!) conv_state, Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
@@ -354,14 +355,18 @@ def w8a8_linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`w8a8_linear_reference` by the fastest kernel that this device has."""
+    """`w8a8_linear_reference`, plus a residual [..., o] if there is one, by the fastest kernel that this device has."""
+    operands = (x, qdata, scale, bias, act_pre_scale, act_scale)
     if x.is_cpu or x.is_cuda:
         kernels = cpu_layers if x.is_cpu else gpu_layers
-        y = kernels.w8a8_linear(x, qdata, scale, bias, act_pre_scale, act_scale)
+        y = kernels.w8a8_linear(*operands, residual)
         if y is not None:
             return y
-    return w8a8_linear_reference(x, qdata, scale, bias, act_pre_scale, act_scale)
+    if residual is not None:
+        return residual + w8a8_linear(*operands)
+    return w8a8_linear_reference(*operands)
 
 
 def w8a8_linear_reference(
@@ -398,7 +403,13 @@ def w8a8_linear_reference(
 
 @_fake("w8a8_linear")
 def _(x: Tensor, qdata: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+    return _empty_linear(x, qdata, x.dtype, *args[4:])
+
+
+def _empty_linear(x: Tensor, qdata: Tensor, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]), dtype=dtype)
 
 
 @_implement("norm_w8a8_linear")
@@ -413,17 +424,26 @@ def norm_w8a8_linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
+    residual: Tensor | None = None,
+    cast_x: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`w8a8_linear` of `rms_norm_reference`, by the fastest kernel that this device has: [..., k] -> [..., o]."""
+    """`w8a8_linear` of `rms_norm_reference`, by the fastest kernel that this device has: [..., k] -> [..., o].
+
+    Args:
+        cast_x: whether x is rounded to the dtype of ``norm_weight`` first.
+        dtype: what y is rounded to before it is added to a residual; None is that of the normed x.
+    """
+    linear = (qdata, scale, bias, act_pre_scale, act_scale)
     if x.is_cpu or x.is_cuda:
         kernels = cpu_layers if x.is_cpu else gpu_layers
-        y = kernels.norm_w8a8_linear(
-            x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale
-        )
+        y = kernels.norm_w8a8_linear(x, gate, norm_weight, epsilon, group_size, *linear, residual, cast_x, dtype)
         if y is not None:
             return y
-    normed = rms_norm_reference(x, gate, norm_weight, epsilon, group_size)
-    return w8a8_linear(normed, qdata, scale, bias, act_pre_scale, act_scale)
+    x = x.to(norm_weight.dtype) if cast_x else x
+    y = w8a8_linear(rms_norm_reference(x, gate, norm_weight, epsilon, group_size), *linear)
+    y = y if dtype is None else y.to(dtype)
+    return y if residual is None else residual + y
 
 
 def rms_norm_reference(x: Tensor, gate: Tensor | None, norm_weight: Tensor, epsilon: float, group_size: int) -> Tensor:
@@ -440,8 +460,23 @@ def rms_norm_reference(x: Tensor, gate: Tensor | None, norm_weight: Tensor, epsi
 
 
 @_fake("norm_w8a8_linear")
-def _(x, gate, norm_weight, epsilon, group_size, qdata, *args) -> Tensor:  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], qdata.shape[0]), dtype=torch.promote_types(x.dtype, norm_weight.dtype))
+def _(  # type: ignore[no-untyped-def]
+    x,
+    gate,
+    norm_weight,
+    epsilon,
+    group_size,
+    qdata,
+    scale,
+    bias,
+    pre_scale,
+    act_scale,
+    residual=None,
+    cast_x=False,
+    dtype=None,
+) -> Tensor:
+    normed = norm_weight.dtype if cast_x else torch.promote_types(x.dtype, norm_weight.dtype)
+    return _empty_linear(x, qdata, dtype or normed, residual)
 
 
 # --- causal convolution: of a sequence, of a decode step -----------------------------------------------------------

@@ -30,6 +30,7 @@ def test_defaults_are_w8a8h4_with_every_pass_on():
     )
     passes = ("quantize_linear", "fuse_chunk_scan", "quantize_state", "fuse_ssm_update")
     passes += ("apply_tuned_conv", "fuse_conv_update", "fuse_causal_conv", "fuse_norm_linear")
+    passes += ("fuse_residual", "hoist_decay")
     assert all(getattr(config, name) is True for name in passes)
     assert config.calibration is None and config.skip_layers == ()
 

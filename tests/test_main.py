@@ -45,6 +45,8 @@ def test_explain_counts_what_the_toy_model_has(toy):
         "fuse_causal_conv": (2, 2),
         "quantize_linear": (5, 5),
         "fuse_norm_linear": (5, 5),
+        "fuse_residual": (2, 2),
+        "hoist_decay": (2, 2),
     }
     assert decode["passes"]["fuse_conv_update"]["rewritten"] == 2
     assert decode["passes"]["fuse_ssm_update"]["rewritten"] == 2

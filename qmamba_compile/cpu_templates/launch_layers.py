@@ -31,11 +31,16 @@ def w8a8_linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Launch | None:
     """`ops.w8a8_linear` on the CPU: [..., o]."""
     dtype = x.dtype
     if act_pre_scale is not None and (act_pre_scale.dtype is not dtype or dtype not in DTYPES):
         x, act_pre_scale = x * act_pre_scale, None
+    if residual is not None:
+        # What is computed in another dtype than the operator's is rounded first.
+        fits = x.dtype is dtype and dtype in DTYPES
+        return _linear(x, None, None, 0.0, 1, qdata, scale, bias, act_pre_scale, act_scale, residual) if fits else None
     launch = _linear(x, None, None, 0.0, 1, qdata, scale, bias, act_pre_scale, act_scale)
     return launch if launch is None else launch._replace(dtype=dtype)
 
@@ -52,9 +57,13 @@ def norm_w8a8_linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
+    residual: Tensor | None = None,
+    cast_x: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Launch | None:
     """`ops.norm_w8a8_linear` on the CPU: [..., o]."""
-    return _linear(x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale)
+    operands = (x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale)
+    return _linear(*operands, residual, cast_x, dtype)
 
 
 def _linear(
@@ -68,6 +77,9 @@ def _linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
+    residual: Tensor | None = None,
+    cast_x: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Launch | None:
     """Both linears: without ``norm_weight`` there is no norm."""
     function = layer_kernel("w8a8_linear")
@@ -75,23 +87,34 @@ def _linear(
     if function is None or not qdata.is_contiguous() or scale.dtype is not torch.float32 or not scale.is_contiguous():
         return None
     rows = _rows(x, k)
-    dtype = x.dtype if x.dtype in DTYPES else torch.float32
+    x_dtype = normed = x.dtype if x.dtype in DTYPES else torch.float32
     if norm_weight is None:
         gate = None
     elif x.dtype not in DTYPES or norm_weight.dtype not in DTYPES:
         return None
     else:
-        dtype = torch.promote_types(dtype, norm_weight.dtype)
-    if act_pre_scale is not None and act_pre_scale.dtype is not dtype:
+        x_dtype = norm_weight.dtype if cast_x else x.dtype
+        normed = torch.promote_types(x_dtype, norm_weight.dtype)
+    if act_pre_scale is not None and act_pre_scale.dtype is not normed:
         return None
-    y = empty((*x.shape[:-1], o), dtype)
+    dtype, shape = dtype or normed, (*x.shape[:-1], o)
+    if dtype not in DTYPES:
+        return None
+    y_dtype = dtype
+    if residual is not None:
+        if residual.dtype not in DTYPES or residual.shape != shape:
+            return None
+        y_dtype = torch.promote_types(dtype, residual.dtype)
+    y = empty(shape, y_dtype)
     tokens = x.numel() // k
     fields: list[Field] = [*rows, *(ABSENT if gate is None else _rows(gate, k))]
     fields += [*vector(norm_weight), *vector(act_pre_scale), *vector(bias)]
-    fields += [None if act_scale is None else contiguous_float(act_scale), qdata, scale, y, DTYPES[dtype]]
+    fields += ABSENT if residual is None else _rows(residual, o)
+    fields += [None if act_scale is None else contiguous_float(act_scale), qdata, scale, y]
+    fields += [DTYPES[each] for each in (x_dtype, normed, dtype, y_dtype)]
     fields += [tokens, k, o, group_size, _bits_of(epsilon)]
     fields.append(torch.get_num_threads() if k * o * (1 + tokens // 16) >= PARALLEL_WEIGHTS else 1)
-    return Launch(function, fields, y, dtype)
+    return Launch(function, fields, y, y_dtype)
 
 
 def _bits_of(number: float) -> int:

@@ -8,6 +8,8 @@ fuse_conv_update  (fusion)    a decode step's causal convolution becomes one ope
 fuse_causal_conv  (fusion)    a prompt's as well
 quantize_linear   (semantic)  linears become int8 W8A8, and embeddings tied to them read the codes
 fuse_norm_linear  (fusion)    the norm before a linear becomes part of it
+fuse_residual     (fusion)    a residual that a linear is added to as well
+hoist_decay       (fusion)    the decay rates of all layers are computed at once
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from .fuse_causal_conv import FuseCausalConv
 from .fuse_chunk_scan import FuseChunkScan
 from .fuse_conv_update import FuseConvUpdate
 from .fuse_norm_linear import FuseNormLinear
+from .fuse_residual import FuseResidual
 from .fuse_ssm_update import FuseSsmUpdate
+from .hoist_decay import HoistDecay
 from .match_scan import scan_anchors
 from .match_step import is_step
 from .quantize_linear import QuantizeLinear
@@ -46,6 +50,8 @@ PIPELINE: tuple[type[GraphPass], ...] = (
     FuseCausalConv,
     QuantizeLinear,
     FuseNormLinear,
+    FuseResidual,
+    HoistDecay,
 )
 
 

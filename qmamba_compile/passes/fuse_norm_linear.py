@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import in_dtype_of, insert_call, iter_calls, layer_of, op_name, replace_node, value_of
+from ..fx_utils import insert_call, iter_calls, layer_of, op_name, replace_node, value_of
 from ..report import Report
 from .base import GraphPass, NoMatchError
 from .match_norm import NormMatch, match_norm
@@ -28,6 +28,8 @@ class FuseNormLinear(GraphPass):
     After:
         y = qmamba.norm_w8a8_linear(x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, ...)
 
+    Where x was cast to the norm's dtype, the linear casts it.
+
     Refuses: a norm that something else than int8 linears reads, and other arithmetic: a gate behind the norm, a mean
     that is subtracted, a factor, precision lost on the way.
     """
@@ -47,9 +49,9 @@ class FuseNormLinear(GraphPass):
             for index in norm.indices:
                 x = insert_call(node, operator.getitem, x, index)
                 gate = None if gate is None else insert_call(node, operator.getitem, gate, index)
-            operands = (x, gate, norm.weight, norm.epsilon, norm.group_size, *node.args[1:])
-            y = insert_call(node, torch.ops.qmamba.norm_w8a8_linear.default, *operands)
-            replace_node(node, in_dtype_of(node, y))
+            operands = (x, gate, norm.weight, norm.epsilon, norm.group_size, *node.args[1:6], None, norm.cast_x)
+            y = insert_call(node, torch.ops.qmamba.norm_w8a8_linear.default, *operands, value_of(node).dtype)
+            replace_node(node, y)
             report.rewrote(layer_of(y), "norm" if gate is None else "gated norm")
 
 

@@ -21,11 +21,13 @@ class NormMatch:
 
     Attributes:
         x, gate: [..., k], as they are before any cast; gate is None without one.
+        cast_x: whether x is cast to the weight's dtype, and loses bits by it.
         weight: [k].
         indices: what selects tokens of the normed x, to be applied to x, in order.
     """
 
     x: fx.Node
+    cast_x: bool
     gate: fx.Node | None
     weight: fx.Node
     epsilon: float
@@ -88,10 +90,13 @@ def match_norm(node: fx.Node) -> NormMatch:
         f"{grouped} of shape {list(shape_of(grouped))} is not {x} of shape {list(whole)} in groups of features",
     )
     _require_readers(weighted)
+    # Such as a residual stream in float32 in front of a norm in 16 bits.
+    cast_x = op_name(x) in COPIES and dtype == value_of(weight).dtype and _is_rounded(x)
+    x = x.args[0] if cast_x else x
     for source in (x, gate, weight):
         written = source is not None and any(mutates(user) for user in source.users)
         _require(not written, SkipReason.SECOND_READER, f"{source} is written in place")
-    return NormMatch(x, gate, weight, float(value_of(epsilon)), int(group_size), tuple(indices))
+    return NormMatch(x, cast_x, gate, weight, float(value_of(epsilon)), int(group_size), tuple(indices))
 
 
 def _require(condition: bool, reason: SkipReason, detail: str) -> None:
@@ -107,6 +112,11 @@ def _strip_exact(node: Any) -> Any:
             break
         node = node.args[0]
     return node
+
+
+def _is_rounded(cast: fx.Node) -> bool:
+    before, after = value_of(cast.args[0]), value_of(cast)
+    return bool(before.dtype == torch.float32 != after.dtype and before.device == after.device)
 
 
 def _split(node: Any, wanted: Any, name: str, what: str) -> tuple[Any, Any]:

@@ -1,14 +1,15 @@
 """Call the kernels around the recurrence, as `launch` calls those of a step and under the same promises.
 
 A linear is two or three launches: `quantize_rows`, with the norm where there is one in front; the int8 product with its
-scales and bias; their sum over the parts of k, where it is split. From Hopper on, the product starts while rows are
-quantized. Few rows without a norm need no launch of their own to be quantized.
+scales, bias and residual; their sum over the parts of k, where it is split. From Hopper on, the product starts while
+rows are quantized. Few rows without a norm need no launch of their own to be quantized.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from ..errors import ConfigError
 from . import launch, tuning
 from .layer_specs import COMBINE_BLOCK, ConvSpec, LinearSpec, RowsSpec
 from .render import load
+
+
+class Norm(NamedTuple):
+    """An RMSNorm in front of a linear: gate [m, k] or None, its weight [k], epsilon, features of a group, and whether
+    what is normed is rounded to the weight's dtype first."""
+
+    gate: Tensor | None
+    weight: Tensor
+    epsilon: float
+    group_size: int
+    cast_x: bool = False
 
 
 @functools.cache
@@ -31,15 +43,15 @@ def quantize_rows(
     x: Tensor,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
-    norm: tuple[Tensor | None, Tensor, float, int] | None = None,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """int8 codes [m, k] and float32 scale [m] of x [m, k], as `ops.w8a8_linear_reference` quantizes it.
 
     Args:
-        norm: of an RMSNorm in front: gate [m, k] or None, its weight [k], epsilon, features of a group.
+        norm: the RMSNorm in front.
     """
     architecture = launch.target(x.device.type, x.device.index)
-    gate, norm_weight, epsilon, group_size = norm or (None, None, 0.0, None)
+    gate, norm_weight, epsilon, group_size, cast_x = norm or (None, None, 0.0, None, False)
     floats = [t for t in (x, gate, norm_weight, act_pre_scale) if t is not None]
     if architecture is None:
         return None
@@ -57,7 +69,8 @@ def quantize_rows(
     if norm is None:
         arguments = (x, *arguments, x.stride(0))
     else:
-        arguments = (x, gate, vectors[0], *arguments, epsilon, x.stride(0), 0 if gate is None else gate.stride(0))
+        gate_stride = 0 if gate is None else gate.stride(0)
+        arguments = (x, gate, vectors[0], *arguments, epsilon, x.stride(0), gate_stride, cast_x)
     load(spec).quantize_rows[x.shape[0],](*arguments, num_warps=spec.warps, enable_fp_fusion=False)
     return codes, row_scale
 
@@ -69,12 +82,15 @@ def w8a8_linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor | None:
     """`ops.w8a8_linear` on a GPU: one kernel for a small x, which quantizes on the way."""
-    y = _quantize_on_the_way(x, qdata, scale, bias, act_pre_scale, act_scale)
+    if not _fits(residual, x, qdata):
+        return None
+    y = _quantize_on_the_way(x, qdata, scale, bias, act_pre_scale, act_scale, residual)
     if y is not None or x.numel() == 0:
         return y
-    return _quantize_and_multiply(x, x.dtype, qdata, scale, bias, act_pre_scale, act_scale, None)
+    return _quantize_and_multiply(x, x.dtype, qdata, scale, bias, act_pre_scale, act_scale, residual, None)
 
 
 def norm_w8a8_linear(
@@ -88,16 +104,27 @@ def norm_w8a8_linear(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
+    residual: Tensor | None = None,
+    cast_x: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | None:
     """`ops.norm_w8a8_linear` on a GPU."""
-    if x.numel() == 0:
+    if x.numel() == 0 or not _fits(residual, x, qdata):
         return None
     if gate is not None and gate.shape != x.shape:
         return launch.refuse("norm_w8a8_linear", "gate and x differ in shape")
     k = qdata.shape[1]
-    norm = (None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size)
-    dtype = torch.promote_types(x.dtype, norm_weight.dtype)
-    return _quantize_and_multiply(x, dtype, qdata, scale, bias, act_pre_scale, act_scale, norm)
+    norm = Norm(None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size, cast_x)
+    if dtype is None:
+        dtype = norm_weight.dtype if cast_x else torch.promote_types(x.dtype, norm_weight.dtype)
+    elif dtype not in launch.FLOATS:
+        return launch.refuse("norm_w8a8_linear", f"dtype={dtype}; float32, bfloat16 and float16 are allowed")
+    return _quantize_and_multiply(x, dtype, qdata, scale, bias, act_pre_scale, act_scale, residual, norm)
+
+
+def _fits(residual: Tensor | None, x: Tensor, qdata: Tensor) -> bool:
+    """Whether there is no residual, or one of the shape and a dtype of what it is added to."""
+    return residual is None or (residual.shape == (*x.shape[:-1], len(qdata)) and residual.dtype in launch.FLOATS)
 
 
 def _quantize_on_the_way(
@@ -107,6 +134,7 @@ def _quantize_on_the_way(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor | None:
     """`ops.w8a8_linear` of an x small enough to be quantized by each program that reads it; ``None`` for others."""
     architecture = launch.target(x.device.type, x.device.index)
@@ -122,15 +150,16 @@ def _quantize_on_the_way(
     flat = x.reshape(rows, k)
     if flat.stride(1) != 1 or not qdata.is_contiguous():
         return None
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    y, residual = _output(x, outputs, x.dtype, residual)
     partial = _partial(spec, rows, y)
     row_scale = None if partial is None else torch.empty(rows, dtype=torch.float32, device=x.device)
-    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, y, partial, row_scale, rows)
+    arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, residual, y, partial, row_scale, rows)
+    linear_dtype = _triton_dtype(spec, x.dtype)
     load(spec).w8a8_linear[_linear_grid(spec, rows, outputs)](
-        *arguments, flat.stride(0), outputs, k, num_warps=spec.warps, enable_fp_fusion=False
+        *arguments, flat.stride(0), outputs, k, linear_dtype, num_warps=spec.warps, enable_fp_fusion=False
     )
     if partial is not None:
-        _combine(spec, partial, row_scale, scale, bias, y)
+        _combine(spec, partial, row_scale, scale, bias, residual, y, linear_dtype)
     return y
 
 
@@ -142,12 +171,14 @@ def _quantize_and_multiply(
     bias: Tensor | None,
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
-    norm: tuple[Tensor | None, Tensor, float, int] | None,
+    residual: Tensor | None,
+    norm: Norm | None,
 ) -> Tensor | None:
-    """y [..., o] of ``dtype``."""
+    """y [..., o] of ``dtype``, in which it is added to the residual, if there is one."""
     outputs, k = qdata.shape
-    # Copies come before `quantize_rows`: scale and bias are read before the product waits for it.
+    # Copies come before `quantize_rows`: scale, bias and residual are read before the product waits for it.
     qdata, scale, bias = qdata.contiguous(), scale.contiguous(), None if bias is None else bias.contiguous()
+    y, residual = _output(x, outputs, dtype, residual)
     quantized = quantize_rows(x.reshape(-1, k), act_pre_scale, act_scale, norm)
     if quantized is None:
         return None
@@ -155,27 +186,39 @@ def _quantize_and_multiply(
     rows = codes.shape[0]
     architecture = launch.target(x.device.type, x.device.index)
     assert architecture is not None
-    y = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device)
     spec = tuning.w8a8_linear(architecture, rows, outputs, k, prequantized=True)
-    partial = _partial(spec, rows, y)
+    partial, linear_dtype = _partial(spec, rows, y), _triton_dtype(spec, dtype)
     load(spec).w8a8_linear[_linear_grid(spec, rows, outputs)](
         codes,
         qdata,
         scale,
         bias,
+        residual,
         y,
         partial,
         row_scale,
         rows,
         outputs,
         k,
+        linear_dtype,
         num_warps=spec.warps,
         enable_fp_fusion=False,
         **({"launch_pdl": True} if spec.overlaps else {}),
     )
     if partial is not None:
-        _combine(spec, partial, row_scale, scale, bias, y)
+        _combine(spec, partial, row_scale, scale, bias, residual, y, linear_dtype)
     return y
+
+
+def _output(x: Tensor, outputs: int, dtype: torch.dtype, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Where a linear of ``dtype`` and its residual go, and the residual as kernels read it."""
+    if residual is not None:
+        dtype, residual = torch.promote_types(dtype, residual.dtype), residual.contiguous()
+    return torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device), residual
+
+
+def _triton_dtype(spec: LinearSpec, dtype: torch.dtype) -> Any:
+    return getattr(load(spec).tl, str(dtype).removeprefix("torch."))
 
 
 def _linear_grid(spec: LinearSpec, rows: int, outputs: int) -> tuple[int, int, int]:
@@ -190,11 +233,20 @@ def _partial(spec: LinearSpec, rows: int, y: Tensor) -> Tensor | None:
 
 
 def _combine(
-    spec: LinearSpec, partial: Tensor, row_scale: Tensor | None, scale: Tensor, bias: Tensor | None, y: Tensor
+    spec: LinearSpec,
+    partial: Tensor,
+    row_scale: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    linear_dtype: Any,
 ) -> None:
     _, rows, outputs = partial.shape
     load(spec).combine[rows, -(-outputs // COMBINE_BLOCK)](
-        partial, row_scale, scale, bias, y, rows, outputs, num_warps=spec.warps, enable_fp_fusion=False
+        *(partial, row_scale, scale, bias, residual, y, rows, outputs, linear_dtype),
+        num_warps=spec.warps,
+        enable_fp_fusion=False,
     )
 
 

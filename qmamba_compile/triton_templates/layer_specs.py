@@ -15,6 +15,9 @@ OVERLAPPING = ("sm_90", "sm_100", "sm_103", "sm_120")
 COMBINE_BLOCK = 256
 """Outputs of one program that adds up the parts of a split `w8a8_linear`."""
 
+RESIDUAL_HELD = 16
+"""Elements of a residual that a thread loads before its products, which hide how long that takes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearSpec(Spec):
@@ -68,7 +71,11 @@ class LinearSpec(Spec):
         return self.prequantized and self.target in OVERLAPPING
 
     def constants(self) -> dict[str, Any]:
-        return {"combine_block": COMBINE_BLOCK, "tiny_scale": quant.TINY_SCALE}
+        return {
+            "combine_block": COMBINE_BLOCK,
+            "tiny_scale": quant.TINY_SCALE,
+            "holds_residual": self.block_m * self.block_o <= RESIDUAL_HELD * 32 * self.warps,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,6 +161,10 @@ def ran(request, compiled, tokens):
 NORMS = {"BambaConfig": 10, "FalconH1Config": 5, "GraniteMoeHybridConfig": 6, "NemotronHConfig": 6, "Zamba2Config": 12}
 """Int8 linears directly behind a norm that nothing else reads: no multiplier (FalconH1), no router beside it."""
 
+RESIDUALS = {"BambaConfig": 4, "GraniteMoeHybridConfig": 2, "NemotronHConfig": 3, "Zamba2Config": 5}
+"""Int8 linears whose output is added to something as it is: without a multiplier (FalconH1; GraniteMoeHybrid has one
+behind its mixers, none between experts and shared MLP)."""
+
 
 def test_counts(ran):
     family, results, *_ = ran
@@ -180,6 +184,8 @@ def test_counts(ran):
                 # With an embedding that is tied to the head.
                 "quantize_linear": linears + (linears > 0 and family.config.tie_word_embeddings),
                 "fuse_norm_linear": NORMS[type(family.config).__name__] if linears else 0,
+                "fuse_residual": RESIDUALS.get(type(family.config).__name__, 0) if linears else 0,
+                "hoist_decay": family.scans if family.scans > 1 else 0,
             }
 
 

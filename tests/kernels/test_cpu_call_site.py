@@ -44,6 +44,10 @@ def norm_arguments():
     return [x, torch.randn(b, 1, k), torch.rand(k), 1e-5, k, *rest]
 
 
+def residual_arguments():
+    return [*norm_arguments(), torch.randn(b, 1, o), True, torch.bfloat16]
+
+
 def conv_arguments():
     return [torch.randn(b, k, 3), torch.randn(b, 1, k).mT, torch.randn(k, 1, 4), torch.randn(k), True]
 
@@ -61,6 +65,9 @@ CASES = {
     "w8a8_linear, bfloat16": lambda: bfloat16(linear_arguments(), 2),  # the scale of the weight
     "norm_w8a8_linear": norm_arguments,
     "norm_w8a8_linear, bfloat16": lambda: bfloat16(norm_arguments(), 6),
+    "w8a8_linear, residual": lambda: [*linear_arguments(), torch.randn(b, 1, o)],
+    "norm_w8a8_linear, residual": residual_arguments,
+    "norm_w8a8_linear, residual in float32": lambda: bfloat16(residual_arguments(), 0, 6, 10),
     "conv_update": conv_arguments,
     "conv_update, bfloat16": lambda: bfloat16(conv_arguments()),
     "causal_conv": sequence_arguments,

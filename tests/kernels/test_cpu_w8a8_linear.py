@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -75,9 +75,13 @@ def problem(
     bias: bool = False,
     smooth: torch.dtype | None = None,
     static: bool = False,
+    residual: torch.dtype | None = None,
     seed: int = 0,
 ) -> list[Any]:
-    """Arguments of the operator; the weight has every code, -128 included, which only other quantizers make."""
+    """Arguments of the operator; the weight has every code, -128 included, which only other quantizers make.
+
+    The residual, if there is one, is as large as what is added to it, and part of a wider tensor.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -91,12 +95,20 @@ def problem(
         randn(o).to(dtype) if bias else None,
         (randn(k).abs() + 0.1).to(smooth) if smooth else None,
         torch.tensor(0.03) if static else None,  # clips
+        *([(randn(tokens, 2 * o) * 20).to(residual)[:, :o]] if residual else []),
     ]
+
+
+def wanted(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Any, smooth: Any, static: Any, residual: Tensor | None = None
+) -> Tensor:
+    y = ops.w8a8_linear_reference(x, qdata, scale, bias, smooth, static)
+    return y if residual is None else residual + y
 
 
 def check(arguments: list[Any]) -> Tensor:
     y = launch.w8a8_linear(*arguments)
-    expected = ops.w8a8_linear_reference(*arguments)
+    expected = wanted(*arguments)
     assert y is not None and y.dtype == expected.dtype and y.shape == expected.shape
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
     assert expected.nan_to_num().abs().max() > 0
@@ -131,6 +143,10 @@ def test_every_remainder_of_a_vector_and_a_block(spec: LayerSpec, k: int, o: int
         {"static": True},
         {"static": True, "smooth": torch.float32, "bias": True, "tokens": 9},
         {"static": True, "dtype": torch.bfloat16},
+        *({"residual": torch.float32, "tokens": tokens} for tokens in (1, 2, 40)),
+        *({"residual": torch.float32, "dtype": torch.bfloat16, "tokens": tokens} for tokens in (1, 2, 40)),
+        {"residual": torch.bfloat16, "bias": True},
+        {"residual": torch.bfloat16, "dtype": torch.bfloat16, "smooth": torch.bfloat16},
     ],
     ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()),
 )
@@ -207,9 +223,11 @@ def test_layouts_of_x(spec: LayerSpec, view: Any) -> None:
     bias=st.booleans(),
     smooth=st.sampled_from([None, torch.float32, torch.bfloat16]),
     static=st.booleans(),
+    residual=st.sampled_from([None, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
 def test_any_problem(which: LayerSpec, **options: Any) -> None:
+    assume(options["residual"] is None or options["smooth"] in (None, options["dtype"]))
     with only(which):
         check(problem(**options))
 
@@ -240,6 +258,29 @@ def test_what_the_kernel_does_not_read_is_left_to_the_reference() -> None:
         strided[position] = arguments[position].repeat_interleave(2, dim=0)[::2]
         assert launch.w8a8_linear(*strided) is None
         assert torch.equal(torch.ops.qmamba.w8a8_linear(*strided), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.float16, "residual": torch.float32},
+        {"residual": torch.float64},
+        {"dtype": torch.bfloat16, "smooth": torch.float32, "residual": torch.float32},
+    ],
+)
+def test_a_residual_that_the_kernel_does_not_add_is_added_behind_it(change: dict[str, Any]) -> None:
+    arguments = problem(**change)
+    assert launch.w8a8_linear(*arguments) is None
+    y, expected = torch.ops.qmamba.w8a8_linear(*arguments), wanted(*arguments)
+    assert y.dtype == expected.dtype and torch.equal(y, expected)
+
+
+def test_a_residual_of_another_shape_is_broadcast_as_torch_does() -> None:
+    arguments = problem(tokens=3)
+    residual = torch.randn(37)
+    assert launch.w8a8_linear(*arguments, residual) is None
+    y = torch.ops.qmamba.w8a8_linear(*arguments, residual)
+    assert torch.equal(y, residual + ops.w8a8_linear_reference(*arguments))
 
 
 def test_the_operator_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +422,19 @@ NORM_TOLERANCE = 0.02
 """Of the largest y. A last bit of the root mean square or of silu moves a code by one at a tie: 1/127 of a product."""
 
 
+NORM_CASTS: list[dict[str, Any]] = [
+    {"residual": torch.float32},
+    {"residual": torch.float32, "dtype": torch.bfloat16, "gate": True},
+    {"residual": torch.bfloat16, "dtype": torch.bfloat16, "tokens": 20},
+    {"cast_x": True, "weight_dtype": torch.bfloat16},
+    {"cast_x": True, "weight_dtype": torch.bfloat16, "smooth": torch.bfloat16, "gate": True},
+    {"y_dtype": torch.bfloat16, "dtype": torch.float32, "weight_dtype": torch.bfloat16, "gate": True},
+    {"y_dtype": torch.bfloat16, "residual": torch.float32, "weight_dtype": torch.bfloat16, "tokens": 70},
+    {"y_dtype": torch.float32, "dtype": torch.bfloat16, "residual": torch.bfloat16},
+]
+"""A residual stream in float32 around blocks in 16 bits, and what else can be cast on the way."""
+
+
 def norm_problem(
     tokens: int = 3,
     groups: int = 1,
@@ -388,6 +442,8 @@ def norm_problem(
     dtype: torch.dtype = torch.float32,
     weight_dtype: torch.dtype | None = None,
     gate: bool = False,
+    cast_x: bool = False,
+    y_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> list[Any]:
     k = groups * group_size
@@ -396,12 +452,24 @@ def norm_problem(
     # As in the model: a part of a projection's row.
     z = torch.randn(tokens, 2 * k, generator=generator).to(dtype)[:, :k] * 3 if gate else None
     weight = (torch.rand(k, generator=generator) + 0.5).to(weight_dtype or dtype)
-    return [x, z, weight, 1e-5, group_size, *rest]
+    arguments = [x, z, weight, 1e-5, group_size, *rest]
+    if cast_x or y_dtype:
+        arguments += [*[None] * (11 - len(arguments)), cast_x, y_dtype]
+    return arguments
+
+
+def wanted_behind_norm(arguments: list[Any]) -> Tensor:
+    x, gate, weight, epsilon, group_size, *linear = arguments[:10]
+    residual, cast_x, dtype = (*arguments[10:], *(None, False, None)[len(arguments) - 10 :])
+    x = x.to(weight.dtype) if cast_x else x
+    y = ops.w8a8_linear_reference(ops.rms_norm_reference(x, gate, weight, epsilon, group_size), *linear)
+    y = y if dtype is None else y.to(dtype)
+    return y if residual is None else residual + y
 
 
 def check_norm(arguments: list[Any]) -> Tensor:
     y = launch.norm_w8a8_linear(*arguments)
-    expected = ops.w8a8_linear_reference(ops.rms_norm_reference(*arguments[:5]), *arguments[5:])
+    expected = wanted_behind_norm(arguments)
     assert y is not None and y.dtype == expected.dtype and y.shape == expected.shape
     assert torch.equal(y.isnan(), expected.isnan())
     error = (y.float() - expected.float()).nan_to_num().abs().max() / expected.nan_to_num().abs().max()
@@ -424,6 +492,7 @@ def check_norm(arguments: list[Any]) -> Tensor:
         {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "gate": True},
         {"bias": True, "smooth": torch.float32},
         {"static": True},
+        *NORM_CASTS,
     ],
     ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()) or "base",
 )

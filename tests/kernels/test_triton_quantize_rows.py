@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cpu_w8a8_linear import NORM_TOLERANCE, norm_problem, problem
+from test_cpu_w8a8_linear import NORM_CASTS, NORM_TOLERANCE, norm_problem, problem, wanted, wanted_behind_norm
 from test_triton_conv_update import poisoned
 
 from qmamba_compile import ops, quant
@@ -93,13 +93,16 @@ def test_codes_of_rows(interpreted: Interpreted, change: dict[str, Any]) -> None
 
 
 def check_norm(change: dict[str, Any]) -> None:
-    x, gate, weight, epsilon, group_size, *_, smooth, static = arguments = norm_problem(**change)
+    arguments = norm_problem(**change)
     if "static" in change:
-        arguments[-1] = static = torch.tensor(0.02)
+        arguments[9] = torch.tensor(0.02)
+    x, gate, weight, epsilon, group_size, *_, smooth, static = arguments[:10]
+    cast_x = change.get("cast_x", False)
     before = x.clone()
-    codes, row_scale = poisoned_rows(x, smooth, static, (gate, weight, epsilon, group_size))
+    norm = launch_layers.Norm(gate, weight, epsilon, group_size, cast_x)
+    codes, row_scale = poisoned_rows(x, smooth, static, norm)
     assert torch.equal(x, before)
-    rows = ops.rms_norm_reference(x, gate, weight, epsilon, group_size)
+    rows = ops.rms_norm_reference(x.to(weight.dtype) if cast_x else x, gate, weight, epsilon, group_size)
     rows = rows if smooth is None else rows * smooth
     scale = quant.quantize_rows(rows)[1] if static is None else static.expand(len(x), 1)
     torch.testing.assert_close(row_scale[:, None], scale, rtol=torch.finfo(rows.dtype).eps * 2, atol=0)
@@ -108,7 +111,7 @@ def check_norm(change: dict[str, Any]) -> None:
     distance = (codes.float() - wanted).abs()
     assert distance.max() <= 1 and distance.count_nonzero() <= CODES_OFF * distance.numel() + 1
     y = poisoned(launch_layers.norm_w8a8_linear, *arguments)
-    expected = ops.w8a8_linear_reference(ops.rms_norm_reference(*arguments[:5]), *arguments[5:])
+    expected = wanted_behind_norm(arguments)
     assert y.dtype == expected.dtype and y.shape == expected.shape
     assert (y.float() - expected.float()).abs().max() <= NORM_TOLERANCE * expected.abs().max()
 
@@ -132,6 +135,8 @@ def check_norm(change: dict[str, Any]) -> None:
         {"smooth": BF16, "dtype": BF16},
         {"static": True},
         {"static": True, "tokens": 17, "groups": 1, "group_size": 64, "o": 16, "bias": True},
+        *NORM_CASTS,
+        {"cast_x": True, "weight_dtype": F16, "residual": F16, "y_dtype": F16},
     ],
     ids=names,
 )
@@ -178,37 +183,66 @@ def test_silu_over_its_whole_range(interpreted: Interpreted) -> None:
     interpreted(check_silu)
 
 
-def check_product(rows: int, k: int, outputs: int, splits: int, dtype: torch.dtype, bias: bool) -> None:
+def check_product(
+    rows: int, k: int, outputs: int, splits: int, dtype: torch.dtype, bias: bool, residual: torch.dtype | None
+) -> None:
     """Prequantized rows: the bits of the reference, by either product."""
-    x, qdata, scale, bias_values, *_ = problem(rows, k, o=outputs, dtype=dtype, bias=bias)
+    arguments = problem(rows, k, o=outputs, dtype=dtype, bias=bias, residual=residual)
     choice = tuning.w8a8_linear
     tuning.w8a8_linear = lambda *_, **__: LinearSpec(16, 64, splits, target="interpreter")
     try:
-        y = poisoned(launch_layers.w8a8_linear, x, qdata, scale, bias_values, None, None)
+        y = poisoned(launch_layers.w8a8_linear, *arguments)
     finally:
         tuning.w8a8_linear = choice
-    expected = ops.w8a8_linear_reference(x, qdata, scale, bias_values, None, None)
+    expected = wanted(*arguments)
+    assert y.dtype == expected.dtype
     # Triton's interpreter truncates where a GPU rounds: one unit of the last place.
-    tolerance = 0.0 if dtype == F32 else torch.finfo(dtype).eps
+    tolerance = 0.0 if y.dtype == F32 else torch.finfo(y.dtype).eps
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize(
-    "rows, k, outputs, splits, dtype, bias",
+    "rows, k, outputs, splits, dtype, bias, residual",
     [
-        (1, 200, 40, 1, F32, True),
-        (16, 96, 39, 2, F32, False),
-        (20, 131, 40, 3, F32, True),
-        (17, 64, 264, 4, F32, True),
-        (33, 136, 8, 1, F32, False),
-        (18, 64, 16, 1, BF16, True),
-        (2, 64, 16, 2, F16, True),
+        (1, 200, 40, 1, F32, True, None),
+        (16, 96, 39, 2, F32, False, None),
+        (20, 131, 40, 3, F32, True, F32),
+        (17, 64, 264, 4, F32, True, None),
+        (33, 136, 8, 1, F32, False, F32),
+        (18, 64, 16, 1, BF16, True, None),
+        (18, 64, 16, 1, BF16, True, F32),
+        (18, 64, 264, 2, BF16, False, F32),
+        (18, 64, 16, 1, BF16, True, BF16),
+        (2, 64, 16, 2, F16, True, None),
     ],
 )
 def test_product_of_quantized_rows(
-    interpreted: Interpreted, rows: int, k: int, outputs: int, splits: int, dtype: torch.dtype, bias: bool
+    interpreted: Interpreted,
+    rows: int,
+    k: int,
+    outputs: int,
+    splits: int,
+    dtype: torch.dtype,
+    bias: bool,
+    residual: torch.dtype | None,
 ) -> None:
-    interpreted(check_product, rows, k, outputs, splits, dtype, bias)
+    interpreted(check_product, rows, k, outputs, splits, dtype, bias, residual)
+
+
+def check_large_tile() -> None:
+    """So large that the residual is loaded behind the products."""
+    arguments = problem(70, 64, o=150, dtype=BF16, residual=F32)
+    choice = tuning.w8a8_linear
+    tuning.w8a8_linear = lambda *_, **__: LinearSpec(64, 64, warps=4, target="interpreter", block_m=64)
+    try:
+        y = poisoned(launch_layers.w8a8_linear, *arguments)
+    finally:
+        tuning.w8a8_linear = choice
+    assert torch.equal(y, wanted(*arguments))
+
+
+def test_a_large_tile_with_a_residual(interpreted: Interpreted) -> None:
+    interpreted(check_large_tile)
 
 
 def check_large_linear() -> None:
@@ -232,6 +266,10 @@ def check_refusals() -> None:
     arguments = norm_problem(gate=True)
     arguments[1] = arguments[1][:1]
     assert launch_layers.norm_w8a8_linear(*arguments) is None
+    for residual in (torch.randn(37), torch.randn(3, 37, dtype=torch.float64)):
+        assert launch_layers.w8a8_linear(*problem(), residual) is None
+        assert launch_layers.norm_w8a8_linear(*norm_problem(), residual) is None
+    assert launch_layers.norm_w8a8_linear(*norm_problem(y_dtype=torch.float64)) is None
 
 
 def test_what_the_kernels_do_not_take_is_left_to_the_reference(interpreted: Interpreted) -> None:
@@ -291,7 +329,8 @@ def test_rows_compile_without_spills(target: str, k: int, group_size: int | None
     spec = tuning.quantize_rows(target, k, group_size)
     types = dict.fromkeys(("x", "gate", "norm_weight", "pre_scale"), "*bf16") | {"codes": "*i8", "row_scale": "*fp32"}
     types |= {"epsilon": "fp32", "x_stride": "i32", "gate_stride": "i32"}
-    kernel = compiled.compile_kernel(load(spec), "quantize_rows", types, {"static_scale": None}, target, spec.warps)
+    constants: dict[str, Any] = {"static_scale": None} | ({} if group_size is None else {"CAST_X": False})
+    kernel = compiled.compile_kernel(load(spec), "quantize_rows", types, constants, target, spec.warps)
     found = compiled.facts(kernel)
     assert found.spills == 0 and found.local_accesses == 0 and found.registers <= 128
     # A bfloat16 row passes in 16-byte loads, eight features each.
@@ -307,10 +346,14 @@ def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: 
     spec = tuning.w8a8_linear(target, rows, outputs, k, prequantized=True)
     types = dict.fromkeys(("codes", "qdata"), "*i8") | {"scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
     types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32"}
-    kernels = [("w8a8_linear", {"OUTPUTS": outputs, "K": k})]
-    if spec.splits > 1:
-        kernels.append(("combine", {"OUTPUTS": outputs}))
-    for name, constants in kernels:
+    constants: dict[str, Any] = {"OUTPUTS": outputs, "K": k, "LINEAR": load(spec).tl.bfloat16}
+    # A model's out_proj has a residual, its in_proj has none.
+    if outputs < k:
+        types |= {"residual": "*fp32", "y": "*fp32"}
+    else:
+        constants["residual"] = None
+    for name in ("w8a8_linear", "combine")[: 1 + (spec.splits > 1)]:
+        constants = {key: value for key, value in constants.items() if name == "w8a8_linear" or key != "K"}
         kernel = compiled.compile_kernel(load(spec), name, types, constants, target, spec.warps)
         found = compiled.facts(kernel)
         assert found.spills == 0 and found.local_accesses == 0
@@ -332,7 +375,7 @@ def test_products_fit_a_consumers_gpu(target: str, rows: int) -> None:
     spec = tuning.w8a8_linear(target, rows, 10576, 2560, prequantized=True)
     types = dict.fromkeys(("codes", "qdata"), "*i8") | {"scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
     types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32"}
-    constants = {"OUTPUTS": 10576, "K": 2560}
+    constants = {"OUTPUTS": 10576, "K": 2560, "residual": None, "LINEAR": load(spec).tl.bfloat16}
     kernel = compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
     found = compiled.facts(kernel)
     assert found.shared_bytes <= 99 * 1024 and found.spills == 0
@@ -348,7 +391,8 @@ def test_the_product_starts_while_rows_are_quantized(target: str) -> None:
     assert 0 < text.index("PREEXIT") < text.index("LDG")
     spec = tuning.w8a8_linear(target, 1, 3352, 768, prequantized=True)
     types = {"codes": "*i8", "qdata": "*i8", "scale": "*fp32", "y": "*bf16", "row_scale": "*fp32", "rows": "i32"}
-    constants = {"bias": None, "partial": None, "OUTPUTS": 3352, "K": 768}
+    constants = {"bias": None, "residual": None, "partial": None, "OUTPUTS": 3352, "K": 768}
+    constants["LINEAR"] = load(spec).tl.bfloat16
     text = compiled.disassemble(
         compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
     )

@@ -22,6 +22,7 @@ BASE: dict[str, Any] = {
     "smooth": None,
     "static": False,
     "splits": 1,
+    "residual": None,
 }
 
 
@@ -37,7 +38,11 @@ def check(change: dict[str, Any]) -> None:
     bias = torch.randn(row["outputs"], generator=generator) if row["bias"] else None
     smooth = None if row["smooth"] is None else torch.rand(row["k"], generator=generator).to(row["smooth"]) + 0.5
     static = torch.tensor(0.02) if row["static"] else None
-    arguments = (x, qdata, scale, bias, smooth, static)
+    residual = None
+    if row["residual"] is not None:
+        residual = 20 * torch.randn(row["rows"], 2 * row["outputs"], generator=generator).to(row["residual"])
+        residual = residual[:, : row["outputs"]]
+    arguments = (x, qdata, scale, bias, smooth, static, residual)
     choice = tuning.w8a8_linear
     block_x = 1 << (row["rows"] - 1).bit_length()
     tuning.w8a8_linear = lambda *_, **__: LinearSpec(16, 64, row["splits"], target="interpreter", block_x=block_x)
@@ -47,10 +52,10 @@ def check(change: dict[str, Any]) -> None:
         tuning.w8a8_linear = choice
     expected = ops.w8a8_linear(*arguments)
     assert y is not None and y.dtype == expected.dtype and y.shape == expected.shape
-    if row["dtype"] == torch.float32:
+    if expected.dtype == torch.float32 and row["dtype"] != torch.float16:
         assert torch.equal(y.nan_to_num(3.0), expected.nan_to_num(3.0))
     else:
-        # Triton's interpreter truncates where a GPU rounds: one unit of the last place.
+        # Triton's interpreter truncates where a GPU rounds: one unit of the last place, here of the product's.
         assert ((y - expected).abs() <= torch.finfo(y.dtype).eps * expected.abs()).all()
     if row.get("poison") is not None:
         assert y[1].isnan().all() and y[0].isfinite().all()
@@ -77,6 +82,12 @@ def check(change: dict[str, Any]) -> None:
         {"static": True, "splits": 2, "poison": torch.nan},
         {"poison": torch.nan},
         {"poison": torch.inf, "splits": 2},
+        {"residual": torch.float32},
+        {"residual": torch.float32, "splits": 2, "rows": 5, "outputs": 300},
+        {"residual": torch.float32, "dtype": torch.bfloat16, "outputs": 39},
+        {"residual": torch.float32, "dtype": torch.bfloat16, "splits": 2},
+        {"residual": torch.bfloat16, "dtype": torch.bfloat16},
+        {"residual": torch.bfloat16},
     ],
     ids=lambda change: "-".join(f"{name}={value}" for name, value in change.items()) or "base",
 )
@@ -114,13 +125,21 @@ SHAPES = [(3352, 768), (768, 1536), (10576, 2560), (2560, 5120), (50288, 768)]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("residual", [None, "*fp32"])
 @pytest.mark.parametrize("rows, outputs, k", [(1, 768, 1536), (4, 768, 1536), (1, 10576, 2560)])
-def test_compiles_to_wide_loads_and_int8_products(target: str, rows: int, outputs: int, k: int) -> None:
+def test_compiles_to_wide_loads_and_int8_products(
+    target: str, rows: int, outputs: int, k: int, residual: str | None
+) -> None:
     spec = tuning.w8a8_linear(target, rows, outputs, k)
     assert spec.block_x == rows
     types = dict.fromkeys(("x", "bias", "y"), "*bf16") | {"qdata": "*i8", "scale": "*fp32"}
     types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32", "x_stride": "i32"}
     constants: dict[str, Any] = {"pre_scale": None, "static_scale": None, "OUTPUTS": outputs, "K": k}
+    constants["LINEAR"] = load(spec).tl.bfloat16
+    if residual is None:
+        constants["residual"] = None
+    else:
+        types |= {"residual": residual, "y": residual}
     kernel = compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
     found = compiled.facts(kernel)
     assert found.spills == 0 and found.local_accesses == 0

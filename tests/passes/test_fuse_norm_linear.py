@@ -108,7 +108,20 @@ def test_the_same_numbers(capture, options, gated, shape):
     assert y.dtype == expected.dtype and y.shape == expected.shape
     assert (y.float() - expected.float()).abs().max() <= TOLERANCE * expected.float().abs().max()
     (node,) = iter_calls(graph.gm.graph, FUSED)
-    assert layer_of(node) == "linear" and value_of(node).shape == y.shape and value_of(node).dtype == dtype
+    assert layer_of(node) == "linear" and value_of(node).shape == y.shape and value_of(node).dtype == y.dtype
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("weight, cast", [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
+def test_a_residual_stream_in_float32_is_cast_inside(capture, gate, weight, cast):
+    arguments = inputs(gate=gate)
+    change = {"x": lambda t: t.to(weight)}
+    backend, y, expected = run_both(capture, lambda: Normed(dtype=weight, **change), arguments)
+    (node,) = iter_calls(backend.only.gm.graph, FUSED)
+    assert node.args[11] is cast and value_of(node.args[0]).dtype == torch.float32
+    assert backend.only.after["to"] == backend.only.after["float"] == 0
+    assert y.dtype == expected.dtype == weight
+    assert (y.float() - expected.float()).abs().max() <= TOLERANCE * expected.float().abs().max()
 
 
 def test_dynamic_tokens(capture):

@@ -1,12 +1,13 @@
-// w8a8_linear_avx512_vnni: y = x W^T on int8 codes, after the norm (if any) and the quantization of x.
+// w8a8_linear_avx512_vnni: y = residual + x W^T on int8 codes, after the norm (if any) and the quantization of x.
 //
 // Tensors (m tokens, k in_features, o out_features: arguments of the call, so one library serves every layer):
-//     x           [m, k] row stride       read
+//     x           [m, k] row stride       read; for a norm rounded to x_dtype, behind it to normed_dtype
 //     gate        [m, k] row stride       or null: x * silu(gate) is what the norm gets
 //     norm        [k]                     or null: weight of the RMSNorm in front, over groups of group_size features
 //     smooth      [k], x's dtype          or null: SmoothQuant factors that multiply the (normed) x
 //     act_scale   [1] float32             or null: static scale; otherwise each token has its own
 //     qdata       [o, k] int8, scale [o] float32, bias [o] or null
+//     residual    [m, o] row stride       or null: what x W^T, rounded to linear_dtype, is added to
 //     y           [m, o]                  written; float32 or bfloat16
 //
 // Work: tokens are quantized once to codes [m, k]. Then each OpenMP thread takes panels of weight rows, small enough to
@@ -205,12 +206,12 @@ constexpr int64_t CHUNK_BYTES = 524288;
 constexpr float TINY_SCALE = 7.888609052210118e-31f;
 
 struct Arguments {
-    Input x, gate, norm, smooth, bias;
+    Input x, gate, norm, smooth, bias, residual;
     const float* act_scale;
     const int8_t* qdata;
     const float* scale;
     void* y;
-    int64_t y_dtype, tokens, k, o, group_size;
+    int64_t x_dtype, normed_dtype, linear_dtype, y_dtype, tokens, k, o, group_size;
     double epsilon;
     int64_t threads;
 };
@@ -285,6 +286,22 @@ inline FourHalves narrow_four(FourFloats values) {
     return __builtin_convertvector(values == values ? rounded : FourWords{} + 0x7fc0u, FourHalves);
 }
 
+inline FourFloats widen_four(FourHalves halves) {
+    return (FourFloats)(__builtin_convertvector(halves, FourWords) << 16);
+}
+
+// `count` values from `index` of a tensor.
+inline FourFloats read_four(const Input& input, int64_t index, int count) {
+    FourFloats values = {};
+    FourHalves halves = {};
+    if (input.dtype == 0) {
+        memcpy(&values, (const float*)input.data + index, count * sizeof(float));
+        return values;
+    }
+    memcpy(&halves, (const uint16_t*)input.data + index, count * sizeof(uint16_t));
+    return widen_four(halves);
+}
+
 // How weights are read: the hardware alone reads too little ahead. Microseconds of one thread of Emerald Rapids,
 // 768x3352, one and four tokens: 99 and 105 with the rows that follow fetched to the L1 cache, 106 and 114 to the L2.
 constexpr int ROWS_AHEAD = ROWS, CACHE = 3;  // 3 is the L1
@@ -346,6 +363,10 @@ inline void multiply_block(const Arguments& a, const Tokens& t, int64_t row, int
         const Four product = load<Four>(products + m * R) - t.excess[token + m];
         FourFloats y = __builtin_convertvector(product, FourFloats) * t.scale[token + m] * scale;
         if (a.bias.data) y += bias;
+        if (a.residual.data) {
+            if (a.linear_dtype != 0) y = widen_four(narrow_four(y));
+            y += read_four(a.residual, (token + m) * a.residual.batch_stride + row, R);
+        }
         const int64_t at = (token + m) * a.o + row;
         if (a.y_dtype == 0) {
             memcpy((float*)a.y + at, &y, R * sizeof(float));
@@ -392,15 +413,15 @@ void norm_token(const Arguments& a, int64_t token, float* row) {
         const int64_t end = begin + a.group_size;
         Floats squares = {};
         for (int64_t i = begin; i < end; i += LANES) {
-            Floats value = read(a.x, token * a.x.batch_stride + i, end - i);
+            Floats value = round_to(read(a.x, token * a.x.batch_stride + i, end - i), a.x_dtype);
             if (a.gate.data) value *= silu(read(a.gate, token * a.gate.batch_stride + i, end - i));
             squares += value * value;
             store_first(row + i, value, end - i);
         }
         const float inverse = 1.0f / sqrtf(sum_lanes(squares) / (float)a.group_size + (float)a.epsilon);
         for (int64_t i = begin; i < end; i += LANES) {
-            const Floats value = round_to(load_first<Floats>(row + i, end - i) * inverse, a.x.dtype);
-            store_first(row + i, round_to(value * read(a.norm, i, end - i), a.y_dtype), end - i);
+            const Floats value = round_to(load_first<Floats>(row + i, end - i) * inverse, a.x_dtype);
+            store_first(row + i, round_to(value * read(a.norm, i, end - i), a.normed_dtype), end - i);
         }
     }
 }
@@ -495,6 +516,9 @@ inline void write_sums(const Arguments& a, const Tokens& t, int64_t row, int64_t
     const Ints product = sums - t.excess[token];
     Floats y = __builtin_convertvector(product, Floats) * t.scale[token] * load_first<Floats>(a.scale + row, left);
     if (a.bias.data) y += read(a.bias, row, left);
+    if (a.residual.data) {
+        y = round_to(y, a.linear_dtype) + read(a.residual, token * a.residual.batch_stride + row, left);
+    }
     write(a.y, a.y_dtype, token * a.o + row, y, left);
 }
 
@@ -677,7 +701,7 @@ void prepare_token(const Arguments& a, const Tokens& t, int64_t token, float* ro
     for (int64_t i = 0; i < a.k; i += LANES) {
         Floats value = load<Floats>(row + i);
         if (a.smooth.data) {
-            value = round_to(value * read(a.smooth, i, a.k - i), a.y_dtype);
+            value = round_to(value * read(a.smooth, i, a.k - i), a.normed_dtype);
             store(row + i, value);
         }
         largest = larger(largest, (Ints)magnitude(value));

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import SkipReason
+from ..fx_utils import insert_call, iter_calls, layer_of, mutates, op_name, replace_node, same_size, shape_of, value_of
+from ..report import Report
+from .base import GraphPass, NoMatchError
+
+_LINEARS = {"qmamba.w8a8_linear": 6, "qmamba.norm_w8a8_linear": 10}
+"""Operands of a linear in front of its residual."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FuseResidual(GraphPass):
+    """Add a block's input to the output of its last linear where that is made.
+
+    Left alone, the sum is a kernel of its own in every block. Of a residual stream in float32 of which 16 bits are read
+    Inductor even keeps only those, and adds up the outputs of several blocks anew in each.
+
+    Before:
+        y = qmamba.norm_w8a8_linear(x, ..., act_scale)
+        h = residual + y
+    After:
+        h = qmamba.norm_w8a8_linear(x, ..., act_scale, residual)
+
+    Refuses: a y that something else reads, operands that are written in place.
+    """
+
+    def rewrite(self, graph: fx.Graph, report: Report) -> None:
+        for total in iter_calls(graph, "add"):
+            linear, residual = _linear_operand(total)
+            if linear is None:
+                continue
+            try:
+                _require_movable(linear, residual)
+            except NoMatchError as refusal:
+                report.skipped(layer_of(linear), refusal.reason, refusal.detail)
+                continue
+            operands = linear.args[: _LINEARS[op_name(linear)]]
+            h = insert_call(total, linear.target, *operands, residual, *linear.args[len(operands) + 1 :])
+            h.meta["qmamba_layer"] = layer_of(linear)
+            replace_node(total, h)
+            report.rewrote(layer_of(linear), "residual")
+
+
+def _linear_operand(total: fx.Node) -> tuple[fx.Node | None, Any]:
+    """The int8 linear that a sum adds to another tensor of its shape, and that tensor."""
+    if len(total.args) == 2 and not total.kwargs:
+        for linear, other in (total.args, total.args[::-1]):
+            if op_name(linear) in _LINEARS and not _has_residual(linear) and _same_kind(linear, other, total):
+                return linear, other
+    return None, None
+
+
+def _has_residual(linear: fx.Node) -> bool:
+    return linear.args[_LINEARS[op_name(linear)] :][:1] not in ((), (None,))
+
+
+def _same_kind(linear: fx.Node, other: Any, total: fx.Node) -> bool:
+    shapes = [shape_of(node) for node in (linear, other, total)]
+    return (
+        isinstance(other, fx.Node)
+        and all(len(shape) == len(shapes[0]) > 0 and all(map(same_size, shape, shapes[0])) for shape in shapes)
+        and value_of(other).dtype in _FLOATS
+        and value_of(other).device == value_of(linear).device
+    )
+
+
+def _require_movable(linear: fx.Node, residual: fx.Node) -> None:
+    """The linear runs where its sum stood."""
+    if len(linear.users) != 1:
+        raise NoMatchError(SkipReason.SECOND_READER, f"{linear} is also read by {list(linear.users)}")
+    for source in (residual, *linear.all_input_nodes):
+        if any(mutates(user) for user in source.users):
+            raise NoMatchError(SkipReason.SECOND_READER, f"{source} is written in place")
