@@ -9,7 +9,7 @@ fuse_causal_conv  (fusion)    a prompt's as well
 quantize_linear   (semantic)  linears become int8 W8A8, and embeddings tied to them read the codes
 fuse_norm_linear  (fusion)    the norm before a linear becomes part of it
 fuse_residual     (fusion)    a residual that a linear is added to as well
-hoist_decay       (fusion)    the decay rates of all layers are computed at once
+hoist_decay       (fusion)    decay rates of many layers are computed at once
 """
 
 from __future__ import annotations

@@ -10,9 +10,13 @@ from ..fx_utils import COPIES, insert_call, iter_calls, layer_of, mutates, op_na
 from ..report import Report
 from .base import GraphPass
 
+AT_ONCE = 32
+"""Layers that share a kernel. Inductor writes a branch for each: seconds that triton 3.9 compiles for sm_90, 0.6 of 8
+layers, 0.8 of 16, 1.2 of 32, 5.0 of 64."""
+
 
 class HoistDecay(GraphPass):
-    """Compute the decay rates of all layers at once: A depends on no token.
+    """Compute the decay rates of many layers at once: A depends on no token.
 
     Left alone, each layer of a decode step starts a kernel for as many numbers as it has heads.
 
@@ -29,13 +33,14 @@ class HoistDecay(GraphPass):
         if len(rates) < 2:
             return
         first = next(node for node in graph.nodes if node.op != "placeholder")
-        exponentials = [_computed_at(first, node.args[0]) for node in rates]
-        at_once = insert_call(first, torch._foreach_neg, exponentials)
-        for index, node in enumerate(rates):
-            rate = insert_call(first, operator.getitem, at_once, index)
-            rate.meta["qmamba_layer"] = layer_of(node)
-            replace_node(node, rate)
-            report.rewrote(layer_of(rate), "decay")
+        for start in range(0, len(rates), AT_ONCE):
+            together = rates[start : start + AT_ONCE]
+            at_once = insert_call(first, torch._foreach_neg, [_computed_at(first, node.args[0]) for node in together])
+            for index, node in enumerate(together):
+                rate = insert_call(first, operator.getitem, at_once, index)
+                rate.meta["qmamba_layer"] = layer_of(node)
+                replace_node(node, rate)
+                report.rewrote(layer_of(rate), "decay")
 
 
 def _is_decay_rate(node: fx.Node) -> bool:

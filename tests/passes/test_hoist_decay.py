@@ -1,4 +1,4 @@
-"""`HoistDecay`: the decay rates of all layers by one call in front of them, the same bits, and what is none."""
+"""`HoistDecay`: the decay rates of many layers by one call in front of them, the same bits, and what is none."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from torch import nn
 
 from qmamba_compile.fx_utils import iter_calls, layer_of, parameter_path, placeholders
 from qmamba_compile.passes import HoistDecay
+from qmamba_compile.passes.hoist_decay import AT_ONCE
 
-AT_ONCE = "_foreach_neg"
+AT_ONCE_CALL = "_foreach_neg"
 
 
 class Rates(nn.Module):
@@ -42,11 +43,11 @@ def test_all_layers_of_a_model(make_model, tokens, capture, decode):
     assert torch.equal(logits, expected)
     assert len(backend.graphs) == 2
     for graph in backend.graphs:
-        assert (graph.after[AT_ONCE], graph.after["neg"], graph.before["neg"]) == (1, 0, 3)
+        assert (graph.after[AT_ONCE_CALL], graph.after["neg"], graph.before["neg"]) == (1, 0, 3)
         assert graph.after["exp"] == graph.before["exp"]
         layers = [f"backbone.layers.{i}.mixer" for i in range(3)]
         assert [entry.layer for entry in graph.report.rewritten("hoist_decay")] == layers
-        (at_once,) = iter_calls(graph.gm.graph, AT_ONCE)
+        (at_once,) = iter_calls(graph.gm.graph, AT_ONCE_CALL)
         rates = list(at_once.users)
         assert [layer_of(rate) for rate in rates] == layers
         # Nothing that a token is part of comes before.
@@ -58,12 +59,19 @@ def test_all_layers_of_a_model(make_model, tokens, capture, decode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits(capture, dtype):
     backend = run(capture, lambda: Rates(dtype=dtype))
-    assert backend.only.after[AT_ONCE] == 1 and backend.only.after["neg"] == 0
+    assert backend.only.after[AT_ONCE_CALL] == 1 and backend.only.after["neg"] == 0
+
+
+def test_more_layers_than_share_a_kernel(capture):
+    layers = 2 * AT_ONCE + 3
+    backend = run(capture, lambda: Rates(layers=layers))
+    assert backend.only.after[AT_ONCE_CALL] == 3 and backend.only.after["neg"] == 0
+    assert len(backend.only.report.entries) == layers
 
 
 def test_one_layer_is_left_as_it_is(capture):
     backend = run(capture, lambda: Rates(layers=1))
-    assert backend.only.after[AT_ONCE] == 0 and not backend.only.report.entries
+    assert backend.only.after[AT_ONCE_CALL] == 0 and not backend.only.report.entries
 
 
 def test_second_run_changes_nothing(capture):
@@ -84,4 +92,4 @@ def test_second_run_changes_nothing(capture):
 )
 def test_what_is_no_decay_rate(capture, rate, dtype):
     backend = run(capture, lambda: Rates(rate=rate, dtype=dtype))
-    assert backend.only.after[AT_ONCE] == 0 and not backend.only.report.entries
+    assert backend.only.after[AT_ONCE_CALL] == 0 and not backend.only.report.entries
