@@ -367,6 +367,16 @@ def mutates(node: fx.Node) -> bool:
     return name in _IN_PLACE_OPERATORS or name.endswith("_") or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 
 
+def written_between(first: fx.Node, last: fx.Node) -> fx.Node | None:
+    """The first call between two nodes that writes in place, to whatever: views hide whose memory it is."""
+    node = first.next
+    while node is not last:
+        if mutates(node):
+            return node
+        node = node.next
+    return None
+
+
 def removable(node: fx.Node) -> bool:
     """False for what acts by itself: placeholders, the output, and calls that write.
 

@@ -365,8 +365,15 @@ def w8a8_linear(
         if y is not None:
             return y
     if residual is not None:
-        return residual + w8a8_linear(*operands)
+        return _with_residual(w8a8_linear(*operands), residual)
     return w8a8_linear_reference(*operands)
+
+
+def _with_residual(y: Tensor, residual: Tensor) -> Tensor:
+    """Their sum, laid out like y."""
+    if residual.shape != y.shape:
+        raise ValueError(f"residual has shape {list(residual.shape)}, expected {list(y.shape)}, that of the linear")
+    return (y + residual).contiguous()
 
 
 def w8a8_linear_reference(
@@ -434,16 +441,18 @@ def norm_w8a8_linear(
         cast_x: whether x is rounded to the dtype of ``norm_weight`` first.
         dtype: what y is rounded to before it is added to a residual; None is that of the normed x.
     """
-    linear = (qdata, scale, bias, act_pre_scale, act_scale)
+    norm, linear = (gate, norm_weight, epsilon, group_size), (qdata, scale, bias, act_pre_scale, act_scale)
     if x.is_cpu or x.is_cuda:
         kernels = cpu_layers if x.is_cpu else gpu_layers
-        y = kernels.norm_w8a8_linear(x, gate, norm_weight, epsilon, group_size, *linear, residual, cast_x, dtype)
+        y = kernels.norm_w8a8_linear(x, *norm, *linear, residual, cast_x, dtype)
         if y is not None:
             return y
+    if dtype is not None or residual is not None:
+        y = norm_w8a8_linear(x, *norm, *linear, None, cast_x)
+        y = y if dtype is None else y.to(dtype)
+        return y if residual is None else _with_residual(y, residual)
     x = x.to(norm_weight.dtype) if cast_x else x
-    y = w8a8_linear(rms_norm_reference(x, gate, norm_weight, epsilon, group_size), *linear)
-    y = y if dtype is None else y.to(dtype)
-    return y if residual is None else residual + y
+    return w8a8_linear(rms_norm_reference(x, *norm), *linear)
 
 
 def rms_norm_reference(x: Tensor, gate: Tensor | None, norm_weight: Tensor, epsilon: float, group_size: int) -> Tensor:

@@ -35,14 +35,13 @@ def w8a8_linear(
 ) -> Launch | None:
     """`ops.w8a8_linear` on the CPU: [..., o]."""
     dtype = x.dtype
-    if act_pre_scale is not None and (act_pre_scale.dtype is not dtype or dtype not in DTYPES):
-        x, act_pre_scale = x * act_pre_scale, None
-    if residual is not None:
-        # What is computed in another dtype than the operator's is rounded first.
-        fits = x.dtype is dtype and dtype in DTYPES
-        return _linear(x, None, None, 0.0, 1, qdata, scale, bias, act_pre_scale, act_scale, residual) if fits else None
-    launch = _linear(x, None, None, 0.0, 1, qdata, scale, bias, act_pre_scale, act_scale)
-    return launch if launch is None else launch._replace(dtype=dtype)
+    if dtype not in DTYPES or (act_pre_scale is not None and act_pre_scale.dtype is not dtype):
+        if residual is not None:
+            return None  # what is computed in another dtype than the operator's is rounded first
+        if act_pre_scale is not None:
+            x, act_pre_scale = x * act_pre_scale, None
+    launch = _linear(x, None, None, 0.0, 1, qdata, scale, bias, act_pre_scale, act_scale, residual)
+    return launch if launch is None or residual is not None else launch._replace(dtype=dtype)
 
 
 @launched

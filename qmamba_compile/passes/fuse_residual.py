@@ -6,9 +6,19 @@ import torch
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import insert_call, iter_calls, layer_of, mutates, op_name, replace_node, same_size, shape_of, value_of
+from ..fx_utils import (
+    insert_call,
+    iter_calls,
+    layer_of,
+    op_name,
+    replace_node,
+    same_size,
+    shape_of,
+    value_of,
+    written_between,
+)
 from ..report import Report
-from .base import GraphPass, NoMatchError
+from .base import GraphPass
 
 _LINEARS = {"qmamba.w8a8_linear": 6, "qmamba.norm_w8a8_linear": 10}
 """Operands of a linear in front of its residual."""
@@ -28,7 +38,7 @@ class FuseResidual(GraphPass):
     After:
         h = qmamba.norm_w8a8_linear(x, ..., act_scale, residual)
 
-    Refuses: a y that something else reads, operands that are written in place.
+    Refuses: writes in place between the linear and the sum, where the linear then runs.
     """
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:
@@ -36,10 +46,9 @@ class FuseResidual(GraphPass):
             linear, residual = _linear_operand(total)
             if linear is None:
                 continue
-            try:
-                _require_movable(linear, residual)
-            except NoMatchError as refusal:
-                report.skipped(layer_of(linear), refusal.reason, refusal.detail)
+            if written := written_between(linear, total):
+                detail = f"{written} writes in place between {linear} and {total}"
+                report.skipped(layer_of(linear), SkipReason.SECOND_READER, detail)
                 continue
             operands = linear.args[: _LINEARS[op_name(linear)]]
             h = insert_call(total, linear.target, *operands, residual, *linear.args[len(operands) + 1 :])
@@ -49,10 +58,16 @@ class FuseResidual(GraphPass):
 
 
 def _linear_operand(total: fx.Node) -> tuple[fx.Node | None, Any]:
-    """The int8 linear that a sum adds to another tensor of its shape, and that tensor."""
+    """The int8 linear that only a sum reads, which adds it to another tensor of its shape, and that tensor."""
     if len(total.args) == 2 and not total.kwargs:
         for linear, other in (total.args, total.args[::-1]):
-            if op_name(linear) in _LINEARS and not _has_residual(linear) and _same_kind(linear, other, total):
+            if (
+                op_name(linear) in _LINEARS
+                and other is not linear
+                and len(linear.users) == 1
+                and not _has_residual(linear)
+                and _same_kind(linear, other, total)
+            ):
                 return linear, other
     return None, None
 
@@ -67,14 +82,4 @@ def _same_kind(linear: fx.Node, other: Any, total: fx.Node) -> bool:
         isinstance(other, fx.Node)
         and all(len(shape) == len(shapes[0]) > 0 and all(map(same_size, shape, shapes[0])) for shape in shapes)
         and value_of(other).dtype in _FLOATS
-        and value_of(other).device == value_of(linear).device
     )
-
-
-def _require_movable(linear: fx.Node, residual: fx.Node) -> None:
-    """The linear runs where its sum stood."""
-    if len(linear.users) != 1:
-        raise NoMatchError(SkipReason.SECOND_READER, f"{linear} is also read by {list(linear.users)}")
-    for source in (residual, *linear.all_input_nodes):
-        if any(mutates(user) for user in source.users):
-            raise NoMatchError(SkipReason.SECOND_READER, f"{source} is written in place")

@@ -25,7 +25,7 @@ class HoistDecay(GraphPass):
     After, in front of the first layer:
         A_0, A_1, ... = _foreach_neg([exp(A_log_0.float()), exp(A_log_1.float()), ...])
 
-    Refuses: nothing; another A stays where it is.
+    Refuses: nothing. An A that is something else, in another dtype or of one layer alone, stays where it is.
     """
 
     def rewrite(self, graph: fx.Graph, report: Report) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SkipReason
-from ..fx_utils import COPIES, argument, mutates, op_name, same_size, shape_of, value_of
+from ..fx_utils import COPIES, argument, mutates, op_name, same_size, shape_of, value_of, written_between
 from .base import NoMatchError
 
 _VIEWS = ("view", "reshape", "flatten", "unflatten")
@@ -92,6 +92,7 @@ def match_norm(node: fx.Node) -> NormMatch:
     _require_readers(weighted)
     # Such as a residual stream in float32 in front of a norm in 16 bits.
     cast_x = op_name(x) in COPIES and dtype == value_of(weight).dtype and _is_rounded(x)
+    cast_x = cast_x and written_between(x, node) is None
     x = x.args[0] if cast_x else x
     for source in (x, gate, weight):
         written = source is not None and any(mutates(user) for user in source.users)

@@ -86,7 +86,7 @@ def w8a8_linear(
 ) -> Tensor | None:
     """`ops.w8a8_linear` on a GPU: one kernel for a small x, which quantizes on the way."""
     if not _fits(residual, x, qdata):
-        return None
+        return launch.refuse("w8a8_linear", "the residual is not of y's shape and a float")
     y = _quantize_on_the_way(x, qdata, scale, bias, act_pre_scale, act_scale, residual)
     if y is not None or x.numel() == 0:
         return y
@@ -109,8 +109,10 @@ def norm_w8a8_linear(
     dtype: torch.dtype | None = None,
 ) -> Tensor | None:
     """`ops.norm_w8a8_linear` on a GPU."""
-    if x.numel() == 0 or not _fits(residual, x, qdata):
+    if x.numel() == 0:
         return None
+    if not _fits(residual, x, qdata):
+        return launch.refuse("norm_w8a8_linear", "the residual is not of y's shape and a float")
     if gate is not None and gate.shape != x.shape:
         return launch.refuse("norm_w8a8_linear", "gate and x differ in shape")
     k = qdata.shape[1]

@@ -275,12 +275,31 @@ def test_a_residual_that_the_kernel_does_not_add_is_added_behind_it(change: dict
     assert y.dtype == expected.dtype and torch.equal(y, expected)
 
 
-def test_a_residual_of_another_shape_is_broadcast_as_torch_does() -> None:
-    arguments = problem(tokens=3)
-    residual = torch.randn(37)
-    assert launch.w8a8_linear(*arguments, residual) is None
-    y = torch.ops.qmamba.w8a8_linear(*arguments, residual)
-    assert torch.equal(y, residual + ops.w8a8_linear_reference(*arguments))
+def test_a_residual_of_another_shape_is_refused() -> None:
+    assert launch.w8a8_linear(*problem(), torch.randn(37)) is None
+    with pytest.raises(ValueError, match="37"):
+        torch.ops.qmamba.w8a8_linear(*problem(), torch.randn(37))
+    with pytest.raises(ValueError, match="37"):
+        torch.ops.qmamba.norm_w8a8_linear(*norm_problem(), torch.randn(37))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_layout_of_a_sum_is_that_of_the_linear(dtype: torch.dtype) -> None:
+    """Compiled code reads what the shape function promises, whatever the residual's layout and whoever adds it."""
+    x, *rest = problem(6, k=32, o=8, dtype=dtype)
+    residual = torch.randn(3, 2, 8).to(dtype).transpose(0, 1)
+    torch.library.opcheck(torch.ops.qmamba.w8a8_linear.default, (x.view(2, 3, 32), *rest, residual))
+    norm = (x.view(2, 3, 32), None, torch.ones(32, dtype=dtype), 1e-5, 32, *rest, residual)
+    for cast in ((), (True, torch.float16)):
+        torch.library.opcheck(torch.ops.qmamba.norm_w8a8_linear.default, (*norm, *cast))
+
+
+def test_a_norm_is_part_of_the_kernel_where_a_residual_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = norm_problem(residual=torch.float16)
+    expected = wanted_behind_norm(arguments)
+    monkeypatch.setattr(ops, "rms_norm_reference", None)
+    y = torch.ops.qmamba.norm_w8a8_linear(*arguments)
+    assert y.dtype == expected.dtype and (y - expected).abs().max() <= NORM_TOLERANCE * expected.abs().max()
 
 
 def test_the_operator_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

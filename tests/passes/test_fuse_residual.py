@@ -79,6 +79,8 @@ def test_every_residual_of_a_model_goes_into_its_linear(make_model, tokens, capt
         pytest.param({"y": lambda y: y, "residual": lambda r: r.to(torch.float32)}, id="cast residual"),
         pytest.param({"residual": torch.sin}, id="computed in between"),
         pytest.param({"end": lambda values: (values[0], values[2].cos())}, id="residual read elsewhere"),
+        pytest.param({"end": lambda values: (values[0] * 1, values[1].add_(1))}, id="x written behind"),
+        pytest.param({"residual": lambda r: r.mT.contiguous().mT}, id="transposed residual"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,17 +122,22 @@ def test_second_run_changes_nothing(capture):
 
 
 @pytest.mark.parametrize(
-    "changes, reason",
+    "parts",
     [
-        pytest.param({"end": lambda v: (v[0], v[3].sin())}, SkipReason.SECOND_READER, id="y read elsewhere"),
-        pytest.param({"end": lambda v: (v[0], v[2].add_(1))}, SkipReason.SECOND_READER, id="residual written"),
-        pytest.param({"end": lambda v: (v[0], v[1].add_(1))}, SkipReason.SECOND_READER, id="x written"),
+        pytest.param(lambda linear, x, r: (linear(x), x.zero_(), r), id="x"),
+        pytest.param(lambda linear, x, r: (linear(x[:]), x.zero_(), r), id="what x is a view of"),
+        pytest.param(lambda linear, x, r: (linear(x), x[0].zero_(), r), id="a view of x"),
     ],
 )
-def test_refusals_change_nothing(capture, changes, reason):
-    backend, y, expected = run_both(capture, lambda: Block(**changes), inputs())
+def test_a_write_between_the_linear_and_the_sum(capture, parts):
+    class Written(Block):
+        def forward(self, x, residual):
+            y, _, residual = parts(self.linear, x, residual)
+            return residual + y
+
+    backend, y, expected = run_both(capture, Written, inputs())
     (entry,) = backend.only.skips("fuse_residual")
-    assert entry.reason is reason and entry.detail and entry.layer == "linear"
+    assert entry.reason is SkipReason.SECOND_READER and entry.detail and entry.layer == "linear"
     assert backend.only.after["add"] == 1
     for a, b in zip(y, expected, strict=True):
         assert torch.equal(a, b)
@@ -145,12 +152,24 @@ def test_refusals_change_nothing(capture, changes, reason):
         pytest.param({"residual": lambda r: 2.0}, id="a number"),
         pytest.param({"residual": lambda r: r.double()}, id="float64"),
         pytest.param({"residual": lambda r: r.round().int()}, id="integers"),
+        pytest.param({"end": lambda v: (v[0], v[3].sin())}, id="y read elsewhere"),
     ],
 )
 def test_other_sums_are_no_anchors(capture, changes):
     backend, y, expected = run_both(capture, lambda: Block(**changes), inputs())
     assert not [entry for entry in backend.only.report.entries if entry.rewrite == "fuse_residual"]
     assert backend.only.after["add"] == 1 and torch.equal(y[0], expected[0])
+
+
+def test_a_linear_is_not_its_own_residual(capture):
+    class Doubled(Block):
+        def forward(self, x, residual):
+            y = self.linear(x)
+            return y + y
+
+    backend, y, expected = run_both(capture, Doubled, inputs())
+    assert torch.equal(y[0], expected[0]) and backend.only.after[LINEARS[0]] == 1
+    assert not [entry for entry in backend.only.report.entries if entry.rewrite == "fuse_residual"]
 
 
 def test_a_scaled_sum_is_no_anchor(capture):
