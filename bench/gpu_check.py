@@ -179,15 +179,15 @@ def check_norm_linear(rows: int, outputs: int, inputs: int, device: str, calls: 
     differ = sum(not torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     # A residual stream in float32 holds more bits than the norm takes.
     stream = torch.randn(rows, inputs, generator=generator, device=device)
-    differ += not torch.equal(call(stream, cast_x=True), call(stream.bfloat16()))
+    differ += not torch.equal(call(stream, torch.bfloat16), call(stream.bfloat16()))
     return {"calls": calls, "differ": differ, "correct": differ == 0}
 
 
-def _norm_linear(qdata: Tensor, scale: Tensor, x: Tensor, cast_x: bool = False) -> Tensor:
+def _norm_linear(qdata: Tensor, scale: Tensor, x: Tensor, x_dtype: torch.dtype | None = None) -> Tensor:
     """`ops.norm_w8a8_linear` of x [m, k] with a weight of 1 in bfloat16."""
     norm = torch.ones(x.shape[1], device=x.device, dtype=torch.bfloat16)
     linear = (qdata, scale, None, None, None, None)
-    y: Tensor = torch.ops.qmamba.norm_w8a8_linear(x, None, norm, 1e-5, x.shape[1], *linear, cast_x)
+    y: Tensor = torch.ops.qmamba.norm_w8a8_linear(x, None, norm, 1e-5, x.shape[1], *linear, x_dtype)
     return y
 
 

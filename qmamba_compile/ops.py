@@ -64,7 +64,7 @@ _define(
 _define(
     "norm_w8a8_linear(Tensor x, Tensor? gate, Tensor norm_weight, float epsilon, int group_size, Tensor qdata, "
     "Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale, Tensor? residual=None, "
-    "bool cast_x=False, ScalarType? dtype=None) -> Tensor"
+    "ScalarType? x_dtype=None, ScalarType? dtype=None) -> Tensor"
 )
 _define("causal_conv(Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
 _define("conv_update(Tensor(a!) conv_state, Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
@@ -432,26 +432,26 @@ def norm_w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
     residual: Tensor | None = None,
-    cast_x: bool = False,
+    x_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`w8a8_linear` of `rms_norm_reference`, by the fastest kernel that this device has: [..., k] -> [..., o].
 
     Args:
-        cast_x: whether x is rounded to the dtype of ``norm_weight`` first.
+        x_dtype: what x is cast to first; None leaves it as it is.
         dtype: what y is rounded to before it is added to a residual; None is that of the normed x.
     """
     norm, linear = (gate, norm_weight, epsilon, group_size), (qdata, scale, bias, act_pre_scale, act_scale)
     if x.is_cpu or x.is_cuda:
         kernels = cpu_layers if x.is_cpu else gpu_layers
-        y = kernels.norm_w8a8_linear(x, *norm, *linear, residual, cast_x, dtype)
+        y = kernels.norm_w8a8_linear(x, *norm, *linear, residual, x_dtype, dtype)
         if y is not None:
             return y
     if dtype is not None or residual is not None:
-        y = norm_w8a8_linear(x, *norm, *linear, None, cast_x)
+        y = norm_w8a8_linear(x, *norm, *linear, None, x_dtype)
         y = y if dtype is None else y.to(dtype)
         return y if residual is None else _with_residual(y, residual)
-    x = x.to(norm_weight.dtype) if cast_x else x
+    x = x if x_dtype is None else x.to(x_dtype)
     return w8a8_linear(rms_norm_reference(x, *norm), *linear)
 
 
@@ -481,10 +481,10 @@ def _(  # type: ignore[no-untyped-def]
     pre_scale,
     act_scale,
     residual=None,
-    cast_x=False,
+    x_dtype=None,
     dtype=None,
 ) -> Tensor:
-    normed = norm_weight.dtype if cast_x else torch.promote_types(x.dtype, norm_weight.dtype)
+    normed = torch.promote_types(x_dtype or x.dtype, norm_weight.dtype)
     return _empty_linear(x, qdata, dtype or normed, residual)
 
 

@@ -57,12 +57,12 @@ def norm_w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
     residual: Tensor | None = None,
-    cast_x: bool = False,
+    x_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Launch | None:
     """`ops.norm_w8a8_linear` on the CPU: [..., o]."""
     operands = (x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale)
-    return _linear(*operands, residual, cast_x, dtype)
+    return _linear(*operands, residual, x_dtype, dtype)
 
 
 def _linear(
@@ -77,7 +77,7 @@ def _linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
     residual: Tensor | None = None,
-    cast_x: bool = False,
+    x_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Launch | None:
     """Both linears: without ``norm_weight`` there is no norm."""
@@ -86,13 +86,13 @@ def _linear(
     if function is None or not qdata.is_contiguous() or scale.dtype is not torch.float32 or not scale.is_contiguous():
         return None
     rows = _rows(x, k)
-    x_dtype = normed = x.dtype if x.dtype in DTYPES else torch.float32
+    x_dtype = x_dtype or (x.dtype if x.dtype in DTYPES else torch.float32)
+    normed = x_dtype
     if norm_weight is None:
         gate = None
-    elif x.dtype not in DTYPES or norm_weight.dtype not in DTYPES:
+    elif any(dtype not in DTYPES for dtype in (x.dtype, x_dtype, norm_weight.dtype)):
         return None
     else:
-        x_dtype = norm_weight.dtype if cast_x else x.dtype
         normed = torch.promote_types(x_dtype, norm_weight.dtype)
     if act_pre_scale is not None and act_pre_scale.dtype is not normed:
         return None

@@ -49,7 +49,7 @@ class FuseNormLinear(GraphPass):
             for index in norm.indices:
                 x = insert_call(node, operator.getitem, x, index)
                 gate = None if gate is None else insert_call(node, operator.getitem, gate, index)
-            operands = (x, gate, norm.weight, norm.epsilon, norm.group_size, *node.args[1:6], None, norm.cast_x)
+            operands = (x, gate, norm.weight, norm.epsilon, norm.group_size, *node.args[1:6], None, norm.x_dtype)
             y = insert_call(node, torch.ops.qmamba.norm_w8a8_linear.default, *operands, value_of(node).dtype)
             replace_node(node, y)
             report.rewrote(layer_of(y), "norm" if gate is None else "gated norm")
@@ -72,7 +72,7 @@ def _follows_norm(node: fx.Node) -> bool:
 
 def _require_same_type(norm: NormMatch, act_pre_scale: fx.Node | None) -> None:
     """SmoothQuant factors multiply the normed x in the type that both have."""
-    normed = torch.promote_types(value_of(norm.x).dtype, value_of(norm.weight).dtype)
+    normed = torch.promote_types(norm.x_dtype or value_of(norm.x).dtype, value_of(norm.weight).dtype)
     same = act_pre_scale is None or value_of(act_pre_scale).dtype == normed
     if not same:
         raise NoMatchError(SkipReason.DTYPE, f"what is normed is {normed}, and {act_pre_scale} is not")

@@ -21,13 +21,13 @@ class NormMatch:
 
     Attributes:
         x, gate: [..., k], as they are before any cast; gate is None without one.
-        cast_x: whether x is cast to the weight's dtype, and loses bits by it.
+        x_dtype: what x is cast to for good before it is normed; None where it keeps its dtype.
         weight: [k].
         indices: what selects tokens of the normed x, to be applied to x, in order.
     """
 
     x: fx.Node
-    cast_x: bool
+    x_dtype: torch.dtype | None
     gate: fx.Node | None
     weight: fx.Node
     epsilon: float
@@ -42,12 +42,12 @@ def match_norm(node: fx.Node) -> NormMatch:
         NoMatchError: an operation is missing, one more is there, or the normed value is read elsewhere.
     """
     indices: list[Any] = []
-    # What is cast to fewer bits for the linear is quantized as it was before, as Inductor's own fusions have it.
-    weighted = _strip_exact(node.args[0] if op_name(node) == "to" else node)
+    weighted = _before_cast(node, value_of(node).dtype)
     while op_name(weighted) == "getitem" and _selects_tokens(weighted):
         indices.insert(0, weighted.args[1])
-        weighted = _strip_exact(weighted.args[0])
+        weighted = _before_cast(weighted.args[0], value_of(node).dtype)
     weight, normed = _split(weighted, lambda operand: len(shape_of(operand)) == 1, "mul", "a weight [k]")
+    weight = _strip_exact(weight)
     k = shape_of(weight)[0]
     scaled, passed = normed, {torch.float32}
     while op_name(scaled) in (*COPIES, *_VIEWS):
@@ -69,14 +69,15 @@ def match_norm(node: fx.Node) -> NormMatch:
         gate = _strip_exact(activated.args[0])
         _require(value_of(activated).dtype == torch.float32, SkipReason.DTYPE, f"{activated} is not in float32")
     x = _strip_exact(h)
-    dtype = value_of(x).dtype
+    # NemotronH keeps what is normed in float32 until it is weighted, others have it in x's dtype again.
+    dtype, in_dtype = value_of(x).dtype, value_of(normed).dtype
     _require(
         value_of(scaled).dtype == value_of(grouped).dtype == torch.float32
-        and value_of(normed).dtype == dtype
-        and passed <= {torch.float32, dtype}
+        and in_dtype in (dtype, torch.float32)
+        and passed <= {torch.float32, in_dtype}
         and torch.promote_types(value_of(weighted).dtype, value_of(node).dtype) == value_of(weighted).dtype,
         SkipReason.DTYPE,
-        f"{weighted} is not normed in float32 and weighted in {dtype}",
+        f"{weighted} is not normed in float32 and weighted in {dtype} or float32",
     )
     whole = shape_of(x)
     group_size = shape_of(grouped)[-1]
@@ -91,13 +92,13 @@ def match_norm(node: fx.Node) -> NormMatch:
     )
     _require_readers(weighted)
     # Such as a residual stream in float32 in front of a norm in 16 bits.
-    cast_x = op_name(x) in COPIES and dtype == value_of(weight).dtype and _is_rounded(x)
-    cast_x = cast_x and written_between(x, node) is None
-    x = x.args[0] if cast_x else x
+    x_dtype = None if in_dtype == dtype else in_dtype
+    if x_dtype is None and op_name(x) in COPIES and _is_rounded(x) and written_between(x, node) is None:
+        x, x_dtype = x.args[0], dtype
     for source in (x, gate, weight):
         written = source is not None and any(mutates(user) for user in source.users)
         _require(not written, SkipReason.SECOND_READER, f"{source} is written in place")
-    return NormMatch(x, cast_x, gate, weight, float(value_of(epsilon)), int(group_size), tuple(indices))
+    return NormMatch(x, x_dtype, gate, weight, float(value_of(epsilon)), int(group_size), tuple(indices))
 
 
 def _require(condition: bool, reason: SkipReason, detail: str) -> None:
@@ -113,6 +114,17 @@ def _strip_exact(node: Any) -> Any:
             break
         node = node.args[0]
     return node
+
+
+def _before_cast(node: Any, dtype: torch.dtype) -> Any:
+    """Walk back through casts, to ``dtype`` even if it has fewer bits.
+
+    What is cast for the linear is quantized as it was before, as Inductor's own fusions have it.
+    """
+    node = _strip_exact(node)
+    if op_name(node) != "to" or value_of(node).dtype != dtype or value_of(node.args[0]).device != value_of(node).device:
+        return node
+    return _strip_exact(node.args[0])
 
 
 def _is_rounded(cast: fx.Node) -> bool:

@@ -21,14 +21,14 @@ from .render import load
 
 
 class Norm(NamedTuple):
-    """An RMSNorm in front of a linear: gate [m, k] or None, its weight [k], epsilon, features of a group, and whether
-    what is normed is rounded to the weight's dtype first."""
+    """An RMSNorm in front of a linear: gate [m, k] or None, its weight [k], epsilon, features of a group, and the dtype
+    that what is normed is cast to, if any."""
 
     gate: Tensor | None
     weight: Tensor
     epsilon: float
     group_size: int
-    cast_x: bool = False
+    x_dtype: torch.dtype | None = None
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def quantize_rows(
         norm: the RMSNorm in front.
     """
     architecture = launch.target(x.device.type, x.device.index)
-    gate, norm_weight, epsilon, group_size, cast_x = norm or (None, None, 0.0, None, False)
+    gate, norm_weight, epsilon, group_size, x_dtype = norm or (None, None, 0.0, None, None)
     floats = [t for t in (x, gate, norm_weight, act_pre_scale) if t is not None]
     if architecture is None:
         return None
@@ -70,7 +70,16 @@ def quantize_rows(
         arguments = (x, *arguments, x.stride(0))
     else:
         gate_stride = 0 if gate is None else gate.stride(0)
-        arguments = (x, gate, vectors[0], *arguments, epsilon, x.stride(0), gate_stride, cast_x)
+        arguments = (
+            x,
+            gate,
+            vectors[0],
+            *arguments,
+            epsilon,
+            x.stride(0),
+            gate_stride,
+            _triton_dtype(spec, x_dtype or x.dtype),
+        )
     load(spec).quantize_rows[x.shape[0],](*arguments, num_warps=spec.warps, enable_fp_fusion=False)
     return codes, row_scale
 
@@ -105,7 +114,7 @@ def norm_w8a8_linear(
     act_pre_scale: Tensor | None,
     act_scale: Tensor | None,
     residual: Tensor | None = None,
-    cast_x: bool = False,
+    x_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | None:
     """`ops.norm_w8a8_linear` on a GPU."""
@@ -116,11 +125,11 @@ def norm_w8a8_linear(
     if gate is not None and gate.shape != x.shape:
         return launch.refuse("norm_w8a8_linear", "gate and x differ in shape")
     k = qdata.shape[1]
-    norm = Norm(None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size, cast_x)
-    if dtype is None:
-        dtype = norm_weight.dtype if cast_x else torch.promote_types(x.dtype, norm_weight.dtype)
-    elif dtype not in launch.FLOATS:
-        return launch.refuse("norm_w8a8_linear", f"dtype={dtype}; float32, bfloat16 and float16 are allowed")
+    norm = Norm(None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size, x_dtype)
+    dtype = dtype or torch.promote_types(x_dtype or x.dtype, norm_weight.dtype)
+    for wanted in (dtype, x_dtype):
+        if wanted is not None and wanted not in launch.FLOATS:
+            return launch.refuse("norm_w8a8_linear", f"{wanted}; float32, bfloat16 and float16 are allowed")
     return _quantize_and_multiply(x, dtype, qdata, scale, bias, act_pre_scale, act_scale, residual, norm)
 
 
@@ -219,7 +228,7 @@ def _output(x: Tensor, outputs: int, dtype: torch.dtype, residual: Tensor | None
     return torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device), residual
 
 
-def _triton_dtype(spec: LinearSpec, dtype: torch.dtype) -> Any:
+def _triton_dtype(spec: LinearSpec | RowsSpec, dtype: torch.dtype) -> Any:
     return getattr(load(spec).tl, str(dtype).removeprefix("torch."))
 
 

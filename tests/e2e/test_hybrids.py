@@ -189,6 +189,17 @@ def test_counts(ran):
             }
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_is_rewritten_like_float32(name, compiled, tokens):
+    family = FAMILIES[name]
+    with torch._dynamo.config.patch(recompile_limit=32):
+        decode(compiled(build(family).bfloat16()), tokens(2, 19, vocabulary=128), tokens(2, 1, vocabulary=128))
+    kind = type(family.config).__name__
+    for done in report.recent:
+        assert len(done.rewritten("fuse_norm_linear")) == NORMS[kind]
+        assert len(done.rewritten("fuse_residual")) == RESIDUALS.get(kind, 0)
+
+
 def test_only_routers_are_left_alone(ran):
     family, results, *_ = ran
     for done in results["w8a8"][3]:

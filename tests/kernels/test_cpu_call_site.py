@@ -45,7 +45,7 @@ def norm_arguments():
 
 
 def residual_arguments():
-    return [*norm_arguments(), torch.randn(b, 1, o), True, torch.bfloat16]
+    return [*norm_arguments(), torch.randn(b, 1, o), torch.bfloat16, torch.bfloat16]
 
 
 def conv_arguments():

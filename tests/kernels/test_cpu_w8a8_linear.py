@@ -290,7 +290,7 @@ def test_the_layout_of_a_sum_is_that_of_the_linear(dtype: torch.dtype) -> None:
     residual = torch.randn(3, 2, 8).to(dtype).transpose(0, 1)
     torch.library.opcheck(torch.ops.qmamba.w8a8_linear.default, (x.view(2, 3, 32), *rest, residual))
     norm = (x.view(2, 3, 32), None, torch.ones(32, dtype=dtype), 1e-5, 32, *rest, residual)
-    for cast in ((), (True, torch.float16)):
+    for cast in ((), (torch.float16, torch.float16)):
         torch.library.opcheck(torch.ops.qmamba.norm_w8a8_linear.default, (*norm, *cast))
 
 
@@ -445,8 +445,9 @@ NORM_CASTS: list[dict[str, Any]] = [
     {"residual": torch.float32},
     {"residual": torch.float32, "dtype": torch.bfloat16, "gate": True},
     {"residual": torch.bfloat16, "dtype": torch.bfloat16, "tokens": 20},
-    {"cast_x": True, "weight_dtype": torch.bfloat16},
-    {"cast_x": True, "weight_dtype": torch.bfloat16, "smooth": torch.bfloat16, "gate": True},
+    {"x_dtype": torch.bfloat16, "weight_dtype": torch.bfloat16},
+    {"x_dtype": torch.float32, "dtype": torch.bfloat16, "y_dtype": torch.bfloat16, "residual": torch.bfloat16},
+    {"x_dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "smooth": torch.bfloat16, "gate": True},
     {"y_dtype": torch.bfloat16, "dtype": torch.float32, "weight_dtype": torch.bfloat16, "gate": True},
     {"y_dtype": torch.bfloat16, "residual": torch.float32, "weight_dtype": torch.bfloat16, "tokens": 70},
     {"y_dtype": torch.float32, "dtype": torch.bfloat16, "residual": torch.bfloat16},
@@ -461,7 +462,7 @@ def norm_problem(
     dtype: torch.dtype = torch.float32,
     weight_dtype: torch.dtype | None = None,
     gate: bool = False,
-    cast_x: bool = False,
+    x_dtype: torch.dtype | None = None,
     y_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> list[Any]:
@@ -472,15 +473,15 @@ def norm_problem(
     z = torch.randn(tokens, 2 * k, generator=generator).to(dtype)[:, :k] * 3 if gate else None
     weight = (torch.rand(k, generator=generator) + 0.5).to(weight_dtype or dtype)
     arguments = [x, z, weight, 1e-5, group_size, *rest]
-    if cast_x or y_dtype:
-        arguments += [*[None] * (11 - len(arguments)), cast_x, y_dtype]
+    if x_dtype or y_dtype:
+        arguments += [*[None] * (11 - len(arguments)), x_dtype, y_dtype]
     return arguments
 
 
 def wanted_behind_norm(arguments: list[Any]) -> Tensor:
     x, gate, weight, epsilon, group_size, *linear = arguments[:10]
-    residual, cast_x, dtype = (*arguments[10:], *(None, False, None)[len(arguments) - 10 :])
-    x = x.to(weight.dtype) if cast_x else x
+    residual, x_dtype, dtype = (*arguments[10:], *(None, None, None)[len(arguments) - 10 :])
+    x = x if x_dtype is None else x.to(x_dtype)
     y = ops.w8a8_linear_reference(ops.rms_norm_reference(x, gate, weight, epsilon, group_size), *linear)
     y = y if dtype is None else y.to(dtype)
     return y if residual is None else residual + y

@@ -97,12 +97,12 @@ def check_norm(change: dict[str, Any]) -> None:
     if "static" in change:
         arguments[9] = torch.tensor(0.02)
     x, gate, weight, epsilon, group_size, *_, smooth, static = arguments[:10]
-    cast_x = change.get("cast_x", False)
+    x_dtype = change.get("x_dtype")
     before = x.clone()
-    norm = launch_layers.Norm(gate, weight, epsilon, group_size, cast_x)
+    norm = launch_layers.Norm(gate, weight, epsilon, group_size, x_dtype)
     codes, row_scale = poisoned_rows(x, smooth, static, norm)
     assert torch.equal(x, before)
-    rows = ops.rms_norm_reference(x.to(weight.dtype) if cast_x else x, gate, weight, epsilon, group_size)
+    rows = ops.rms_norm_reference(x if x_dtype is None else x.to(x_dtype), gate, weight, epsilon, group_size)
     rows = rows if smooth is None else rows * smooth
     scale = quant.quantize_rows(rows)[1] if static is None else static.expand(len(x), 1)
     torch.testing.assert_close(row_scale[:, None], scale, rtol=torch.finfo(rows.dtype).eps * 2, atol=0)
@@ -136,7 +136,7 @@ def check_norm(change: dict[str, Any]) -> None:
         {"static": True},
         {"static": True, "tokens": 17, "groups": 1, "group_size": 64, "o": 16, "bias": True},
         *NORM_CASTS,
-        {"cast_x": True, "weight_dtype": F16, "residual": F16, "y_dtype": F16},
+        {"x_dtype": F16, "weight_dtype": F16, "residual": F16, "y_dtype": F16},
     ],
     ids=names,
 )
@@ -329,7 +329,9 @@ def test_rows_compile_without_spills(target: str, k: int, group_size: int | None
     spec = tuning.quantize_rows(target, k, group_size)
     types = dict.fromkeys(("x", "gate", "norm_weight", "pre_scale"), "*bf16") | {"codes": "*i8", "row_scale": "*fp32"}
     types |= {"epsilon": "fp32", "x_stride": "i32", "gate_stride": "i32"}
-    constants: dict[str, Any] = {"static_scale": None} | ({} if group_size is None else {"CAST_X": False})
+    constants: dict[str, Any] = {"static_scale": None}
+    if group_size is not None:
+        constants["X"] = load(spec).tl.bfloat16
     kernel = compiled.compile_kernel(load(spec), "quantize_rows", types, constants, target, spec.warps)
     found = compiled.facts(kernel)
     assert found.spills == 0 and found.local_accesses == 0 and found.registers <= 128

@@ -18,8 +18,11 @@ TOLERANCE = 0.02
 class Normed(nn.Module):
     """RMSNorm, gated or not, and a linear, as transformers writes them. Places: x, square, h, normed, weighted, end."""
 
-    def __init__(self, k=32, group_size=None, dtype=torch.float32, linear_dtype=None, bias=False, **changes):
+    def __init__(
+        self, k=32, group_size=None, dtype=torch.float32, linear_dtype=None, bias=False, rounded=True, **changes
+    ):
         super().__init__()
+        self.rounded = rounded
         torch.manual_seed(0)
         self.k, self.group_size, self.changes = k, group_size or k, changes
         self.weight = nn.Parameter((torch.rand(k) + 0.5).to(dtype), requires_grad=False)
@@ -37,8 +40,9 @@ class Normed(nn.Module):
         groups = self.at("h", h.view(*h.shape[:-1], self.k // self.group_size, self.group_size))
         variance = self.at("square", groups.pow(2)).mean(-1, keepdim=True)
         groups = groups * torch.rsqrt(self.at("variance", variance) + 1e-5)
-        normed = groups.view(*h.shape[:-1], self.k).to(x.dtype)
-        weighted = self.at("weighted", self.weight * self.at("normed", normed))
+        normed = groups.view(*h.shape[:-1], self.k)
+        weight, normed = (self.weight, normed.to(x.dtype)) if self.rounded else (self.weight.float(), normed)
+        weighted = self.at("weighted", weight * self.at("normed", normed))
         y = self.linear(self.at("input", weighted))
         return self.at("end", (y, weighted, x)) if "end" in self.changes else y
 
@@ -95,6 +99,18 @@ def test_every_norm_of_a_model_goes_into_its_linear(make_model, tokens, capture,
         pytest.param(
             {"input": lambda t: t.to(torch.bfloat16), "linear_dtype": torch.bfloat16}, True, (2, 3), id="cast"
         ),
+        pytest.param(
+            {"dtype": torch.bfloat16, "rounded": False, "weighted": lambda t: t.to(torch.bfloat16)},
+            False,
+            (2, 3),
+            id="weighted in float32, as NemotronH has it",
+        ),
+        pytest.param(
+            {"dtype": torch.bfloat16, "rounded": False, "weighted": lambda t: t.to(torch.bfloat16)[:, -1:]},
+            True,
+            (2, 3),
+            id="and then only the last token",
+        ),
         pytest.param({"activated": torch.tanh}, True, (2, 3), id="a gate of another kind stays outside"),
         pytest.param({"weighted": lambda t: t[:, -1:, :]}, True, (2, 3), id="only the last token"),
         pytest.param({"weighted": lambda t: t[:1][:, 1:]}, False, (2, 3), id="two slices"),
@@ -109,6 +125,7 @@ def test_the_same_numbers(capture, options, gated, shape):
     assert (y.float() - expected.float()).abs().max() <= TOLERANCE * expected.float().abs().max()
     (node,) = iter_calls(graph.gm.graph, FUSED)
     assert layer_of(node) == "linear" and value_of(node).shape == y.shape and value_of(node).dtype == y.dtype
+    assert node.args[11] is (None if options.get("rounded", True) else torch.float32)
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -118,7 +135,7 @@ def test_a_residual_stream_in_float32_is_cast_inside(capture, gate, weight, cast
     change = {"x": lambda t: t.to(weight)}
     backend, y, expected = run_both(capture, lambda: Normed(dtype=weight, **change), arguments)
     (node,) = iter_calls(backend.only.gm.graph, FUSED)
-    assert node.args[11] is cast and value_of(node.args[0]).dtype == torch.float32
+    assert node.args[11] is (weight if cast else None) and value_of(node.args[0]).dtype == torch.float32
     assert backend.only.after["to"] == backend.only.after["float"] == 0
     assert y.dtype == expected.dtype == weight
     assert (y.float() - expected.float()).abs().max() <= TOLERANCE * expected.float().abs().max()
