@@ -17,6 +17,8 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from qmamba_compile.fx_utils import hint
+
 HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, warp_size=32)
 
 CUDA = torch.device("cuda:0")
@@ -55,13 +57,10 @@ def code_for_gpu(graph: fx.GraphModule, inputs: list[Any]) -> str:
         if node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": CUDA}
 
-    def known(size: Any) -> int:
-        return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
     def moved(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
-            return known(value)
-        extents = ([known(size) for size in sizes] for sizes in (value.shape, value.stride()))
+            return hint(value)
+        extents = ([hint(size) for size in sizes] for sizes in (value.shape, value.stride()))
         return torch.empty_strided(*extents, dtype=value.dtype, device=CUDA)
 
     with _pretended():

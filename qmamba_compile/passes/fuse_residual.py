@@ -7,6 +7,7 @@ from torch import fx
 
 from ..errors import SkipReason
 from ..fx_utils import (
+    argument,
     insert_call,
     iter_calls,
     layer_of,
@@ -65,15 +66,11 @@ def _linear_operand(total: fx.Node) -> tuple[fx.Node | None, Any]:
                 op_name(linear) in _LINEARS
                 and other is not linear
                 and len(linear.users) == 1
-                and not _has_residual(linear)
+                and argument(linear, _LINEARS[op_name(linear)], "residual") is None
                 and _same_kind(linear, other, total)
             ):
                 return linear, other
     return None, None
-
-
-def _has_residual(linear: fx.Node) -> bool:
-    return linear.args[_LINEARS[op_name(linear)] :][:1] not in ((), (None,))
 
 
 def _same_kind(linear: fx.Node, other: Any, total: fx.Node) -> bool:

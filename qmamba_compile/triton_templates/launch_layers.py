@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from . import launch, tuning
 from .layer_specs import COMBINE_BLOCK, ConvSpec, LinearSpec, RowsSpec
-from .render import load
+from .render import load, triton_dtype
 
 
 class Norm(NamedTuple):
@@ -78,7 +78,7 @@ def quantize_rows(
             epsilon,
             x.stride(0),
             gate_stride,
-            _triton_dtype(spec, x_dtype or x.dtype),
+            triton_dtype(x_dtype or x.dtype),
         )
     load(spec).quantize_rows[x.shape[0],](*arguments, num_warps=spec.warps, enable_fp_fusion=False)
     return codes, row_scale
@@ -165,7 +165,7 @@ def _quantize_on_the_way(
     partial = _partial(spec, rows, y)
     row_scale = None if partial is None else torch.empty(rows, dtype=torch.float32, device=x.device)
     arguments = (flat, act_pre_scale, act_scale, qdata, scale, bias, residual, y, partial, row_scale, rows)
-    linear_dtype = _triton_dtype(spec, x.dtype)
+    linear_dtype = triton_dtype(x.dtype)
     load(spec).w8a8_linear[_linear_grid(spec, rows, outputs)](
         *arguments, flat.stride(0), outputs, k, linear_dtype, num_warps=spec.warps, enable_fp_fusion=False
     )
@@ -198,7 +198,7 @@ def _quantize_and_multiply(
     architecture = launch.target(x.device.type, x.device.index)
     assert architecture is not None
     spec = tuning.w8a8_linear(architecture, rows, outputs, k, prequantized=True)
-    partial, linear_dtype = _partial(spec, rows, y), _triton_dtype(spec, dtype)
+    partial, linear_dtype = _partial(spec, rows, y), triton_dtype(dtype)
     load(spec).w8a8_linear[_linear_grid(spec, rows, outputs)](
         codes,
         qdata,
@@ -226,10 +226,6 @@ def _output(x: Tensor, outputs: int, dtype: torch.dtype, residual: Tensor | None
     if residual is not None:
         dtype, residual = torch.promote_types(dtype, residual.dtype), residual.contiguous()
     return torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=x.device), residual
-
-
-def _triton_dtype(spec: LinearSpec | RowsSpec, dtype: torch.dtype) -> Any:
-    return getattr(load(spec).tl, str(dtype).removeprefix("torch."))
 
 
 def _linear_grid(spec: LinearSpec, rows: int, outputs: int) -> tuple[int, int, int]:

@@ -16,7 +16,8 @@ COMBINE_BLOCK = 256
 """Outputs of one program that adds up the parts of a split `w8a8_linear`."""
 
 RESIDUAL_HELD = 16
-"""Elements of a residual that a thread loads before its products, which hide how long that takes."""
+"""Elements of a residual that a thread loads before its products, which hide how long that takes; larger tiles need the
+registers for sums. No kernel spills with it (tests/kernels/test_triton_quantize_rows.py); not timed on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,14 @@ import os
 import pathlib
 import tempfile
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..recurrence import EXP_CONSTANTS
 from .specs import Spec
 
 if TYPE_CHECKING:
     import jinja2
+    import torch
 
 
 def render(spec: Spec) -> str:
@@ -28,6 +29,14 @@ def render(spec: Spec) -> str:
 def load(spec: Spec) -> ModuleType:
     """The rendered kernel as a module; its source lies in Inductor's cache directory, for Triton and for debuggers."""
     return load_source(spec.slug(), render(spec))
+
+
+@functools.cache
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """The type of Triton's that kernels take for ``dtype`` as a constant."""
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def load_source(name: str, source: str) -> ModuleType:

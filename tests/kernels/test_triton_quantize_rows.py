@@ -17,7 +17,7 @@ from qmamba_compile import ops, quant
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
 from qmamba_compile.triton_templates.layer_specs import LinearSpec, RowsSpec
-from qmamba_compile.triton_templates.render import load, render
+from qmamba_compile.triton_templates.render import load, render, triton_dtype
 from qmamba_compile.triton_templates.specs import lanes_of
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -331,7 +331,7 @@ def test_rows_compile_without_spills(target: str, k: int, group_size: int | None
     types |= {"epsilon": "fp32", "x_stride": "i32", "gate_stride": "i32"}
     constants: dict[str, Any] = {"static_scale": None}
     if group_size is not None:
-        constants["X"] = load(spec).tl.bfloat16
+        constants["X"] = triton_dtype(torch.bfloat16)
     kernel = compiled.compile_kernel(load(spec), "quantize_rows", types, constants, target, spec.warps)
     found = compiled.facts(kernel)
     assert found.spills == 0 and found.local_accesses == 0 and found.registers <= 128
@@ -348,7 +348,7 @@ def test_products_compile_to_wide_loads_and_int8_products(target: str, outputs: 
     spec = tuning.w8a8_linear(target, rows, outputs, k, prequantized=True)
     types = dict.fromkeys(("codes", "qdata"), "*i8") | {"scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
     types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32"}
-    constants: dict[str, Any] = {"OUTPUTS": outputs, "K": k, "LINEAR": load(spec).tl.bfloat16}
+    constants: dict[str, Any] = {"OUTPUTS": outputs, "K": k, "LINEAR": triton_dtype(torch.bfloat16)}
     # A model's out_proj has a residual, its in_proj has none.
     if outputs < k:
         types |= {"residual": "*fp32", "y": "*fp32"}
@@ -377,7 +377,7 @@ def test_products_fit_a_consumers_gpu(target: str, rows: int) -> None:
     spec = tuning.w8a8_linear(target, rows, 10576, 2560, prequantized=True)
     types = dict.fromkeys(("codes", "qdata"), "*i8") | {"scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
     types |= {"partial": "*i32", "row_scale": "*fp32", "rows": "i32"}
-    constants = {"OUTPUTS": 10576, "K": 2560, "residual": None, "LINEAR": load(spec).tl.bfloat16}
+    constants = {"OUTPUTS": 10576, "K": 2560, "residual": None, "LINEAR": triton_dtype(torch.bfloat16)}
     kernel = compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
     found = compiled.facts(kernel)
     assert found.shared_bytes <= 99 * 1024 and found.spills == 0
@@ -394,7 +394,7 @@ def test_the_product_starts_while_rows_are_quantized(target: str) -> None:
     spec = tuning.w8a8_linear(target, 1, 3352, 768, prequantized=True)
     types = {"codes": "*i8", "qdata": "*i8", "scale": "*fp32", "y": "*bf16", "row_scale": "*fp32", "rows": "i32"}
     constants = {"bias": None, "residual": None, "partial": None, "OUTPUTS": 3352, "K": 768}
-    constants["LINEAR"] = load(spec).tl.bfloat16
+    constants["LINEAR"] = triton_dtype(torch.bfloat16)
     text = compiled.disassemble(
         compiled.compile_kernel(load(spec), "w8a8_linear", types, constants, target, spec.warps)
     )
