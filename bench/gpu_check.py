@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.roofline import VARIANTS, Variant
 from bench.shapes import STEP_SHAPES, Shape
-from qmamba_compile import ops, quant, recurrence, scan_gradient, scan_ops
+from qmamba_compile import layer_ops, ops, quant, recurrence, scan_gradient, scan_ops
 from qmamba_compile.triton_templates import launch, launch_layers, launch_scan, tuning
 
 CODES_OFF = 1e-5
@@ -146,7 +146,7 @@ def check_linear(rows: int, outputs: int, inputs: int, device: str) -> dict[str,
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(rows, inputs, generator=generator, device=device)
     qdata, scale = quant.quantize_rows(torch.randn(outputs, inputs, generator=generator, device=device))
-    y = ops.w8a8_linear(x, qdata, scale, None, None, None)
+    y = layer_ops.w8a8_linear(x, qdata, scale, None, None, None)
     codes, row_scale = quant.quantize_rows(x)
     expected = (codes.double() @ qdata.double().t()).float() * row_scale * scale.view(1, -1)
     error = float((y - expected).abs().max() / expected.abs().max())
@@ -155,8 +155,8 @@ def check_linear(rows: int, outputs: int, inputs: int, device: str) -> dict[str,
     # Triton's interpreter, where tests run this, truncates what it stores in bfloat16.
     for dtype, unit in ((torch.float32, 0.0), (torch.bfloat16, torch.finfo(torch.bfloat16).eps)):
         operands = (x.to(dtype), qdata, scale, None, None, None)
-        y = ops.w8a8_linear(*operands)
-        off = (ops.w8a8_linear(*operands, residual) - (residual + y)).abs() > unit * y.float().abs()
+        y = layer_ops.w8a8_linear(*operands)
+        off = (layer_ops.w8a8_linear(*operands, residual) - (residual + y)).abs() > unit * y.float().abs()
         sums_off += int(off.sum())
     return {"y_error": error, "sums_off": sums_off, "correct": error <= 1e-6 and not sums_off}
 
@@ -184,7 +184,7 @@ def check_norm_linear(rows: int, outputs: int, inputs: int, device: str, calls: 
 
 
 def _norm_linear(qdata: Tensor, scale: Tensor, x: Tensor, x_dtype: torch.dtype | None = None) -> Tensor:
-    """`ops.norm_w8a8_linear` of x [m, k] with a weight of 1 in bfloat16."""
+    """`layer_ops.norm_w8a8_linear` of x [m, k] with a weight of 1 in bfloat16."""
     norm = torch.ones(x.shape[1], device=x.device, dtype=torch.bfloat16)
     linear = (qdata, scale, None, None, None, None)
     y: Tensor = torch.ops.qmamba.norm_w8a8_linear(x, None, norm, 1e-5, x.shape[1], *linear, x_dtype)
@@ -234,7 +234,7 @@ def check_conv(model: Shape, device: str, dtype: torch.dtype, tokens: int = 1000
     stepped = [launch_layers.conv_update(state, x, weight, bias, True) for x in inputs]
     if found is None or any(y is None for y in stepped):
         return {"correct": False, "reason": "no kernel serves these extents"}
-    expected = ops.causal_conv_reference(xBC.double(), weight.double(), bias.double(), True)
+    expected = layer_ops.causal_conv_reference(xBC.double(), weight.double(), bias.double(), True)
     largest = expected.abs().max()
     error = float((found - expected).abs().max() / largest)
     expected = expected[..., begin : begin + steps]

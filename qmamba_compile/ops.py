@@ -1,4 +1,7 @@
-"""The ``qmamba::*`` operators: schema, shape function, and implementation (a device kernel, or the plain reference).
+"""The operators ``qmamba::*`` of the state: its quantization, one decode step, the scan of a prompt.
+
+Each has a schema, a shape function and an implementation (a device kernel, or the plain reference). Importing this
+module registers the others, too: `layer_ops`, `scan_ops` and its gradient.
 
 Shapes: batch b, nheads h, headdim p, ngroups g, dstate n, seqlen l. ``x`` [b, h, p], ``dt`` [b, h] before bias and
 softplus, ``A`` [h] (negative decay rates), ``B`` and ``C`` [b, g, n], ``D`` and ``dt_bias`` [h].
@@ -17,65 +20,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import quant, recurrence, scan_gradient  # noqa: F401  defines the faithful scan and its gradient
+from . import layer_ops, quant, recurrence, scan_gradient  # noqa: F401  registers their operators
 from .cpu_templates import launch as cpu_kernels
-from .cpu_templates import launch_layers as cpu_layers
 from .cpu_templates import launch_scan as cpu_scans
 from .huge_pages import HugePages
+from .op_library import define, fake, implement
 from .triton_templates import launch as gpu_kernels
-from .triton_templates import launch_layers as gpu_layers
 from .triton_templates import launch_scan as gpu_scans
 from .triton_templates import launch_state as gpu_states
-
-_library = torch.library.Library("qmamba", "DEF")
 
 _SCAN_CHUNK = 64
 """Tokens that `chunk_scan` handles by one set of matrix products: the quadratic part grows with it, the number of small
 products shrinks. 1024 tokens, 24 heads, dstate 128, 2 threads: 26.9 ms at 16, 19.4 at 32, 21.2 at 64, 34.8 at 128."""
 
-
-def _define(schema: str) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-
-
-_define("quantize_state(Tensor state, Tensor? state_scale, int bits, bool stochastic, int seed) -> Tensor[]")
-_define(
+define("quantize_state(Tensor state, Tensor? state_scale, int bits, bool stochastic, int seed) -> Tensor[]")
+define(
     "quantize_state_(Tensor(a!) packed, Tensor(b!) channel_scale, Tensor(c!)? state_scale_out, Tensor(d!) rng, "
     "Tensor state, Tensor? state_scale, int bits, bool stochastic, Tensor(e!)? ring_position=None) -> ()"
 )
-_define(
+define(
     "dequantize_state(Tensor packed, Tensor channel_scale, Tensor state_scale, int bits, Tensor? ring_x=None, "
     "Tensor? ring_B=None, Tensor? ring_decay=None, Tensor? ring_position=None, Tensor? ring_scale=None) -> Tensor"
 )
-_define(
+define(
     "ssm_update(Tensor(a!) packed, Tensor(b!) channel_scale, Tensor(c!)? state_scale_out, Tensor(d!) rng, Tensor x, "
     "Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? state_scale, bool dt_softplus, "
     "int bits, bool stochastic, Tensor(e!)? ring_x=None, Tensor(f!)? ring_B=None, Tensor(g!)? ring_decay=None, "
     "Tensor(h!)? ring_position=None, Tensor(i!)? ring_scale=None) -> Tensor"
 )
-_define(
+define(
     "chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
     "Tensor? initial_state, bool dt_softplus, float dt_min, float dt_max) -> (Tensor, Tensor)"
 )
-_define(
-    "w8a8_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale, "
-    "Tensor? residual=None) -> Tensor"
-)
-_define(
-    "norm_w8a8_linear(Tensor x, Tensor? gate, Tensor norm_weight, float epsilon, int group_size, Tensor qdata, "
-    "Tensor scale, Tensor? bias, Tensor? act_pre_scale, Tensor? act_scale, Tensor? residual=None, "
-    "ScalarType? x_dtype=None, ScalarType? dtype=None) -> Tensor"
-)
-_define("causal_conv(Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
-_define("conv_update(Tensor(a!) conv_state, Tensor xBC, Tensor weight, Tensor? bias, bool silu) -> Tensor")
-
-
-def _implement(name: str):  # type: ignore[no-untyped-def]
-    return torch.library.impl(_library, name, "CompositeExplicitAutograd")
-
-
-def _fake(name: str):  # type: ignore[no-untyped-def]
-    return torch.library.register_fake(f"qmamba::{name}", lib=_library)
 
 
 # --- state ---------------------------------------------------------------------------------------------------------
@@ -84,7 +60,7 @@ _state_pages = HugePages(2**24)
 """Where the codes lie that a prompt leaves; the chunk in use, 16 MB, outlives them."""
 
 
-@_implement("quantize_state")
+@implement("quantize_state")
 def quantize_state(state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, seed: int) -> list[Tensor]:
     """Pack a fresh state [b, h, p, n]: packed, channel_scale, rng, and state_scale when dynamic."""
     rng = quant.new_rng(state.shape[0], seed, state.device)
@@ -109,7 +85,7 @@ def quantize_state(state: Tensor, state_scale: Tensor | None, bits: int, stochas
     return [packed, channel_scale, rng] + ([found_scale] if state_scale is None else [])
 
 
-@_fake("quantize_state")
+@fake("quantize_state")
 def _(state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, seed: int) -> list[Tensor]:
     batch, nheads, headdim, dstate = state.shape
     width = quant.packed_width(dstate, bits)
@@ -123,7 +99,7 @@ def _(state: Tensor, state_scale: Tensor | None, bits: int, stochastic: bool, se
     return outputs
 
 
-@_implement("quantize_state_")
+@implement("quantize_state_")
 def quantize_state_(
     packed: Tensor,
     channel_scale: Tensor,
@@ -169,12 +145,12 @@ def quantize_state_reference_(
     rng[:, 1] += 1 if chosen is None else chosen
 
 
-@_fake("quantize_state_")
+@fake("quantize_state_")
 def _(packed, channel_scale, state_scale_out, rng, state, state_scale, bits, stochastic, *ring) -> None:  # type: ignore[no-untyped-def]
     return None
 
 
-@_implement("dequantize_state")
+@implement("dequantize_state")
 def dequantize_state(
     packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int, *ring_tensors: Tensor | None
 ) -> Tensor:
@@ -189,7 +165,7 @@ def dequantize_state(
     return state if ring is None else recurrence.materialize(state, ring)
 
 
-@_fake("dequantize_state")
+@fake("dequantize_state")
 def _(packed: Tensor, channel_scale: Tensor, state_scale: Tensor, bits: int, *ring: Tensor | None) -> Tensor:
     dstate = quant.unpacked_width(packed.shape[-1], bits)
     return packed.new_empty((*packed.shape[:-1], dstate), dtype=torch.float32)
@@ -243,7 +219,7 @@ def ssm_update_reference(
     return recurrence.read(h, x, C, D)
 
 
-@_implement("ssm_update")
+@implement("ssm_update")
 def ssm_update(packed: Tensor, *arguments: Any) -> Tensor:
     """`ssm_update_reference` by the fastest kernel that this device has."""
     y = None
@@ -257,7 +233,7 @@ def ssm_update(packed: Tensor, *arguments: Any) -> Tensor:
     return ssm_update_reference(packed, *arguments)
 
 
-@_fake("ssm_update")
+@fake("ssm_update")
 def _(packed, channel_scale, state_scale_out, rng, x, *args) -> Tensor:  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
@@ -265,7 +241,7 @@ def _(packed, channel_scale, state_scale_out, rng, x, *args) -> Tensor:  # type:
 # --- prefill -------------------------------------------------------------------------------------------------------
 
 
-@_implement("chunk_scan")
+@implement("chunk_scan")
 def chunk_scan(
     x: Tensor,
     dt: Tensor,
@@ -337,217 +313,8 @@ def chunk_scan_reference(
     return y.view(batch, seqlen, nheads, headdim), state.reshape(batch, nheads, headdim, dstate).contiguous()
 
 
-@_fake("chunk_scan")
+@fake("chunk_scan")
 def _(x, dt, A, B, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     batch, _, nheads, headdim = x.shape
     y = x.new_empty(x.shape, dtype=torch.float32)
     return y, x.new_empty((batch, nheads, headdim, B.shape[-1]), dtype=torch.float32)
-
-
-# --- linears -------------------------------------------------------------------------------------------------------
-
-
-@_implement("w8a8_linear")
-def w8a8_linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    act_pre_scale: Tensor | None,
-    act_scale: Tensor | None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """`w8a8_linear_reference`, plus a residual [..., o] if there is one, by the fastest kernel that this device has."""
-    operands = (x, qdata, scale, bias, act_pre_scale, act_scale)
-    if x.is_cpu or x.is_cuda:
-        kernels = cpu_layers if x.is_cpu else gpu_layers
-        y = kernels.w8a8_linear(*operands, residual)
-        if y is not None:
-            return y
-    if residual is not None:
-        return _with_residual(w8a8_linear(*operands), residual)
-    return w8a8_linear_reference(*operands)
-
-
-def _with_residual(y: Tensor, residual: Tensor) -> Tensor:
-    """Their sum, laid out like y."""
-    if residual.shape != y.shape:
-        raise ValueError(f"residual has shape {list(residual.shape)}, expected {list(y.shape)}, that of the linear")
-    return (y + residual).contiguous()
-
-
-def w8a8_linear_reference(
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    act_pre_scale: Tensor | None,
-    act_scale: Tensor | None,
-) -> Tensor:
-    """int8 x int8 linear [..., k] -> [..., o] with int32 accumulation.
-
-    Args:
-        qdata: int8 [o, k]; scale: float32 [o, 1], as a torchao ``Int8Tensor`` holds them.
-        act_pre_scale: SmoothQuant factors [k] that multiply x, or ``None``.
-        act_scale: static activation scale (one number); ``None`` quantizes each token by its own largest magnitude.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if act_pre_scale is not None:
-        rows = rows * act_pre_scale
-    if act_scale is None:
-        codes, row_scale = quant.quantize_rows(rows)
-    else:
-        scaled = rows.float() * act_scale.reshape(1, 1).float().reciprocal()
-        # int8 has no NaN: a row that is not finite gets a scale that makes it NaN again.
-        finite = scaled.isfinite().all(dim=-1, keepdim=True)
-        row_scale = torch.where(finite, act_scale.float(), torch.nan)
-        codes = torch.where(finite, scaled, 0.0).round().clamp(-127, 127).to(torch.int8)
-    y = quant.integer_product(codes, qdata).float() * row_scale * scale.view(1, -1)
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], qdata.shape[0])
-
-
-@_fake("w8a8_linear")
-def _(x: Tensor, qdata: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
-    return _empty_linear(x, qdata, x.dtype, *args[4:])
-
-
-def _empty_linear(x: Tensor, qdata: Tensor, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
-    if residual is not None:
-        dtype = torch.promote_types(dtype, residual.dtype)
-    return x.new_empty((*x.shape[:-1], qdata.shape[0]), dtype=dtype)
-
-
-@_implement("norm_w8a8_linear")
-def norm_w8a8_linear(
-    x: Tensor,
-    gate: Tensor | None,
-    norm_weight: Tensor,
-    epsilon: float,
-    group_size: int,
-    qdata: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    act_pre_scale: Tensor | None,
-    act_scale: Tensor | None,
-    residual: Tensor | None = None,
-    x_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`w8a8_linear` of `rms_norm_reference`, by the fastest kernel that this device has: [..., k] -> [..., o].
-
-    Args:
-        x_dtype: what x is cast to first; None leaves it as it is.
-        dtype: what y is rounded to before it is added to a residual; None is that of the normed x.
-    """
-    norm, linear = (gate, norm_weight, epsilon, group_size), (qdata, scale, bias, act_pre_scale, act_scale)
-    if x.is_cpu or x.is_cuda:
-        kernels = cpu_layers if x.is_cpu else gpu_layers
-        y = kernels.norm_w8a8_linear(x, *norm, *linear, residual, x_dtype, dtype)
-        if y is not None:
-            return y
-    if dtype is not None or residual is not None:
-        y = norm_w8a8_linear(x, *norm, *linear, None, x_dtype)
-        y = y if dtype is None else y.to(dtype)
-        return y if residual is None else _with_residual(y, residual)
-    x = x if x_dtype is None else x.to(x_dtype)
-    return w8a8_linear(rms_norm_reference(x, *norm), *linear)
-
-
-def rms_norm_reference(x: Tensor, gate: Tensor | None, norm_weight: Tensor, epsilon: float, group_size: int) -> Tensor:
-    """RMSNorm of x [..., k], or of ``x * silu(gate)``, over groups of ``group_size`` features, in plain torch.
-
-    In float32 up to the root mean square, then in x's dtype times ``norm_weight`` [k], as transformers has it.
-    """
-    h = x.float()
-    if gate is not None:
-        h = h * F.silu(gate.float())
-    groups = h.unflatten(-1, (-1, group_size))
-    groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + epsilon)
-    return norm_weight * groups.flatten(-2).to(x.dtype)
-
-
-@_fake("norm_w8a8_linear")
-def _(  # type: ignore[no-untyped-def]
-    x,
-    gate,
-    norm_weight,
-    epsilon,
-    group_size,
-    qdata,
-    scale,
-    bias,
-    pre_scale,
-    act_scale,
-    residual=None,
-    x_dtype=None,
-    dtype=None,
-) -> Tensor:
-    normed = torch.promote_types(x_dtype or x.dtype, norm_weight.dtype)
-    return _empty_linear(x, qdata, dtype or normed, residual)
-
-
-# --- causal convolution: of a sequence, of a decode step -----------------------------------------------------------
-
-
-@_implement("causal_conv")
-def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """`causal_conv_reference` by the fastest kernel that this device has."""
-    if xBC.is_cpu or xBC.is_cuda:
-        kernels = cpu_layers if xBC.is_cpu else gpu_layers
-        y = kernels.causal_conv(xBC, weight, bias, silu)
-        if y is not None:
-            return y
-    return causal_conv_reference(xBC, weight, bias, silu)
-
-
-def causal_conv_reference(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """The depthwise causal convolution of a sequence, in plain torch: y [b, d, l], tokens outermost in memory.
-
-    Args:
-        xBC: the inputs [b, d, l]; those before the first are zero.
-        weight: [d, 1, d_conv]; its dtype is xBC's and y's.
-        silu: whether y goes through it.
-    """
-    batch, channels, seqlen = xBC.shape
-    y = F.conv1d(xBC, weight, bias, padding=weight.shape[-1] - 1, groups=weight.shape[0])[..., :seqlen]
-    # What follows reads the channels of a token together.
-    return y.new_empty((batch, seqlen, channels)).transpose(1, 2).copy_(F.silu(y) if silu else y)
-
-
-@_fake("causal_conv")
-def _(xBC: Tensor, weight: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
-    batch, channels, seqlen = xBC.shape
-    return xBC.new_empty((batch, seqlen, channels), dtype=weight.dtype).transpose(1, 2)
-
-
-@_implement("conv_update")
-def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """`conv_update_reference` by the fastest kernel that this device has."""
-    if xBC.is_cpu or xBC.is_cuda:
-        kernels = cpu_layers if xBC.is_cpu else gpu_layers
-        y = kernels.conv_update(conv_state, xBC, weight, bias, silu)
-        if y is not None:
-            return y
-    return conv_update_reference(conv_state, xBC, weight, bias, silu)
-
-
-def conv_update_reference(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """One step of the depthwise causal convolution, in plain torch: y [b, d, 1].
-
-    Args:
-        conv_state: [b, d, s], the latest inputs of each of d channels; shifted in place by the new one.
-        xBC: the new inputs [b, d, 1].
-        weight: [d, 1, d_conv], ``d_conv <= s + 1``; its dtype is that of y.
-        silu: whether y goes through it.
-    """
-    window = torch.cat([conv_state, xBC], dim=-1).to(weight.dtype)
-    conv_state.copy_(window[..., 1:])
-    y = F.conv1d(window[..., -weight.shape[-1] :], weight, bias, groups=weight.shape[0])
-    return F.silu(y) if silu else y
-
-
-@_fake("conv_update")
-def _(conv_state: Tensor, xBC: Tensor, weight: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
-    return xBC.new_empty(xBC.shape, dtype=weight.dtype)

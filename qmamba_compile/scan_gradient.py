@@ -13,23 +13,23 @@ from torch import Tensor
 
 from . import recurrence
 from .cpu_templates import launch_scan as cpu_kernels
+from .op_library import define, differentiate, fake, implement
 from .recurrence import StoreRule
-from .scan_ops import StateStore, first_states, library, step_sizes
+from .scan_ops import StateStore, first_states, step_sizes
 from .triton_templates import launch_scan as gpu_kernels
 
-library.define(
+define(
     "ssm_scan_quantized_backward(Tensor grad_y, Tensor? grad_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
     "Tensor? D, Tensor? dt_bias, Tensor? initial_state, Tensor? state_scale, bool dt_softplus, float dt_min, "
     "float dt_max, int? bits, bool stochastic, int seed, int flush_interval, bool single_step, Tensor? channel_scale) "
     "-> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
 _CHUNK = 64
 """Tokens whose states the plain gradient holds at once, beside one state of each chunk."""
 
 
-@torch.library.impl(library, "ssm_scan_quantized_backward", "CompositeExplicitAutograd")
+@implement("ssm_scan_quantized_backward")
 def ssm_scan_quantized_backward(
     grad_y: Tensor,
     grad_state: Tensor | None,
@@ -100,7 +100,7 @@ def ssm_scan_quantized_backward(
     ]
 
 
-@torch.library.register_fake("qmamba::ssm_scan_quantized_backward", lib=library)
+@fake("ssm_scan_quantized_backward")
 def _(grad_y, grad_state, x, dt, A, B, C, *args) -> list[Tensor]:  # type: ignore[no-untyped-def]
     batch, _, nheads, headdim = x.shape
     shapes = [(nheads,), (nheads,), (batch, nheads, headdim, B.shape[-1])]
@@ -192,4 +192,4 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted)))
 
 
-torch.library.register_autograd("qmamba::ssm_scan_quantized", _backward, setup_context=_setup_context, lib=library)
+differentiate("ssm_scan_quantized", _backward, _setup_context)

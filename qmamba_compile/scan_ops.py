@@ -2,8 +2,7 @@
 
 Perplexity by a parallel scan never touches the state cache and says nothing about its precision. This operator runs
 the recurrence that decode runs, with the same codes at every step, at about the cost of a prefill; `scan_gradient`
-has its gradient. It is for evaluation and calibration; no pass plants it. Beside `ops`, not in it, because its
-reference and its arguments are as long as everything that the passes use.
+has its gradient. It is for evaluation and calibration; no pass plants it.
 
 Shapes as in `ops`, with seqlen l: x [b, l, h, p], dt [b, l, h], B and C [b, l, g, n].
 """
@@ -19,16 +18,14 @@ from torch import Tensor
 
 from . import quant, recurrence
 from .cpu_templates import launch_scan as cpu_kernels
+from .op_library import define, fake, implement
 from .recurrence import StoreRule
 from .triton_templates import launch_scan as gpu_kernels
 
-library = torch.library.Library("qmamba", "FRAGMENT")
-
-library.define(
+define(
     "ssm_scan_quantized(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
     "Tensor? initial_state, Tensor? state_scale, bool dt_softplus, float dt_min, float dt_max, int? bits, "
     "bool stochastic, int seed, int flush_interval, bool single_step=False, Tensor? channel_scale=None) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
 
@@ -209,7 +206,7 @@ def ssm_scan_quantized_reference(
     return [y, *store.outputs()]
 
 
-@torch.library.impl(library, "ssm_scan_quantized", "CompositeExplicitAutograd")
+@implement("ssm_scan_quantized")
 def ssm_scan_quantized(
     x: Tensor,
     dt: Tensor,
@@ -299,7 +296,7 @@ def first_states(
     return ((state, read) if rule.single_step else (read, None)), store
 
 
-@torch.library.register_fake("qmamba::ssm_scan_quantized", lib=library)
+@fake("ssm_scan_quantized")
 def _(x, dt, A, B, C, D, dt_bias, initial_state, state_scale, dt_softplus, dt_min, dt_max, bits, *args) -> list[Tensor]:  # type: ignore[no-untyped-def]
     batch, _, nheads, headdim = x.shape
     dstate = B.shape[-1]

@@ -22,15 +22,17 @@ ALLOWED = {
     "artifact": {"errors", "quant"},
     "cpu_templates": {"errors", "quant", "recurrence"},
     "triton_templates": {"errors", "quant", "recurrence"},
-    "scan_ops": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates"},
-    "scan_gradient": {"errors", "quant", "recurrence", "cpu_templates", "triton_templates", "scan_ops"},
-    "ops": {"errors", "quant", "recurrence", "huge_pages", "cpu_templates", "triton_templates", "scan_gradient"},
+    "op_library": set(),
+    "scan_ops": {"errors", "quant", "recurrence", "op_library", "cpu_templates", "triton_templates"},
+    "layer_ops": {"quant", "op_library", "cpu_templates", "triton_templates"},
     "state": {"errors", "quant", "recurrence", "ops"},
     "fx_utils": set(),
     "static_states": {"state"},
     "report": {"errors"},
     "passes": {"errors", "config", "quant", "recurrence", "huge_pages", "artifact", "state", "fx_utils", "report"},
 }
+ALLOWED["scan_gradient"] = ALLOWED["scan_ops"] | {"scan_ops"}
+ALLOWED["ops"] = ALLOWED["scan_gradient"] | {"scan_gradient", "layer_ops", "huge_pages"}
 ALLOWED["command_line"] = {"errors"}
 ALLOWED["print_report"] = {"report"}
 ALLOWED["print_kernel"] = {"errors", "cpu_templates", "triton_templates"}

@@ -33,7 +33,7 @@ def w8a8_linear(
     act_scale: Tensor | None,
     residual: Tensor | None = None,
 ) -> Launch | None:
-    """`ops.w8a8_linear` on the CPU: [..., o]."""
+    """`layer_ops.w8a8_linear` on the CPU: [..., o]."""
     dtype = x.dtype
     if dtype not in DTYPES or (act_pre_scale is not None and act_pre_scale.dtype is not dtype):
         if residual is not None:
@@ -60,7 +60,7 @@ def norm_w8a8_linear(
     x_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Launch | None:
-    """`ops.norm_w8a8_linear` on the CPU: [..., o]."""
+    """`layer_ops.norm_w8a8_linear` on the CPU: [..., o]."""
     operands = (x, gate, norm_weight, epsilon, group_size, qdata, scale, bias, act_pre_scale, act_scale)
     return _linear(*operands, residual, x_dtype, dtype)
 
@@ -123,7 +123,7 @@ def _bits_of(number: float) -> int:
 
 @launched
 def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Launch | None:
-    """`ops.causal_conv` on the CPU: y [b, d, l], tokens outermost in memory."""
+    """`layer_ops.causal_conv` on the CPU: y [b, d, l], tokens outermost in memory."""
     function = layer_kernel("causal_conv")
     dtype = weight.dtype
     batch, channels, seqlen = xBC.shape
@@ -142,7 +142,7 @@ def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
 
 @launched
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Launch | None:
-    """`ops.conv_update` on the CPU: y [b, d, 1]."""
+    """`layer_ops.conv_update` on the CPU: y [b, d, 1]."""
     function = layer_kernel("conv_update")
     dtype = weight.dtype
     batch, channels, length = conv_state.shape

@@ -45,7 +45,7 @@ def quantize_rows(
     act_scale: Tensor | None,
     norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """int8 codes [m, k] and float32 scale [m] of x [m, k], as `ops.w8a8_linear_reference` quantizes it.
+    """int8 codes [m, k] and float32 scale [m] of x [m, k], as `layer_ops.w8a8_linear_reference` quantizes it.
 
     Args:
         norm: the RMSNorm in front.
@@ -93,7 +93,7 @@ def w8a8_linear(
     act_scale: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor | None:
-    """`ops.w8a8_linear` on a GPU: one kernel for a small x, which quantizes on the way."""
+    """`layer_ops.w8a8_linear` on a GPU: one kernel for a small x, which quantizes on the way."""
     if not _fits(residual, x, qdata):
         return launch.refuse("w8a8_linear", "the residual is not of y's shape and a float")
     y = _quantize_on_the_way(x, qdata, scale, bias, act_pre_scale, act_scale, residual)
@@ -117,7 +117,7 @@ def norm_w8a8_linear(
     x_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | None:
-    """`ops.norm_w8a8_linear` on a GPU."""
+    """`layer_ops.norm_w8a8_linear` on a GPU."""
     if x.numel() == 0:
         return None
     if not _fits(residual, x, qdata):
@@ -147,7 +147,7 @@ def _quantize_on_the_way(
     act_scale: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor | None:
-    """`ops.w8a8_linear` of an x small enough to be quantized by each program that reads it; ``None`` for others."""
+    """`layer_ops.w8a8_linear` of an x small enough that each program quantizes it anew; ``None`` for others."""
     architecture = launch.target(x.device.type, x.device.index)
     outputs, k = qdata.shape
     rows = x.numel() // k
@@ -258,7 +258,7 @@ def _combine(
 
 
 def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
-    """`ops.causal_conv` on a GPU: y [b, d, l], tokens outermost in memory."""
+    """`layer_ops.causal_conv` on a GPU: y [b, d, l], tokens outermost in memory."""
     architecture = launch.target(xBC.device.type, xBC.device.index)
     if architecture is None:
         return None
@@ -301,7 +301,7 @@ def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
 
 
 def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
-    """`ops.conv_update` on a GPU: y [b, d, 1], the state shifted in place."""
+    """`layer_ops.conv_update` on a GPU: y [b, d, 1], the state shifted in place."""
     architecture = launch.target(xBC.device.type, xBC.device.index)
     if architecture is None:
         return None

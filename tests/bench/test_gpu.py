@@ -225,12 +225,12 @@ def test_convolutions_pass_their_check(interpreted: Callable[..., Any]) -> None:
 
 
 def check_of_linear_and_scan() -> tuple[dict[str, Any], dict[str, Any]]:
-    linear = gpu_check.ops.w8a8_linear
-    gpu_check.ops.w8a8_linear = gpu_check.launch_layers.w8a8_linear
+    linear = gpu_check.layer_ops.w8a8_linear
+    gpu_check.layer_ops.w8a8_linear = gpu_check.launch_layers.w8a8_linear
     try:
         return gpu_check.check_linear(3, 32, 64, "cpu"), gpu_check.check_scan(TINY, "cpu", torch.float32, 20)
     finally:
-        gpu_check.ops.w8a8_linear = linear
+        gpu_check.layer_ops.w8a8_linear = linear
 
 
 def test_linear_and_scan_pass_their_checks(interpreted: Callable[..., Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmamba_compile import ops
+from qmamba_compile import layer_ops
 from qmamba_compile.cpu_templates import build
 from qmamba_compile.cpu_templates import launch_layers as launch
 from qmamba_compile.cpu_templates.render import render
@@ -52,7 +52,7 @@ def problem(**change: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 def check(silu: bool = True, **change: Any) -> None:
     x, weight, bias = problem(**change)
     before = x.clone()
-    y, expected = launch.causal_conv(x, weight, bias, silu), ops.causal_conv_reference(x, weight, bias, silu)
+    y, expected = launch.causal_conv(x, weight, bias, silu), layer_ops.causal_conv_reference(x, weight, bias, silu)
     assert y is not None and torch.equal(x, before)
     assert (y.dtype, y.shape, y.stride()) == (expected.dtype, expected.shape, expected.stride())
     # A few products in another order; a bfloat16 result is rounded twice, from sums that may differ in a last bit.
@@ -123,7 +123,7 @@ def test_silu_of_huge_values(isa: str) -> None:
     x = torch.tensor([-88.5, -89.0, -1e5, -1e35, -3e38, -torch.inf, torch.nan, 88.5, 1e5, 3e38, torch.inf])
     for dtype in (torch.float32, torch.bfloat16):
         arguments = x.to(dtype).view(1, -1, 1), torch.ones(len(x), 1, 1, dtype=dtype), None, True
-        y, expected = launch.causal_conv(*arguments), ops.causal_conv_reference(*arguments)
+        y, expected = launch.causal_conv(*arguments), layer_ops.causal_conv_reference(*arguments)
         torch.testing.assert_close(y, expected, rtol=0.0, atol=1e-30, equal_nan=True)
 
 
@@ -164,7 +164,7 @@ def test_what_the_kernel_does_not_read_is_left_to_the_reference(change: Any) -> 
     x, weight = change(x, weight)
     assert launch.causal_conv(x, weight, None, True) is None
     y = torch.ops.qmamba.causal_conv(x, weight, None, True)
-    assert torch.equal(y, ops.causal_conv_reference(x, weight, None, True))
+    assert torch.equal(y, layer_ops.causal_conv_reference(x, weight, None, True))
 
 
 @pytest.mark.parametrize("bias", [True, False])

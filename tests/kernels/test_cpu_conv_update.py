@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmamba_compile import ops
+from qmamba_compile import layer_ops
 from qmamba_compile.cpu_templates import build
 from qmamba_compile.cpu_templates import launch_layers as launch
 from qmamba_compile.cpu_templates.render import render
@@ -54,7 +54,7 @@ def check(silu: bool = True, **change: Any) -> None:
     expected_state = state.clone()
     for x in inputs:
         y = launch.conv_update(state, x, weight, bias, silu)
-        expected = ops.conv_update_reference(expected_state, x, weight, bias, silu)
+        expected = layer_ops.conv_update_reference(expected_state, x, weight, bias, silu)
         assert y is not None and y.dtype == expected.dtype and y.shape == expected.shape
         assert torch.equal(state, expected_state)
         # A few products in another order; a bfloat16 result is rounded twice, from sums that may differ in a last bit.
@@ -94,7 +94,7 @@ def test_inputs_that_lie_apart(isa: str) -> None:
         apart = torch.stack([x, x + 1], dim=2)[:, :, 0]
         assert apart.stride(1) == 2
         y = launch.conv_update(state, apart, weight, bias, True)
-        expected = ops.conv_update_reference(expected_state, x, weight, bias, True)
+        expected = layer_ops.conv_update_reference(expected_state, x, weight, bias, True)
         torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
         assert torch.equal(state, expected_state)
 
@@ -130,7 +130,7 @@ def test_what_the_kernel_does_not_read_is_left_to_the_reference(change: Any) -> 
     assert launch.conv_update(state, x, weight, None, True) is None
     assert torch.equal(state, expected_state)
     y = torch.ops.qmamba.conv_update(state, x, weight, None, True)
-    assert torch.equal(y, ops.conv_update_reference(expected_state, x, weight, None, True))
+    assert torch.equal(y, layer_ops.conv_update_reference(expected_state, x, weight, None, True))
     assert torch.equal(state, expected_state)
 
 

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qmamba_compile import ops
+from qmamba_compile import layer_ops
 from qmamba_compile.cpu_templates import build
 from qmamba_compile.cpu_templates import launch_layers as launch
 from qmamba_compile.cpu_templates.render import render
@@ -102,7 +102,7 @@ def problem(
 def wanted(
     x: Tensor, qdata: Tensor, scale: Tensor, bias: Any, smooth: Any, static: Any, residual: Tensor | None = None
 ) -> Tensor:
-    y = ops.w8a8_linear_reference(x, qdata, scale, bias, smooth, static)
+    y = layer_ops.w8a8_linear_reference(x, qdata, scale, bias, smooth, static)
     return y if residual is None else residual + y
 
 
@@ -209,7 +209,7 @@ def test_layouts_of_x(spec: LayerSpec, view: Any) -> None:
     arguments[0] = view(x)
     before = x.clone()
     y = launch.w8a8_linear(*arguments)
-    assert y is not None and torch.equal(y, ops.w8a8_linear_reference(*arguments))
+    assert y is not None and torch.equal(y, layer_ops.w8a8_linear_reference(*arguments))
     assert y.shape == (*arguments[0].shape[:-1], 37) and torch.equal(x, before)
 
 
@@ -252,7 +252,7 @@ def test_threads_do_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_kernel_does_not_read_is_left_to_the_reference() -> None:
     arguments = problem(o=38)
-    expected = ops.w8a8_linear_reference(*arguments)
+    expected = layer_ops.w8a8_linear_reference(*arguments)
     for position in (1, 2):
         strided = list(arguments)
         strided[position] = arguments[position].repeat_interleave(2, dim=0)[::2]
@@ -297,17 +297,17 @@ def test_the_layout_of_a_sum_is_that_of_the_linear(dtype: torch.dtype) -> None:
 def test_a_norm_is_part_of_the_kernel_where_a_residual_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = norm_problem(residual=torch.float16)
     expected = wanted_behind_norm(arguments)
-    monkeypatch.setattr(ops, "rms_norm_reference", None)
+    monkeypatch.setattr(layer_ops, "rms_norm_reference", None)
     y = torch.ops.qmamba.norm_w8a8_linear(*arguments)
     assert y.dtype == expected.dtype and (y - expected).abs().max() <= NORM_TOLERANCE * expected.abs().max()
 
 
 def test_the_operator_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "w8a8_linear_reference", None)
+    monkeypatch.setattr(layer_ops, "w8a8_linear_reference", None)
     arguments = problem()
     y = torch.ops.qmamba.w8a8_linear(*arguments)
     monkeypatch.undo()
-    assert torch.equal(y, ops.w8a8_linear_reference(*arguments))
+    assert torch.equal(y, layer_ops.w8a8_linear_reference(*arguments))
 
 
 def test_what_the_machine_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +482,7 @@ def wanted_behind_norm(arguments: list[Any]) -> Tensor:
     x, gate, weight, epsilon, group_size, *linear = arguments[:10]
     residual, x_dtype, dtype = (*arguments[10:], *(None, None, None)[len(arguments) - 10 :])
     x = x if x_dtype is None else x.to(x_dtype)
-    y = ops.w8a8_linear_reference(ops.rms_norm_reference(x, gate, weight, epsilon, group_size), *linear)
+    y = layer_ops.w8a8_linear_reference(layer_ops.rms_norm_reference(x, gate, weight, epsilon, group_size), *linear)
     y = y if dtype is None else y.to(dtype)
     return y if residual is None else residual + y
 
@@ -525,7 +525,7 @@ def test_norm_is_exact_where_its_arithmetic_is(spec: LayerSpec) -> None:
     x = torch.tensor([2.0, -2.0] * 32).repeat(3, 1) * torch.tensor([[1.0], [4.0], [0.5]])
     arguments = [x, None, torch.ones(64), 0.0, 32, *problem(k=64)[1:]]
     y = check_norm(arguments)
-    expected = ops.w8a8_linear_reference(x.sign(), *arguments[5:])
+    expected = layer_ops.w8a8_linear_reference(x.sign(), *arguments[5:])
     assert torch.equal(y, expected)
 
 
@@ -544,7 +544,7 @@ def test_silu_over_its_whole_range(spec: LayerSpec) -> None:
     ones = torch.ones_like(gate)[None]
     eye = torch.eye(len(gate)).to(torch.int8)
     y = launch.norm_w8a8_linear(ones, gate[None], ones[0], 1e-5, 1, eye, ones.T.clone(), None, None, None)
-    expected = ops.rms_norm_reference(ones, gate[None], ones[0], 1e-5, 1)
+    expected = layer_ops.rms_norm_reference(ones, gate[None], ones[0], 1e-5, 1)
     assert y is not None and (y - expected).abs().max() <= 1.01 / 254
 
 
@@ -566,7 +566,7 @@ def test_any_norm(which: LayerSpec, **options: Any) -> None:
 def test_norm_operator_falls_back() -> None:
     arguments = norm_problem(dtype=torch.float16, gate=True)
     assert launch.norm_w8a8_linear(*arguments) is None
-    expected = ops.w8a8_linear_reference(ops.rms_norm_reference(*arguments[:5]), *arguments[5:])
+    expected = layer_ops.w8a8_linear_reference(layer_ops.rms_norm_reference(*arguments[:5]), *arguments[5:])
     assert torch.equal(torch.ops.qmamba.norm_w8a8_linear(*arguments), expected)
 
 

@@ -13,7 +13,7 @@ import torch
 from test_triton_conv_update import poisoned
 from torch import Tensor
 
-from qmamba_compile import ops
+from qmamba_compile import layer_ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
 from qmamba_compile.triton_templates.layer_specs import CausalConvSpec
@@ -44,7 +44,7 @@ def compare(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool = True)
     arguments = [t for t in (xBC, weight, bias) if t is not None]
     before = [t.clone() for t in arguments]
     y = poisoned(launch_layers.causal_conv, xBC, weight, bias, silu)
-    expected = ops.causal_conv_reference(xBC, weight, bias, silu)
+    expected = layer_ops.causal_conv_reference(xBC, weight, bias, silu)
     batch, channels, seqlen = xBC.shape
     assert y.dtype == expected.dtype and y.stride() == torch.empty(batch, seqlen, channels).transpose(1, 2).stride()
     # A few products in another order; a 16-bit result is rounded twice, from sums that may differ in a last bit.
@@ -96,7 +96,7 @@ def check_rounding() -> None:
         )
         arguments = ((xBC / 16).to(dtype), (weight / 64).to(dtype), (bias / 16).to(dtype), True)
         y = poisoned(launch_layers.causal_conv, *arguments)
-        assert torch.equal(y, ops.causal_conv_reference(*arguments))
+        assert torch.equal(y, layer_ops.causal_conv_reference(*arguments))
 
 
 def test_rounds_where_torch_does(interpreted: Interpreted) -> None:

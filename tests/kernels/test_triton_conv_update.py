@@ -12,7 +12,7 @@ import torch
 from test_cpu_conv_update import BASE, problem
 from torch import Tensor
 
-from qmamba_compile import ops
+from qmamba_compile import layer_ops
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
 from qmamba_compile.triton_templates.layer_specs import ConvSpec
@@ -44,7 +44,7 @@ def check(silu: bool = True, dtypes: tuple[torch.dtype, ...] | None = None, **ch
     for x in inputs:
         before = x.clone()
         y = poisoned(launch_layers.conv_update, state, x, weight, bias, silu)
-        expected = ops.conv_update_reference(expected_state, x, weight, bias, silu)
+        expected = layer_ops.conv_update_reference(expected_state, x, weight, bias, silu)
         assert y.dtype == expected.dtype and y.shape == expected.shape and torch.equal(x, before)
         assert torch.equal(state, expected_state)
         # A few products in another order; a bfloat16 result is rounded twice, from sums that may differ in a last bit.
@@ -87,7 +87,7 @@ def check_non_finite() -> None:
     state[0, 1, 2], x[1, 3] = torch.nan, -torch.inf
     expected_state = state.clone()
     y = poisoned(launch_layers.conv_update, state, x, weight, bias, True)
-    expected = ops.conv_update_reference(expected_state, x, weight, bias, True)
+    expected = layer_ops.conv_update_reference(expected_state, x, weight, bias, True)
     torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6, equal_nan=True)
     torch.testing.assert_close(state, expected_state, rtol=0, atol=0, equal_nan=True)
 

@@ -13,7 +13,7 @@ import torch
 from test_cpu_w8a8_linear import NORM_CASTS, NORM_TOLERANCE, norm_problem, problem, wanted, wanted_behind_norm
 from test_triton_conv_update import poisoned
 
-from qmamba_compile import ops, quant
+from qmamba_compile import layer_ops, quant
 from qmamba_compile.errors import ConfigError
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
 from qmamba_compile.triton_templates.layer_specs import LinearSpec, RowsSpec
@@ -102,7 +102,7 @@ def check_norm(change: dict[str, Any]) -> None:
     norm = launch_layers.Norm(gate, weight, epsilon, group_size, x_dtype)
     codes, row_scale = poisoned_rows(x, smooth, static, norm)
     assert torch.equal(x, before)
-    rows = ops.rms_norm_reference(x if x_dtype is None else x.to(x_dtype), gate, weight, epsilon, group_size)
+    rows = layer_ops.rms_norm_reference(x if x_dtype is None else x.to(x_dtype), gate, weight, epsilon, group_size)
     rows = rows if smooth is None else rows * smooth
     scale = quant.quantize_rows(rows)[1] if static is None else static.expand(len(x), 1)
     torch.testing.assert_close(row_scale[:, None], scale, rtol=torch.finfo(rows.dtype).eps * 2, atol=0)
@@ -149,7 +149,7 @@ def check_exact_norm() -> None:
     x = torch.tensor([2.0, -2.0] * 32).repeat(3, 1) * torch.tensor([[1.0], [4.0], [0.5]])
     rest = problem(k=64)[1:]
     y = poisoned(launch_layers.norm_w8a8_linear, x, None, torch.ones(64), 0.0, 32, *rest)
-    assert torch.equal(y, ops.w8a8_linear_reference(x.sign(), *rest))
+    assert torch.equal(y, layer_ops.w8a8_linear_reference(x.sign(), *rest))
 
 
 def test_norm_is_exact_where_its_arithmetic_is(interpreted: Interpreted) -> None:
@@ -175,7 +175,7 @@ def check_silu() -> None:
     y = poisoned(
         launch_layers.norm_w8a8_linear, ones, gate[None], ones[0], 1e-5, 1, eye, ones.T.clone(), None, None, None
     )
-    expected = ops.rms_norm_reference(ones, gate[None], ones[0], 1e-5, 1)
+    expected = layer_ops.rms_norm_reference(ones, gate[None], ones[0], 1e-5, 1)
     assert (y - expected).abs().max() <= 1.01 / 254
 
 
@@ -249,10 +249,10 @@ def check_large_linear() -> None:
     """More rows than are quantized on the way."""
     arguments = problem(18, 64, o=16, bias=True, smooth=F32)
     y = poisoned(launch_layers.w8a8_linear, *arguments)
-    assert torch.equal(y, ops.w8a8_linear_reference(*arguments))
+    assert torch.equal(y, layer_ops.w8a8_linear_reference(*arguments))
     three = problem(20, 64, o=16)
     three[0] = three[0].view(4, 5, 64)
-    assert torch.equal(poisoned(launch_layers.w8a8_linear, *three), ops.w8a8_linear_reference(*three))
+    assert torch.equal(poisoned(launch_layers.w8a8_linear, *three), layer_ops.w8a8_linear_reference(*three))
 
 
 def test_a_linear_of_many_rows(interpreted: Interpreted) -> None:

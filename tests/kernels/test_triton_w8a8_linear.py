@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qmamba_compile import ops, quant
+from qmamba_compile import layer_ops, quant
 from qmamba_compile.triton_templates import compiled, launch_layers, tuning
 from qmamba_compile.triton_templates.layer_specs import LinearSpec
 from qmamba_compile.triton_templates.render import load, triton_dtype
@@ -50,7 +50,7 @@ def check(change: dict[str, Any]) -> None:
         y = launch_layers._quantize_on_the_way(*arguments)
     finally:
         tuning.w8a8_linear = choice
-    expected = ops.w8a8_linear(*arguments)
+    expected = layer_ops.w8a8_linear(*arguments)
     assert y is not None and y.dtype == expected.dtype and y.shape == expected.shape
     if expected.dtype == torch.float32:
         assert torch.equal(y.nan_to_num(3.0), expected.nan_to_num(3.0))
