@@ -32,6 +32,20 @@ def test_artifact_end_to_end(make_model, tokens, compiled, decode, tmp_path):
     assert report.recent[-1].rewritten("fuse_ssm_update")
 
 
+def test_prompts_of_other_sizes(make_model, tokens, compiled, tmp_path):
+    """Dynamo then marks sizes as dynamic, and symbols come first among a graph's inputs."""
+    model, plain, path = make_model(), make_model(), tmp_path / "a.safetensors"
+    act_scales = {f"backbone.layers.{i}.mixer.in_proj.act_scale": torch.tensor(0.03) for i in range(2)}
+    make_artifact(path, model, tensors=some_scales(model) | act_scales)
+    run = compiled(model, calibration=str(path), state_scales="calibrated", state_bits=8)
+    for batch, length in ((2, 9), (2, 17), (3, 17), (1, 30)):
+        prompt = tokens(batch, length)
+        with torch.no_grad():
+            output, expected = run(prompt, use_cache=True), plain(prompt).logits
+        assert (output.logits - expected).abs().max() < 0.1 * expected.abs().max()
+        assert all(isinstance(state, DSQState) and not state.dynamic for state in states(output.cache_params))
+
+
 def _other_size(artifact, model):
     shapes = {path: (*shape[:-1], shape[-1] + 1) if "in_proj" in path else shape for path, shape in artifact.items()}
     return shapes, some_scales(model)

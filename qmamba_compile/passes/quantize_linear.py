@@ -25,7 +25,6 @@ from ..fx_utils import (
     nbytes_of,
     op_name,
     parameter_path,
-    placeholders,
     replace_node,
     source_name,
     users,
@@ -89,7 +88,7 @@ class QuantizeLinear(GraphPass):
                 scale,
                 argument(node, 2, "bias"),
                 act_pre_scale,
-                self._act_scale(graph, layer),
+                self._act_scale(node, layer),
             )
             replace_node(node, y)
             report.rewrote(layer, "int8", **counted)
@@ -190,14 +189,15 @@ class QuantizeLinear(GraphPass):
         """Weights of which only the inner tensors are read have to stay the same objects: nothing more is asked."""
         narrow_guards({source_name(weight): None for weight in weights if isinstance(self._value(weight), Int8Tensor)})
 
-    def _act_scale(self, graph: fx.Graph, layer: str) -> fx.Node | None:
+    def _act_scale(self, linear: fx.Node, layer: str) -> fx.Node | None:
         """The layer's static activation scale, an input of its own: torchao's eager linear stays dynamic."""
         scale = None if self.context.artifact is None else self.context.artifact.act_scale(layer)
         if scale is None:
             return None
-        scale = scale.to(value_of(placeholders(graph)[0]).device)
+        scale = scale.to(value_of(linear).device)
         name = f"{layer.replace('.', '_')}_act_scale"
-        return add_input(graph, None, name, InputSource(None, constant=scale), fake_like(graph, scale))
+        source = InputSource(None, constant=scale)
+        return add_input(linear.graph, None, name, source, fake_like(linear.graph, scale))
 
 
 def _getter(name: str, find: FindBeside | None) -> Callable[[Any], Tensor]:

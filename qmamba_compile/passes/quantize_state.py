@@ -94,7 +94,7 @@ class QuantizeState(GraphPass):
                     "read it from the cache instead, or compile the model itself"
                 )
             if op_name(user) == "copy_" and user.args[0] is node:
-                self._store(user, node, inner, state)
+                self._store(user, inner, state)
                 stores += 1
             elif mutates(user) and user.args[0] is node:
                 raise StateError(
@@ -111,7 +111,7 @@ class QuantizeState(GraphPass):
             bytes_after=sum(nbytes_of(inner[name]) for name in state.own),
         )
 
-    def _store(self, copy: fx.Node, node: fx.Node, inner: dict[str, fx.Node], state: DSQState) -> None:
+    def _store(self, copy: fx.Node, inner: dict[str, fx.Node], state: DSQState) -> None:
         for reader in list(copy.users):
             # ``copy_`` returns its target, so a reader of its result reads the new state.
             reader.replace_input_with(copy, _read(reader, inner, state.bits))
@@ -157,7 +157,7 @@ class QuantizeState(GraphPass):
             report.skipped(layer, SkipReason.EXCLUDED, "named by skip_layers", bytes_before=nbytes_of(final))
             return
         require_packable(shape_of(final)[-1], bits, layer)
-        scale, scale_node = self._calibrated_scale(graph, layer, shape_of(final))
+        scale, scale_node = self._calibrated_scale(layer, final)
         fused = insert_call(
             copy,
             torch.ops.qmamba.quantize_state.default,
@@ -194,18 +194,16 @@ class QuantizeState(GraphPass):
         start = len(self.context.state_outputs) % interval
         return RingLayout(interval, RING_DTYPES[self.config.ring_bits], shape_of(scan.args[3])[2], start)
 
-    def _calibrated_scale(
-        self, graph: fx.Graph, layer: str, shape: tuple[Any, ...]
-    ) -> tuple[Tensor | None, fx.Node | None]:
+    def _calibrated_scale(self, layer: str, final: fx.Node) -> tuple[Tensor | None, fx.Node | None]:
         if self.config.state_scales == "dynamic":
             return None, None
         assert self.context.artifact is not None
-        scale = self.context.artifact.require_state_scale(layer, (shape[1], shape[3]))
-        device = value_of(placeholders(graph)[0]).device
-        scale = quant.store_scale(scale).to(device)
+        _, nheads, _, dstate = shape_of(final)
+        scale = self.context.artifact.require_state_scale(layer, (nheads, dstate))
+        scale = quant.store_scale(scale).to(value_of(final).device)
         name = f"{layer.replace('.', '_')}_state_scale"
-        node = add_input(graph, None, name, InputSource(None, constant=scale), fake_like(graph, scale))
-        return scale, node
+        source = InputSource(None, constant=scale)
+        return scale, add_input(final.graph, None, name, source, fake_like(final.graph, scale))
 
 
 def _float_nbytes(state: DSQState) -> int:
