@@ -142,27 +142,39 @@ def _replay(launch: Launch, arguments: Sequence[Any], given: Sequence[Any]) -> R
 # --- Inductor ------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def inductor_options() -> dict[str, Any]:
     """Let the code that Inductor generates from now on call CPU kernels by a `CallSite`.
 
     Returns:
         options of Inductor for a graph that calls our operators: its code does not compare sizes and strides, as
         Dynamo's guards have when it runs (13.3 ms instead of 13.8 for a step of the 130M shape), and what it cached of
-        such code does not outlive this version of this file.
+        such code does not outlive this version of the package.
     """
-    options: dict[str, Any] = {"size_asserts": False}
+    _generate_call_sites()
+    marked = torch._inductor.config.unsafe_marked_cacheable_functions
+    version = _version(pathlib.Path(__file__).parents[1])
+    return {"size_asserts": False, "unsafe_marked_cacheable_functions": {**marked, "qmamba_compile": version}}
+
+
+@functools.cache
+def _generate_call_sites() -> None:
     try:
         from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
     except ImportError:  # torch 2.11
-        return options
+        return
     for name in LAUNCHERS:
         CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.qmamba.{name}.default"] = CustomCodegen(
             functools.partial(_generate_call, name)
         )
-    version = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
-    marked = torch._inductor.config.unsafe_marked_cacheable_functions
-    return {**options, "unsafe_marked_cacheable_functions": {**marked, f"{__name__}.CallSite": version}}
+
+
+@functools.cache
+def _version(folder: pathlib.Path) -> str:
+    """A digest of a package's modules: cached code holds the shapes and strides that its operators promised."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _generate_call(name: str, node: Any, writeline: Callable[[Any], None]) -> None:

@@ -197,6 +197,37 @@ def test_inductor_calls_what_has_fixed_sizes(dynamic):
     assert (f"CallSite('w8a8_linear', {{0: ((2, 1, 64), ({2 * k}, {2 * k}, 1), {k})}})" in code) is not dynamic
 
 
+def test_cached_code_does_not_outlive_a_version_of_the_package(make_model, tokens, compiled, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters = torch._dynamo.utils.counters["inductor"]
+    model, found = make_model(num_hidden_layers=1), []
+    for version in ("1", "1", "2"):
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setattr(call_site, "_version", lambda folder, version=version: version)
+        with torch.no_grad():
+            compiled(model, inner_backend="inductor")(tokens(2, 9))
+        found.append((counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"]))
+    assert found == [(0, 1), (1, 0), (0, 1)]
+
+
+def test_every_module_is_a_part_of_the_version(tmp_path):
+    path = tmp_path / "templates" / "shapes.py"
+    path.parent.mkdir()
+    versions = set()
+    for text in ("contiguous", "transposed"):
+        path.write_text(text)
+        call_site._version.cache_clear()
+        versions.add(call_site._version(tmp_path))
+    assert len(versions) == 2
+
+
+def test_functions_that_a_user_marked_later_stay_marked():
+    call_site.inductor_options()
+    with torch._inductor.config.patch(unsafe_marked_cacheable_functions={"theirs": "1"}):
+        assert call_site.inductor_options()["unsafe_marked_cacheable_functions"]["theirs"] == "1"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_a_model_prepares_no_launch_anew(make_model, tokens, compiled, monkeypatch, dtype):
     pytest.importorskip("torch._inductor.codegen.custom_extern_kernel_codegen")  # torch 2.11: operators are called
