@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -75,17 +76,16 @@ def qmamba(
         logger.warning("qmamba: no Mamba2 layer in this graph, so it is left to plain Inductor")
         return inner(gm, example_inputs)
     artifact = _load_artifact(config)
-    early = startup.ask_inductor_early() if config.inner_backend == "inductor" and on_cpu else None
     rewritten = copy_graph(gm)
     recorded = report.phase == "prefill" and not on_cpu and _records_cuda_graphs(config, mode)
     static_states = StaticStates(written_outputs(rewritten.graph)) if recorded else None
     context = PassContext(config, artifact, list(example_inputs), _scope())
-    run_pipeline(rewritten, context, report)
-    mark_written_static(rewritten.graph)
-    sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
-    inputs = _examples(sources, context)
-    if early is not None:
-        early.join()
+    asks = config.inner_backend == "inductor" and on_cpu
+    with startup.inductor_asked_meanwhile() if asks else contextlib.nullcontext():
+        run_pipeline(rewritten, context, report)
+        mark_written_static(rewritten.graph)
+        sources = [node.meta["qmamba_input"] for node in placeholders(rewritten.graph)]
+        inputs = _examples(sources, context)
     return _Runner(inner(rewritten, inputs), sources, context, static_states)
 
 

@@ -38,10 +38,11 @@ class SkipReason(enum.Enum):
 
     EXCLUDED = "excluded by skip_layers"
     NOT_A_PARAMETER = "the weight is not a parameter of the model"
-    DTYPE = "the dtype is not a floating point type"
+    DTYPE = "no kernel takes values of that dtype"
     SHAPE = "the weight is too small for an int8 product"
     ROUTER = "the layer routes tokens to experts"
     FLOAT_STATE = "the cache holds a float state"
     UNKNOWN_STRUCTURE = "the surrounding operations are not those of a Mamba2 layer"
-    SECOND_READER = "a value inside the region is read elsewhere"
+    SECOND_READER = "a value inside the region is read or written elsewhere"
+    OTHER_WEIGHT = "the calibration artifact changes a weight that layers share"
     NOT_PER_HEAD = "dt, A, D or dt_bias differs inside a head"

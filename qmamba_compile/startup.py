@@ -101,7 +101,8 @@ def _no_text_for_logs_that_are_off() -> Iterator[None]:
         yield
 
 
-def ask_inductor_early() -> threading.Thread:
+@contextlib.contextmanager
+def inductor_asked_meanwhile() -> Iterator[None]:
     """Ask in a thread what Inductor asks in every process before it compiles for the CPU, or finds it compiled.
 
     Everything here keeps its answer, and fails again, loudly, where Inductor asks.
@@ -117,7 +118,10 @@ def ask_inductor_early() -> threading.Thread:
     # Inductor's options live in context variables, which a new thread does not inherit.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(ask,), name="qmamba-startup", daemon=True)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _vector_instructions() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 
 import pytest
 import torch
@@ -212,3 +213,10 @@ def test_inductors_cache_key_is_the_same_without_tritons(monkeypatch):
         assert triton_key() == "key", "whoever asks for Triton's key still gets it"
     finally:
         forget()
+
+
+def test_inductor_has_been_asked_when_a_pass_fails():
+    """Its answers are patched in while a thread asks, which must not outlast the compilation."""
+    with pytest.raises(RuntimeError, match="on purpose"), startup.inductor_asked_meanwhile():
+        raise RuntimeError("on purpose")
+    assert not [thread for thread in threading.enumerate() if thread.name == "qmamba-startup"]

@@ -81,7 +81,7 @@ def _slots_of(weight: fx.Node, layer: str, context: PassContext) -> list[tuple[n
         raise NoMatchError(SkipReason.NOT_A_PARAMETER, f"no module has {source_name(weight)} as a parameter")
     tied = users(weight, "embedding") or any(isinstance(module, nn.Embedding) for module, _ in slots)
     if tied and changes_weight(context.artifact, layer):
-        raise NoMatchError(SkipReason.SECOND_READER, f"the calibration artifact has another weight for {layer}")
+        raise NoMatchError(SkipReason.OTHER_WEIGHT, f"the calibration artifact has another weight for {layer}")
     return slots
 
 

@@ -323,8 +323,8 @@ class HeldOtherwise(Tied):
         (lambda: Tied(max_norm=1.0), {}, SkipReason.SECOND_READER),
         (ReadsOtherwise, {}, SkipReason.SECOND_READER),
         (HeldOtherwise, {}, SkipReason.SECOND_READER),
-        (Tied, {"smooth": torch.rand(16) + 0.5}, SkipReason.SECOND_READER),
-        (Tied, {"weight_bcdt": torch.randn(5, 16)}, SkipReason.SECOND_READER),
+        (Tied, {"smooth": torch.rand(16) + 0.5}, SkipReason.OTHER_WEIGHT),
+        (Tied, {"weight_bcdt": torch.randn(5, 16)}, SkipReason.OTHER_WEIGHT),
     ],
     ids=["excluded", "max_norm", "read otherwise", "held otherwise", "smoothed", "tuned"],
 )
