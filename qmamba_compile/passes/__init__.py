@@ -123,7 +123,7 @@ def _refuse_unapplied(artifact: Artifact, config: QMambaConfig) -> None:
                 f"{artifact.source}: {key}: tuned biases of linears are not applied by this version; allowed: "
                 "weight_bcdt of linears, weight_bcdt and bias_bcdt of convolutions; calibrate without them"
             )
-        if kind == "weight_bcdt" and (config.weights is None or not config.quantize_linear or config.excludes(layer)):
+        if config.weights is None or not config.quantize_linear or config.excludes(layer):
             raise ArtifactError(
                 f"{artifact.source}: {key}: tuned rows are applied when their linear becomes int8, and these options "
                 "leave it in floating point; allowed: weights='int8'; or calibrate with --no-esr"

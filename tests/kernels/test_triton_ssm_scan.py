@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+from packaging.version import Version
 from test_cpu_ssm_scan import GRADIENT_TOLERANCE, NAMES, assert_same, decode, gradients, problem
 
 from qmamba_compile import recurrence, scan_gradient, scan_ops
@@ -137,7 +139,10 @@ def check_float_state(change: dict[str, Any]) -> None:
     arguments = problem(**SMALL | {"bits": None, "batch": 2} | change)
     found = by_triton(torch.ops.qmamba.ssm_scan_quantized, **arguments)
     y, state = scan_ops.ssm_scan_quantized_reference(**arguments)
-    assert torch.equal(found[1], state)
+    # GPUs round a product and a sum once, and so does Triton's interpreter since 3.9.
+    if Version(triton.__version__) >= Version("3.9"):
+        assert torch.equal(found[1], state)
+    assert (found[1] - state).abs().max() <= 2e-7 * state.abs().max()
     assert (found[0] - y).abs().max() <= 1e-5 * y.abs().max()
 
 
