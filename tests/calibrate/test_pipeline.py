@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hybrid_models import FAMILIES, build
 from typer.testing import CliRunner
 
 from calibrate import cli, distributed, models, pipeline, work
@@ -24,6 +25,7 @@ from calibrate.errors import CalibrationError, DataError
 from calibrate.esr import EsrOptions
 from calibrate.pipeline import Calibration, Options
 from calibrate.recurrence import Recurrence, mixers
+from qmamba_compile import report
 from qmamba_compile.artifact import read_artifact
 from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ArtifactError, ConfigError
@@ -67,6 +69,21 @@ def test_the_artifact_is_what_the_backend_reads(calibrate, lively, compiled, tok
         original = lively()(tokens(2, 20), use_cache=False).logits
         expected = ours(tokens(2, 20), use_cache=False).logits
     assert (theirs - expected).abs().mean() < 0.02 * (original - expected).abs().mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hybrids(name, calibrate, compiled, tokens, tmp_path):
+    family = FAMILIES[name]
+    artifact = calibrate(model=build(family))
+    layers = [layer.removesuffix(".state_scale") for layer in artifact.tensors if layer.endswith(".state_scale")]
+    assert layers == list(mixers(build(family))) and len(layers) == family.scans
+    assert all(f"esr/{layer}/nats_before" in artifact.header.metrics_before for layer in layers)
+    model = compiled(build(family), state_scales="calibrated", calibration=str(tmp_path / "a.safetensors"))
+    prompt = tokens(2, 20)
+    with torch.no_grad():
+        expected, logits = build(family)(prompt).logits, model(prompt, use_cache=True).logits
+    assert (logits - expected).pow(2).mean() < 0.15**2 * expected.pow(2).mean()
+    assert len(report.recent[-1].rewritten("quantize_state")) == family.scans
 
 
 def test_tuned_convolutions_run_in_the_backend(calibrate, lively, compiled, tokens, tmp_path):
