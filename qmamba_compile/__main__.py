@@ -66,6 +66,9 @@ Bits = Annotated[str, typer.Option(envvar="QMAMBA_STATE_BITS", help="Bits of the
 Weights = Annotated[str, typer.Option(envvar="QMAMBA_WEIGHTS", help="Linears: int8 or none.")]
 Scales = Annotated[str, typer.Option(envvar="QMAMBA_STATE_SCALES", help="Scales of the state: dynamic or calibrated.")]
 Rounding = Annotated[str, typer.Option(envvar="QMAMBA_ROUNDING", help="nearest or stochastic.")]
+FlushInterval = Annotated[
+    int, typer.Option(envvar="QMAMBA_FLUSH_INTERVAL", help="Steps from one store of the state's codes to the next.")
+]
 Calibration = Annotated[str | None, typer.Option(envvar="QMAMBA_CALIBRATION", help="Calibration artifact.")]
 
 
@@ -76,6 +79,7 @@ def explain(
     weights: Weights = "int8",
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
+    flush_interval: FlushInterval = QMambaConfig.flush_interval,
     calibration: Calibration = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     strict: Annotated[
@@ -85,7 +89,7 @@ def explain(
     """What the passes found, rewrote and left alone in a model, why, and the bytes before and after."""
     from .passes.int8_weight import held_nbytes
 
-    options = _options(state_bits, weights, state_scales, rounding, calibration)
+    options = _options(state_bits, weights, state_scales, rounding, flush_interval, calibration)
     network = _load(model)
     weight_bytes = [held_nbytes(network)]
     report_module.recent.clear()
@@ -124,10 +128,11 @@ def generate(
     weights: Weights = "int8",
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
+    flush_interval: FlushInterval = QMambaConfig.flush_interval,
     calibration: Calibration = None,
 ) -> None:
     """Continue a prompt with the compiled model, printing text as it comes."""
-    options = {**_options(state_bits, weights, state_scales, rounding, calibration), "seed": seed}
+    options = {**_options(state_bits, weights, state_scales, rounding, flush_interval, calibration), "seed": seed}
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of bytes that are no text
         raise ConfigError("--prompt is not valid text in this terminal's encoding; give it in UTF-8")
     network = _load(model)
@@ -155,10 +160,7 @@ def render(
     bits: Annotated[int, typer.Option(envvar="QMAMBA_STATE_BITS", help="8, 4 or 2.")] = 4,
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
-    flush_interval: Annotated[
-        int,
-        typer.Option(envvar="QMAMBA_FLUSH_INTERVAL", help="ssm_update: steps from one store of the codes to the next."),
-    ] = QMambaConfig.flush_interval,
+    flush_interval: FlushInterval = QMambaConfig.flush_interval,
     ring_bits: Annotated[
         int, typer.Option(envvar="QMAMBA_RING_BITS", help="ssm_update: of the inputs since the last store, 16 or 8.")
     ] = QMambaConfig.ring_bits,
@@ -216,7 +218,7 @@ def env() -> None:
 
 
 def _options(
-    state_bits: str, weights: str, state_scales: str, rounding: str, calibration: str | None
+    state_bits: str, weights: str, state_scales: str, rounding: str, flush_interval: int, calibration: str | None
 ) -> dict[str, Any]:
     def number(text: str) -> Any:
         return None if text.lower() == "none" else int(text) if text.isdecimal() else text
@@ -226,6 +228,7 @@ def _options(
         "weights": None if weights.lower() == "none" else weights,
         "state_scales": state_scales,
         "rounding": rounding,
+        "flush_interval": flush_interval,
         "calibration": None if calibration is not None and calibration.lower() == "none" else calibration,
     }
     QMambaConfig.from_options(options)

@@ -69,6 +69,10 @@ def test_explain_gives_bytes_before_and_after(toy):
         ({}, (), 27656),
         ({"STATE_BITS": "8"}, (), 44040),
         ({"STATE_BITS": "8"}, ("--state-bits", "4"), 27656),
+        # Without a ring.
+        ({}, ("--flush-interval", "1"), 2 * (4 * 64 * 64 // 2 + 2 * 4 * (64 + 64) + 16)),
+        ({"FLUSH_INTERVAL": "1"}, (), 2 * (4 * 64 * 64 // 2 + 2 * 4 * (64 + 64) + 16)),
+        ({"FLUSH_INTERVAL": "1"}, ("--flush-interval", "8"), 27656),
         ({"STATE_BITS": "None"}, (), 131072),
         ({"QUANTIZE_STATE": "0"}, (), 131072),
         ({"SKIP_LAYERS": "backbone.layers.0"}, (), 27656 // 2 + 131072 // 2),
@@ -143,6 +147,8 @@ def test_strict_refuses_a_model_without_a_mamba2_layer(tmp_path):
         (("explain", "--model", "toy", "--weights", "int4"), ("weights='int4'", "int8")),
         (("explain", "--model", "toy", "--state-scales", "calibrated"), ("calibration", "qmamba calibrate")),
         (("explain", "--model", "toy", "--state-bits", "²"), ("state_bits='²'", "8, 4, 2")),
+        (("explain", "--model", "toy", "--flush-interval", "3"), ("flush_interval=3", "1, 2, 4, 8, 16")),
+        (("generate", "--model", "toy", "--prompt", "x", "--flush-interval", "3"), ("flush_interval=3",)),
         (("generate", "--model", "toy", "--prompt", ""), ("--prompt",)),
         (("generate", "--model", "toy", "--prompt", "caf\udce9"), ("--prompt", "UTF-8")),
         (("render", "ssm_updat"), ("ssm_updat", "ssm_update")),
@@ -175,6 +181,14 @@ def test_an_interrupted_generation_says_so(monkeypatch):
     monkeypatch.setattr(transformers.Mamba2ForCausalLM, "generate", interrupted)
     result = invoke("generate", "--model", "toy", "--prompt", "hello")
     assert result.exit_code == 130 and result.stdout == "hello!\n"
+
+
+def test_generate_compiles_with_its_options(monkeypatch):
+    given = {}
+    monkeypatch.setattr(transformers.Mamba2ForCausalLM, "compile", lambda self, **settings: given.update(settings))
+    monkeypatch.setattr(transformers.Mamba2ForCausalLM, "generate", lambda self, ids, **settings: None)
+    invoke("generate", "--model", "toy", "--prompt", "x", "--flush-interval", "1", "--rounding", "stochastic")
+    assert given["options"]["flush_interval"] == 1 and given["options"]["rounding"] == "stochastic"
 
 
 def test_explain_refuses_a_model_without_a_cache(tmp_path):
