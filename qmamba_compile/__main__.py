@@ -254,10 +254,10 @@ def _load(name: str) -> Any:
 
 
 def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
-    """(text -> ids, incremental ids -> text): the model's tokenizer, or bytes for a vocabulary of 256."""
+    """(text -> ids, incremental (ids, final) -> text): the model's tokenizer, or bytes for a vocabulary of 256."""
     if network.config.vocab_size == 256:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda text: list(text.encode()), lambda ids: decoder.decode(bytes(ids))
+        return lambda text: list(text.encode()), lambda ids, final=False: decoder.decode(bytes(ids), final)
     import transformers
 
     try:
@@ -266,7 +266,29 @@ def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
         raise ConfigError(
             f"--model {name}: no tokenizer, and the vocabulary is not bytes ({type(problem).__name__}: {problem})"
         ) from problem
-    return tokenizer.encode, lambda ids: tokenizer.decode(ids)
+    return tokenizer.encode, _TokenDecoder(tokenizer)
+
+
+class _TokenDecoder:
+    """Text of tokens as they come, for any tokenizer.
+
+    A token is decoded behind those before it, since a leading space may be taken from the first; and not before the
+    character is whole that it is a part of. transformers' TextStreamer keeps back more: whole words, and whatever code
+    has between two spaces.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._decode = tokenizer.decode
+        self._said: list[int] = []
+        self._waiting: list[int] = []
+
+    def __call__(self, ids: list[int], final: bool = False) -> str:
+        self._waiting += ids
+        text = self._decode(self._said + self._waiting)[len(self._decode(self._said)) :]
+        if not final and (text == "" or text.endswith("\N{REPLACEMENT CHARACTER}")):
+            return ""
+        self._said, self._waiting = self._waiting, []
+        return text
 
 
 class _Printer:
@@ -278,14 +300,15 @@ class _Printer:
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        text = self._decode(value.flatten().tolist(), self._is_prompt)
         if not self._is_prompt:
-            sys.stdout.write(self._prompt + self._decode(value.flatten().tolist()))
+            sys.stdout.write(self._prompt + text)
             sys.stdout.flush()
             self._prompt = ""
         self._is_prompt = False
 
     def end(self) -> None:
-        sys.stdout.write("\n")
+        sys.stdout.write(self._decode([], True) + "\n")
 
 
 def _cache_of(output: Any) -> dict[str, Any]:
