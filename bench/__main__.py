@@ -39,7 +39,8 @@ def dispatch(
 def main() -> None:
     # What follows the question belongs to its script, --help included.
     settings = {"allow_interspersed_args": False, "allow_extra_args": True, "ignore_unknown_options": True}
-    listing = "\n".join(f"  {name:<10}{text}" for name, (_, text) in QUESTIONS.items())
+    width = max(map(len, QUESTIONS)) + 2
+    listing = "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in QUESTIONS.items())
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(context_settings=settings, help=f"Benchmarks.\n\n\b\n{listing}", no_args_is_help=True)(dispatch)
     app(prog_name="python -m bench")

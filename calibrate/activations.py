@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .work import writing
-
-_counter = itertools.count()
 
 
 class Activations:
@@ -27,14 +25,12 @@ class Activations:
         if not self.in_file:
             self._rows = torch.empty(shape)
             return
-        path = folder / f"activations.{next(_counter)}"
         numel = shape[0] * shape[1] * shape[2]
-        # Room on the disk now: a page that finds none later kills the process without a word.
-        with writing(path), open(path, "wb") as file:
+        # A name of its own: under torchrun all processes have this folder. The mapping keeps the file alive without it.
+        with writing(folder / "activations"), tempfile.NamedTemporaryFile(dir=folder, prefix="activations.") as file:
+            # Room on the disk now: a page that finds none later kills the process without a word.
             os.posix_fallocate(file.fileno(), 0, 4 * numel)
-        self._rows = torch.from_file(str(path), shared=True, size=numel, dtype=torch.float32).view(shape)
-        # The mapping keeps the file alive; nothing else needs its name.
-        path.unlink()
+            self._rows = torch.from_file(file.name, shared=True, size=numel, dtype=torch.float32).view(shape)
 
     def __len__(self) -> int:
         return len(self._rows)

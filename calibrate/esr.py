@@ -151,7 +151,7 @@ class Reconstruction:
             advance: called with what is being tuned and the number of optimizer steps that are done.
         """
         if self.options.loss == "model":
-            self._take_over("esr_all", TOGETHER, lambda: self._tune_together(advance))
+            self._take_over("esr_all", lambda: self._tune_together(advance))
             return
         float_hidden = self._embedded(self.float_blocks, self.sample_ids)
         hidden = self._embedded(self.blocks, self.sample_ids)
@@ -166,14 +166,14 @@ class Reconstruction:
                     nats = self._validate(validation, index) if before is None else before
                     return self._tune(index, layer, hidden, float_hidden, validation, nats, advance)
 
-                nats, resumed = self._take_over(f"esr_{index:03}", layer, tune)
+                nats, resumed = self._take_over(f"esr_{index:03}", tune)
                 if resumed:
                     advance(layer, self.steps_per_layer)
             self._advance(self.float_blocks, float_scan, self.sample_ids, float_hidden, index)
             self._advance(self.blocks, self.recurrence, self.sample_ids, hidden, index)
             self._advance(self.blocks, self.recurrence, self.validation_ids, validation, index)
 
-    def _take_over(self, stage: str, layer: str, tune: Callable[[], Outcome]) -> tuple[Tensor, bool]:
+    def _take_over(self, stage: str, tune: Callable[[], Outcome]) -> tuple[Tensor, bool]:
         """The outcome of ``tune``, or of an interrupted run: noted, kept on disk, and in the model.
 
         Returns the code lengths of the validation windows, and whether an interrupted run had it.

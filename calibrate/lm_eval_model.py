@@ -9,6 +9,7 @@ does.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -174,7 +175,7 @@ class QMambaLM(TemplateLM):
                 members = sorted(members, key=lambda index: -len(requests[index].args[0]))
                 settings = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
                 # The end of text is a token, by which `generate` stops of itself.
-                until = handle_stop_sequences(settings.pop("until", None), eos=None)
+                until = [stop for stop in handle_stop_sequences(settings.pop("until", None), eos=None) if stop]
                 length = settings.pop("max_gen_toks")
                 for start in range(0, len(members), self.batch_size):
                     batch = members[start : start + self.batch_size]
@@ -203,7 +204,11 @@ class QMambaLM(TemplateLM):
             stopping_criteria=StoppingCriteriaList([_Stops(until, width, self.tok_decode)]),
             **{"do_sample": False, **settings},
         )
-        return [_cut(self.tok_decode(row[width:].tolist()), until) for row in output]
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        # What follows the end of text is padding, until the longest row of the batch ends.
+        said = (itertools.takewhile(lambda token: token not in ends, row[width:].tolist()) for row in output)
+        return [_cut(self.tok_decode(list(tokens)), until) for tokens in said]
 
 
 class _Stops(StoppingCriteria):
@@ -221,5 +226,5 @@ class _Stops(StoppingCriteria):
 def _cut(text: str, until: list[str]) -> str:
     """What stands before the first stop string."""
     for stop in until:
-        text = text.split(stop)[0] if stop else text
+        text = text.split(stop)[0]
     return text

@@ -132,7 +132,7 @@ class Calibration:
         statistics = self._statistics()
         scales = self._state_scales(statistics)
         tensors |= {f"{layer}.state_scale": scale.cpu() for layer, scale in scales.items()}
-        smooth = self._smooth(statistics, scales)
+        smooth = self._smooth(statistics)
         tensors |= {f"{path}.smooth": factors.cpu() for path, factors in smooth.items()}
         if self.options.static_activations and self.options.weights:
             for path, scale in activation_scales(statistics, smooth or None).items():
@@ -249,7 +249,7 @@ class Calibration:
         self.work.save("state_scales", tried[best], {"choices": [dataclasses.asdict(choice) for choice in choices]})
         return tried[best]
 
-    def _smooth(self, statistics: Statistics, scales: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _smooth(self, statistics: Statistics) -> dict[str, Tensor]:
         """SmoothQuant's factors where they win on the validation samples, else none."""
         if not self.options.smooth or self.options.weights is None:
             return {}

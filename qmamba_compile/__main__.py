@@ -66,6 +66,9 @@ Bits = Annotated[str, typer.Option(envvar="QMAMBA_STATE_BITS", help="Bits of the
 Weights = Annotated[str, typer.Option(envvar="QMAMBA_WEIGHTS", help="Linears: int8 or none.")]
 Scales = Annotated[str, typer.Option(envvar="QMAMBA_STATE_SCALES", help="Scales of the state: dynamic or calibrated.")]
 Rounding = Annotated[str, typer.Option(envvar="QMAMBA_ROUNDING", help="nearest or stochastic.")]
+FlushInterval = Annotated[
+    int, typer.Option(envvar="QMAMBA_FLUSH_INTERVAL", help="Steps from one store of the state's codes to the next.")
+]
 Calibration = Annotated[str | None, typer.Option(envvar="QMAMBA_CALIBRATION", help="Calibration artifact.")]
 
 
@@ -76,6 +79,7 @@ def explain(
     weights: Weights = "int8",
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
+    flush_interval: FlushInterval = QMambaConfig.flush_interval,
     calibration: Calibration = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     strict: Annotated[
@@ -85,7 +89,7 @@ def explain(
     """What the passes found, rewrote and left alone in a model, why, and the bytes before and after."""
     from .passes.int8_weight import held_nbytes
 
-    options = _options(state_bits, weights, state_scales, rounding, calibration)
+    options = _options(state_bits, weights, state_scales, rounding, flush_interval, calibration)
     network = _load(model)
     weight_bytes = [held_nbytes(network)]
     report_module.recent.clear()
@@ -124,10 +128,11 @@ def generate(
     weights: Weights = "int8",
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
+    flush_interval: FlushInterval = QMambaConfig.flush_interval,
     calibration: Calibration = None,
 ) -> None:
     """Continue a prompt with the compiled model, printing text as it comes."""
-    options = {**_options(state_bits, weights, state_scales, rounding, calibration), "seed": seed}
+    options = {**_options(state_bits, weights, state_scales, rounding, flush_interval, calibration), "seed": seed}
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of bytes that are no text
         raise ConfigError("--prompt is not valid text in this terminal's encoding; give it in UTF-8")
     network = _load(model)
@@ -155,10 +160,7 @@ def render(
     bits: Annotated[int, typer.Option(envvar="QMAMBA_STATE_BITS", help="8, 4 or 2.")] = 4,
     state_scales: Scales = "dynamic",
     rounding: Rounding = "nearest",
-    flush_interval: Annotated[
-        int,
-        typer.Option(envvar="QMAMBA_FLUSH_INTERVAL", help="ssm_update: steps from one store of the codes to the next."),
-    ] = QMambaConfig.flush_interval,
+    flush_interval: FlushInterval = QMambaConfig.flush_interval,
     ring_bits: Annotated[
         int, typer.Option(envvar="QMAMBA_RING_BITS", help="ssm_update: of the inputs since the last store, 16 or 8.")
     ] = QMambaConfig.ring_bits,
@@ -216,7 +218,7 @@ def env() -> None:
 
 
 def _options(
-    state_bits: str, weights: str, state_scales: str, rounding: str, calibration: str | None
+    state_bits: str, weights: str, state_scales: str, rounding: str, flush_interval: int, calibration: str | None
 ) -> dict[str, Any]:
     def number(text: str) -> Any:
         return None if text.lower() == "none" else int(text) if text.isdecimal() else text
@@ -226,6 +228,7 @@ def _options(
         "weights": None if weights.lower() == "none" else weights,
         "state_scales": state_scales,
         "rounding": rounding,
+        "flush_interval": flush_interval,
         "calibration": None if calibration is not None and calibration.lower() == "none" else calibration,
     }
     QMambaConfig.from_options(options)
@@ -251,10 +254,10 @@ def _load(name: str) -> Any:
 
 
 def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
-    """(text -> ids, incremental ids -> text): the model's tokenizer, or bytes for a vocabulary of 256."""
+    """(text -> ids, incremental (ids, final) -> text): the model's tokenizer, or bytes for a vocabulary of 256."""
     if network.config.vocab_size == 256:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda text: list(text.encode()), lambda ids: decoder.decode(bytes(ids))
+        return lambda text: list(text.encode()), lambda ids, final=False: decoder.decode(bytes(ids), final)
     import transformers
 
     try:
@@ -263,7 +266,29 @@ def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
         raise ConfigError(
             f"--model {name}: no tokenizer, and the vocabulary is not bytes ({type(problem).__name__}: {problem})"
         ) from problem
-    return tokenizer.encode, lambda ids: tokenizer.decode(ids)
+    return tokenizer.encode, _TokenDecoder(tokenizer)
+
+
+class _TokenDecoder:
+    """Text of tokens as they come, for any tokenizer.
+
+    A token is decoded behind those before it, since a leading space may be taken from the first; and not before the
+    character is whole that it is a part of. transformers' TextStreamer keeps back more: whole words, and whatever code
+    has between two spaces.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._decode = tokenizer.decode
+        self._said: list[int] = []
+        self._waiting: list[int] = []
+
+    def __call__(self, ids: list[int], final: bool = False) -> str:
+        self._waiting += ids
+        text = self._decode(self._said + self._waiting)[len(self._decode(self._said)) :]
+        if not final and (text == "" or text.endswith("\N{REPLACEMENT CHARACTER}")):
+            return ""
+        self._said, self._waiting = self._waiting, []
+        return text
 
 
 class _Printer:
@@ -275,14 +300,15 @@ class _Printer:
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        text = self._decode(value.flatten().tolist(), self._is_prompt)
         if not self._is_prompt:
-            sys.stdout.write(self._prompt + self._decode(value.flatten().tolist()))
+            sys.stdout.write(self._prompt + text)
             sys.stdout.flush()
             self._prompt = ""
         self._is_prompt = False
 
     def end(self) -> None:
-        sys.stdout.write("\n")
+        sys.stdout.write(self._decode([], True) + "\n")
 
 
 def _cache_of(output: Any) -> dict[str, Any]:

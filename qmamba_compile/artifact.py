@@ -18,9 +18,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -275,7 +275,7 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
 def _parse_header(source: str, text: str) -> Header:
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{source}: the header is not JSON ({error}); {_AGAIN}") from error
     if not isinstance(values, dict):
         raise ArtifactError(f"{source}: the header is {type(values).__name__}, not a JSON object; {_AGAIN}")
@@ -324,13 +324,16 @@ def _check_header(source: str, header: Header) -> None:
         require(good, f"shapes[{path!r}]", shape, "a list of sizes")
     for name in ("metrics_before", "metrics_after"):
         for metric, value in getattr(header, name).items():
-            good = type(value) in (int, float) and math.isfinite(value)
+            # Not math.isfinite, which raises where an integer fits no float.
+            good = type(value) in (int, float) and abs(value) <= sys.float_info.max
             require(good, f"{name}[{metric!r}]", value, "a finite number")
+    interval = header.config.get("flush_interval", 1)
+    require(type(interval) is int and interval > 0, "config['flush_interval']", interval, "a number of steps")
     for library, version in header.versions.items():
         require(isinstance(version, str), f"versions[{library!r}]", version, "a text")
     try:
         header.to_json()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         require(False, "config", header.config, f"plain JSON ({error})")
 
 

@@ -268,6 +268,13 @@ def test_other_files_are_refused(tmp_path):
     assert_refused(path, "without a 'qmamba' header")
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def header_json(**changes):
     return json.dumps(json.loads(make_header().to_json()) | changes)
 
@@ -292,7 +299,13 @@ def header_json(**changes):
         (header_json(shapes={"a": [3, -1]}), ["shapes['a']", "-1"]),
         (header_json(shapes={"a": [2.5]}), ["shapes['a']", "2.5"]),
         (header_json(config="int4"), ["config='int4'"]),
+        (header_json(config={"flush_interval": "8"}), ["config['flush_interval']='8'", "a number of steps"]),
+        (header_json(config={"flush_interval": 0}), ["config['flush_interval']=0"]),
+        (header_json(config={"flush_interval": True}), ["config['flush_interval']=True"]),
+        (header_json(config={"a": nested(600)}), ["config={'a': [[", "recursion"]),
+        (header_json().replace('"exponent"', f'"a": {"[" * 20000}{"]" * 20000}, "exponent"'), ["JSON", "recursion"]),
         (header_json(metrics_before={"perplexity": math.nan}), ["metrics_before['perplexity']=nan"]),
+        (header_json(metrics_before={"tokens": 10**400}), ["metrics_before['tokens']=1000", "a finite number"]),
         (header_json(metrics_after={"perplexity": "low"}), ["metrics_after['perplexity']='low'"]),
         (header_json(versions={"torch": 2}), ["versions['torch']=2"]),
     ],

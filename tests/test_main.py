@@ -1,12 +1,15 @@
 """The command line: what it prints, what it refuses, and with which words."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from typer.testing import CliRunner
@@ -69,6 +72,10 @@ def test_explain_gives_bytes_before_and_after(toy):
         ({}, (), 27656),
         ({"STATE_BITS": "8"}, (), 44040),
         ({"STATE_BITS": "8"}, ("--state-bits", "4"), 27656),
+        # Without a ring.
+        ({}, ("--flush-interval", "1"), 2 * (4 * 64 * 64 // 2 + 2 * 4 * (64 + 64) + 16)),
+        ({"FLUSH_INTERVAL": "1"}, (), 2 * (4 * 64 * 64 // 2 + 2 * 4 * (64 + 64) + 16)),
+        ({"FLUSH_INTERVAL": "1"}, ("--flush-interval", "8"), 27656),
         ({"STATE_BITS": "None"}, (), 131072),
         ({"QUANTIZE_STATE": "0"}, (), 131072),
         ({"SKIP_LAYERS": "backbone.layers.0"}, (), 27656 // 2 + 131072 // 2),
@@ -143,6 +150,8 @@ def test_strict_refuses_a_model_without_a_mamba2_layer(tmp_path):
         (("explain", "--model", "toy", "--weights", "int4"), ("weights='int4'", "int8")),
         (("explain", "--model", "toy", "--state-scales", "calibrated"), ("calibration", "qmamba calibrate")),
         (("explain", "--model", "toy", "--state-bits", "²"), ("state_bits='²'", "8, 4, 2")),
+        (("explain", "--model", "toy", "--flush-interval", "3"), ("flush_interval=3", "1, 2, 4, 8, 16")),
+        (("generate", "--model", "toy", "--prompt", "x", "--flush-interval", "3"), ("flush_interval=3",)),
         (("generate", "--model", "toy", "--prompt", ""), ("--prompt",)),
         (("generate", "--model", "toy", "--prompt", "caf\udce9"), ("--prompt", "UTF-8")),
         (("render", "ssm_updat"), ("ssm_updat", "ssm_update")),
@@ -166,6 +175,55 @@ def test_env_shows_versions_and_overrides(monkeypatch):
     assert "torch" in output and "state_bits=8" in output
 
 
+def byte_tokens():
+    """As GPT-NeoX's: a token is a part of a character."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def pieces():
+    """As SentencePiece's: a word begins with its space, which the first one of a text loses in decoding."""
+    vocabulary = ["<unk>", "▁", "n", "o", "k", "ok", "▁n", "▁ok", "é", "漢"]
+    vocabulary += [f"<0x{byte:02X}>" for byte in range(256)]
+    merges = [("▁", "n"), ("o", "k"), ("▁", "ok")]
+    model = tokenizers.models.BPE({piece: i for i, piece in enumerate(vocabulary)}, merges, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_tokens, pieces, None], ids=["byte-level", "pieces", "bytes"])
+def test_text_is_printed_as_it_is(tmp_path, monkeypatch, make):
+    """Characters of several tokens are whole, spaces stay, nothing waits that is complete, and the end is no loss."""
+    vocab_size = 256 if make is None else 600
+    if make is not None:
+        transformers.PreTrainedTokenizerFast(tokenizer_object=make()).save_pretrained(tmp_path)
+    encode, decode = cli._text_codec(str(tmp_path), SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size)))
+    prompt, text = "né", " 漢 ok()\n ok 😀!"
+    ids = encode(prompt + text)
+    start = len(encode(prompt))
+    printed = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", printed)
+    printer = cli._Printer(prompt, decode)
+    printer.put(torch.tensor([ids[:start]]))
+    seen = []
+    for token in ids[start:]:
+        printer.put(torch.tensor([token]))
+        seen.append(printed.getvalue())
+    assert seen[-1] == prompt + text
+    assert all((prompt + text).startswith(part) for part in seen)
+    # Before ")" comes; TextStreamer would wait for a space.
+    assert prompt + " 漢 ok(" in seen
+    printer.put(torch.tensor([encode("😀")[-4]]))
+    printer.end()
+    assert printed.getvalue() == prompt + text + "\N{REPLACEMENT CHARACTER}\n"
+
+
 def test_an_interrupted_generation_says_so(monkeypatch):
     def interrupted(self, ids, *, streamer, **options):
         streamer.put(ids)
@@ -175,6 +233,14 @@ def test_an_interrupted_generation_says_so(monkeypatch):
     monkeypatch.setattr(transformers.Mamba2ForCausalLM, "generate", interrupted)
     result = invoke("generate", "--model", "toy", "--prompt", "hello")
     assert result.exit_code == 130 and result.stdout == "hello!\n"
+
+
+def test_generate_compiles_with_its_options(monkeypatch):
+    given = {}
+    monkeypatch.setattr(transformers.Mamba2ForCausalLM, "compile", lambda self, **settings: given.update(settings))
+    monkeypatch.setattr(transformers.Mamba2ForCausalLM, "generate", lambda self, ids, **settings: None)
+    invoke("generate", "--model", "toy", "--prompt", "x", "--flush-interval", "1", "--rounding", "stochastic")
+    assert given["options"]["flush_interval"] == 1 and given["options"]["rounding"] == "stochastic"
 
 
 def test_explain_refuses_a_model_without_a_cache(tmp_path):

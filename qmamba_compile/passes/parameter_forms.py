@@ -27,7 +27,10 @@ class FindBeside:
 
 
 class _Form:
-    """One form of a parameter; made again when the parameter was written to."""
+    """One form of a parameter; made again when the parameter moved, or its version shows that it was written to.
+
+    Writes through ``.data`` raise no version, so the old form stays.
+    """
 
     def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
         self._make = make

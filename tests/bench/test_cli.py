@@ -30,7 +30,7 @@ def test_help_lists_the_questions_that_are_there():
     result = bench("--help")
     assert result.returncode == 0
     listed = {line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ") and line.split()}
-    for question in ("linear", "ssm", "decode", "prefill", "compile", "memory", "cost"):
+    for question in ("linear", "ssm", "decode", "prefill", "compile", "memory", "cost", "calibration"):
         assert question in listed
 
 

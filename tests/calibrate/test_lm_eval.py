@@ -8,6 +8,7 @@ import lm_eval
 import pytest
 import torch
 import transformers
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
@@ -124,6 +125,38 @@ def test_generation(answers, stepping):
             written.append(int(log.argmax()))
         expected = bytes(written).decode(errors="replace").split("q")[0]
         assert sample["resps"][0][0] == expected
+
+
+@pytest.fixture
+def spelling(model_folder, monkeypatch):
+    """A model whose text is its tokens in digits, so that no token is lost in decoding."""
+    model = lm_eval_model.QMambaLM(str(model_folder), weights="none", batch_size=len(QUESTIONS))
+    monkeypatch.setattr(model, "tok_decode", lambda tokens: "".join(f"{token} " for token in tokens))
+
+    def answers(**settings):
+        requests = [Instance("generate_until", {}, (text, {"max_gen_toks": 8, **settings}), 0) for text in QUESTIONS]
+        return model.generate_until(requests, disable_tqdm=True)
+
+    return model, answers
+
+
+def test_what_follows_the_end_of_text_is_not_said(spelling):
+    model, answers = spelling
+    free = answers()
+    end = free[0].split()[2]
+    expected = [text.partition(f"{end} ")[0] for text in free]
+    assert len({len(text.split()) for text in expected}) > 1  # some rows go on where others ended
+    for tokens in (int(end), [int(end), 999]):
+        model.model.generation_config.eos_token_id = tokens
+        assert answers() == expected
+
+
+def test_an_empty_stop_stops_nothing(spelling):
+    _, answers = spelling
+    free = answers()
+    assert all(len(text.split()) == 8 for text in free)
+    assert answers(until=[""]) == free
+    assert answers(until=["", " "]) == [text.split()[0] for text in free]
 
 
 def test_the_model_is_registered():

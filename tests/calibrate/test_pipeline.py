@@ -215,7 +215,7 @@ def test_no_room_for_activations(calibrate, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CalibrationError, match=r"activations.*cannot be written \(No space left on device\)"):
+    with pytest.raises(CalibrationError, match=r"work/activations: cannot be written \(No space left on device\)"):
         calibrate(options=dataclasses.replace(SMALL, memory=0))
 
 
