@@ -108,8 +108,13 @@ def _parts(source: str) -> tuple[str, str, str]:
 
 
 def _rows(source: str, path: Path) -> Iterator[dict[str, Any]]:
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as problem:
+        raise DataError(
+            f"{source}: datasets is not installed ({problem}); give a text file, or "
+            "pip install 'qmamba-compile[calibrate]'"
+        ) from problem
     datasets.disable_progress_bars()
     name, config, split = _parts(source)
     name = os.path.expanduser(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -115,6 +116,14 @@ def test_broken_and_empty_files(tmp_path):
         list(read_documents(str(broken)))
     with pytest.raises(DataError, match="the text is empty"):
         read_tokens(str(empty), "", byte_model())
+
+
+def test_rows_without_datasets(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n')
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"datasets is not installed.*pip install 'qmamba-compile\[calibrate\]'"):
+        list(read_documents(str(path)))
 
 
 def test_a_file_that_may_not_be_read(text_file, monkeypatch):
