@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ def hint(size: Any) -> int:
 def same_size(a: Any, b: Any) -> bool:
     """True when two possibly symbolic sizes are known to be equal, without a guard."""
     return statically_known_true(a == b)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """`same_size` of each extent."""
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def nbytes_of(node: Any) -> int:

@@ -21,6 +21,9 @@ import math
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What is quantized, and what linears give."""
+
 SCALE_DTYPE = torch.bfloat16
 
 TINY_SCALE = 2.0**-100

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..errors import SkipReason
@@ -13,18 +12,17 @@ from ..fx_utils import (
     layer_of,
     op_name,
     replace_node,
-    same_size,
+    same_shape,
     shape_of,
     value_of,
     written_between,
 )
+from ..quant import FLOATS
 from ..report import Report
 from .base import GraphPass
 
 _LINEARS = {"qmamba.w8a8_linear": 6, "qmamba.norm_w8a8_linear": 10}
 """Operands of a linear in front of its residual."""
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FuseResidual(GraphPass):
@@ -74,9 +72,10 @@ def _linear_operand(total: fx.Node) -> tuple[fx.Node | None, Any]:
 
 
 def _same_kind(linear: fx.Node, other: Any, total: fx.Node) -> bool:
-    shapes = [shape_of(node) for node in (linear, other, total)]
+    shape = shape_of(linear)
     return (
         isinstance(other, fx.Node)
-        and all(len(shape) == len(shapes[0]) > 0 and all(map(same_size, shape, shapes[0])) for shape in shapes)
-        and value_of(other).dtype in _FLOATS
+        and len(shape) > 0
+        and all(same_shape(shape_of(node), shape) for node in (other, total))
+        and value_of(other).dtype in FLOATS
     )

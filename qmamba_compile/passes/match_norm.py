@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SkipReason
-from ..fx_utils import COPIES, argument, mutates, op_name, same_size, shape_of, value_of, written_between
+from ..fx_utils import COPIES, argument, mutates, op_name, same_shape, same_size, shape_of, value_of, written_between
 from .base import NoMatchError
 
 _VIEWS = ("view", "reshape", "flatten", "unflatten")
@@ -83,10 +83,10 @@ def match_norm(node: fx.Node) -> NormMatch:
     group_size = shape_of(grouped)[-1]
     in_groups = (*whole[:-1], k // group_size, group_size)
     _require(
-        _same_shape(shape_of(weighted), whole)
+        same_shape(shape_of(weighted), whole)
         and same_size(whole[-1], k)
-        and (gate is None or _same_shape(shape_of(gate), whole))
-        and (_same_shape(shape_of(grouped), whole) or _same_shape(shape_of(grouped), in_groups)),
+        and (gate is None or same_shape(shape_of(gate), whole))
+        and (same_shape(shape_of(grouped), whole) or same_shape(shape_of(grouped), in_groups)),
         SkipReason.UNKNOWN_STRUCTURE,
         f"{grouped} of shape {list(shape_of(grouped))} is not {x} of shape {list(whole)} in groups of features",
     )
@@ -148,10 +148,6 @@ def _selects_tokens(node: fx.Node) -> bool:
     rank = len(shape_of(node.args[0]))
     whole = len(index) < rank or index[-1] == slice(None)
     return rank > 1 and whole and all(isinstance(item, slice) for item in index)
-
-
-def _same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def _require_readers(weighted: fx.Node) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from ..errors import SkipReason
-from ..fx_utils import COPIES, ancestors, argument, iter_calls, layer_of, op_name, same_size, shape_of, strip, users
+from ..fx_utils import COPIES, ancestors, argument, iter_calls, layer_of, op_name, same_shape, shape_of, strip, users
 from .base import NoMatchError
 from .match_recurrence import (
     TimeStep,
@@ -164,7 +164,7 @@ def _initial_state(previous: fx.Node) -> fx.Node:
     """The state [b, h, p, n] behind the first of the carried states [b, 1, h, p, n]."""
     state, _ = broadcast_path(previous)
     shape, carried = shape_of(state), shape_of(previous)
-    if len(shape) != 4 or not all(map(same_size, shape, (carried[0], *carried[2:]))):
+    if len(shape) != 4 or not same_shape(shape, (carried[0], *carried[2:])):
         raise NoMatchError(SkipReason.UNKNOWN_STRUCTURE, f"the initial state has shape {list(shape)}, not [b, h, p, n]")
     return state
 

@@ -30,6 +30,7 @@ from ..fx_utils import (
     users,
     value_of,
 )
+from ..quant import FLOATS
 from ..report import Report
 from .base import GraphPass, NoMatchError
 from .int8_weight import has_row_scales, quantize_for_layer, require_recipe, was_made_here
@@ -38,7 +39,6 @@ from .shared_weight import look_up, put_int8, require_table
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _ROUTING_DISTANCE = 6
 """Operations between a router's linear and its ``topk``: casts, bias, softmax or sigmoid, masking, grouping."""
@@ -138,9 +138,9 @@ class QuantizeLinear(GraphPass):
         if op_name(weight) != "placeholder" or not parameter_path(weight):
             return SkipReason.NOT_A_PARAMETER, f"the weight is {op_name(weight) or weight!r} ({weight})"
         value = self._value(weight)
-        plain = type(value) in (Tensor, nn.Parameter) and value.dtype in _FLOATS
+        plain = type(value) in (Tensor, nn.Parameter) and value.dtype in FLOATS
         if not plain and not has_row_scales(value):
-            return SkipReason.DTYPE, f"the weight is a {type(value).__name__} of {value.dtype}; allowed: {_FLOATS}"
+            return SkipReason.DTYPE, f"the weight is a {type(value).__name__} of {value.dtype}; allowed: {FLOATS}"
         if value.shape[1] < 2:
             return SkipReason.SHAPE, "in_features=1: torch's int8 product on the CPU is wrong there"
         if _routes(node):
