@@ -230,9 +230,7 @@ def _amd_facts(compiled: Any, trips: int) -> Facts:
     )
 
 
-def ssm_update_signature(
-    dtype: str = "bf16", *, state_dtype: str = "float32"
-) -> tuple[dict[str, str], dict[str, Any]]:
+def ssm_update_signature(dtype: str = "bf16", *, state_dtype: str = "float32") -> tuple[dict[str, str], dict[str, Any]]:
     """Types and constants of an `ssm_update` call as a model makes it: dtype inputs, D and dt_bias, no z, no slots."""
     types = {
         "packed": "*i32",
