@@ -26,7 +26,7 @@ class NonFiniteStateError(StateError):
 
 
 class KernelBuildError(QMambaError, RuntimeError):
-    """The C++ compiler was found but made no library of a generated kernel."""
+    """A generated kernel could not be kept on disk, or the C++ compiler that was found made no library of it."""
 
 
 class StrictError(QMambaError, RuntimeError):

@@ -289,15 +289,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def integer_product(codes: Tensor, weights: Tensor) -> Tensor:
-    """int32 [m, o] of int8 codes [m, k] and weights [o, k], exact.
+    """int32 [m, o] of int8 codes [m, k] and weights [o, k], exact, on any device and for any extents.
 
-    On CPUs without VNNI `torch._int_mm` is not: pairs of products saturate at 16 bits there (768 products of 127 by 127
-    give 97,920 and not 12,387,072). Float32 is exact up to 2^24, which 1024 products of int8 do not exceed.
+    `torch._int_mm` is neither. On CPUs without VNNI pairs of its products saturate at 16 bits (768 products of 127 by
+    127 give 97,920 and not 12,387,072); on CUDA it raises for up to 16 rows. Float32 is exact up to 2^24, which 1024
+    products of int8 do not exceed.
     """
-    if not codes.is_cpu:
-        return torch._int_mm(codes, weights.t())
     blocks = zip(codes.split(1024, dim=1), weights.split(1024, dim=1), strict=True)
-    sums = torch.zeros(codes.shape[0], weights.shape[0], dtype=torch.int32)
+    sums = torch.zeros(codes.shape[0], weights.shape[0], dtype=torch.int32, device=codes.device)
     for some_codes, some_weights in blocks:
         sums += (some_codes.float() @ some_weights.float().t()).to(torch.int32)
     return sums

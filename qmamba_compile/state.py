@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import ops as _ops  # noqa: F401  (registers qmamba::*)
 from . import quant
-from .errors import StateError
+from .errors import ConfigError, StateError
 from .recurrence import Ring
 
 aten = torch.ops.aten
@@ -105,8 +105,18 @@ class DSQState(torch.Tensor):
         """Quantize ``h`` [b, h, p, n]; ``state_scale`` [h, n] selects calibrated scales, an empty ``ring`` checkpoints.
 
         Raises:
-            StateError: dstate does not pack into whole bytes.
+            ConfigError: ``bits`` is none of `quant.STATE_BITS`.
+            StateError: ``h`` or ``state_scale`` has another shape, or dstate does not pack into whole bytes.
         """
+        if bits not in quant.STATE_BITS:
+            raise ConfigError(f"bits={bits} is not allowed; use one of {quant.STATE_BITS}")
+        if h.dim() != 4:
+            raise StateError(f"a state of shape {list(h.shape)} cannot be packed; it must be [b, h, p, n]")
+        if state_scale is not None and state_scale.shape != (h.shape[1], h.shape[3]):
+            raise StateError(
+                f"state_scale of shape {list(state_scale.shape)} does not belong to a state {list(h.shape)}; "
+                f"it must be {[h.shape[1], h.shape[3]]}, or None to measure it"
+            )
         require_packable(h.shape[-1], bits, "DSQState")
         calibrated = None if state_scale is None else quant.store_scale(state_scale)
         packed, channel_scale, rng, *dynamic = torch.ops.qmamba.quantize_state(

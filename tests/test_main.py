@@ -326,6 +326,11 @@ def test_render_prints_by_default_what_runs_by_default():
         (["ssm_update", "--stats"], "--stats"),
         (["ssm_update", "--flush-interval", "3"], "flush_interval=3"),
         (["ssm_update", "--target", "gfx942", "--dstate", "20"], "dstate=20"),
+        (
+            ["ssm_update", "--target", "sm_90", "--dstate", "1", "--bits", "4", "--state-scales", "calibrated"],
+            "dstate=1",
+        ),
+        (["dequantize_state", "--target", "sm_90", "--dstate", "1", "--bits", "4"], "dstate=1"),
     ],
 )
 def test_render_refuses(arguments, named):

@@ -373,6 +373,14 @@ def test_rows_of_bfloat16_are_taken_as_float32():
     assert torch.equal(codes, wanted_codes) and torch.equal(scale, wanted_scale) and scale.shape == (3, 5, 1)
 
 
+def test_a_product_of_codes_stays_on_its_device(monkeypatch):
+    """And is not left to `torch._int_mm`, which on CUDA refuses up to 16 rows."""
+    monkeypatch.setattr(torch, "_int_mm", None)
+    codes, weights = (torch.zeros(shape, dtype=torch.int8, device="meta") for shape in ((3, 1500), (5, 1500)))
+    product = quant.integer_product(codes, weights)
+    assert product.device.type == "meta" and product.shape == (3, 5) and product.dtype == torch.int32
+
+
 @pytest.mark.parametrize("isa", [None, "AVX2"])
 def test_a_product_of_codes_is_exact(isa):
     """Also where oneDNN has no VNNI, and pairs of its products saturate at 16 bits."""

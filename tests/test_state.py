@@ -27,7 +27,7 @@ from packed_states import (
 )
 
 from qmamba_compile import quant, recurrence
-from qmamba_compile.errors import StateError
+from qmamba_compile.errors import ConfigError, StateError
 from qmamba_compile.recurrence import Ring, new_ring
 from qmamba_compile.state import DSQState, require_packable
 
@@ -94,6 +94,23 @@ def test_a_dstate_that_does_not_pack_is_refused(dstate, bits):
     with pytest.raises(StateError, match=r"^layers\.3\.mixer: dstate"):
         require_packable(dstate, bits, "layers.3.mixer")
     assert DSQState.from_float(torch.zeros(1, 1, 2, dstate), 8).packed.shape == (1, 1, 2, dstate)
+
+
+@pytest.mark.parametrize("bits", [3, 0, 16])
+def test_from_float_refuses_bits_that_no_state_has(bits):
+    with pytest.raises(ConfigError, match=rf"bits={bits} is not allowed; .*\(8, 4, 2\)"):
+        DSQState.from_float(make_float(), bits)
+
+
+@pytest.mark.parametrize("shape", [(DSTATE,), (1, DSTATE), (NHEADS, DSTATE + 1), (BATCH, NHEADS, DSTATE)])
+def test_from_float_refuses_scales_of_another_state(shape):
+    with pytest.raises(StateError, match=rf"state_scale of shape .* must be \[{NHEADS}, {DSTATE}\]"):
+        DSQState.from_float(make_float(), state_scale=torch.ones(shape))
+
+
+def test_from_float_refuses_what_is_no_state():
+    with pytest.raises(StateError, match=r"\[2, 8, 16\] cannot be packed"):
+        DSQState.from_float(make_float()[0])
 
 
 def test_repr_says_what_it_is():

@@ -1,8 +1,7 @@
 """Compile rendered kernels with the compiler that Inductor uses, and load them.
 
 A kernel is a shared library in Inductor's cache directory, named by its slug and the hash of everything that decides
-its bytes: source, flags, compiler version. It appears there by an atomic rename, so two processes may build it at once,
-and a process killed half way leaves nothing that a later one would load.
+its bytes: source, flags, compiler version.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import platform
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -29,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import ConfigError, KernelBuildError
+from ..generated_code import kept
 from .render import render
 from .specs import LANES, LayerSpec, Spec
 
@@ -244,40 +243,25 @@ def _build(source: str, slug: str, flags: Sequence[str], remedy: str) -> pathlib
     if compiler is None:
         return None
     from torch._inductor.cpp_builder import get_compiler_version_info
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     flags = (*flags, "-shared", "-fPIC")
     identity = "\n".join((source, *flags, compiler, get_compiler_version_info(compiler), platform.machine()))
     name = f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    try:
-        folder = pathlib.Path(cache_dir(), "qmamba")
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / f"{name}.so"
-        if library.exists():
-            return library
-        workplace = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder)
-    except OSError as error:
-        raise KernelBuildError(
-            f"{error.filename}: no folder can be made there ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR "
-            "to one that can be written"
-        ) from error
-    with workplace as place:
-        unit = pathlib.Path(place, f"{name}.cpp")
-        unit.write_text(source)
-        built = unit.with_suffix(".so")
-        command = [compiler, *flags, str(unit), "-o", str(built), "-lm"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def compile_to(library: pathlib.Path) -> None:
         # The source stays beside the library, for debuggers and for whoever reads the compiler's message.
-        kept = unit.replace(folder / unit.name)
+        unit = kept(f"{name}.cpp", lambda path: path.write_text(source))
+        command = [compiler, *flags, str(unit), "-o", str(library), "-lm"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise KernelBuildError(
-                f"{slug}: {compiler} rejected {kept}\n{' '.join(command)}\n{result.stderr.strip()}\nTo go on, {remedy}"
+                f"{slug}: {compiler} rejected {unit}\n{' '.join(command)}\n{result.stderr.strip()}\nTo go on, {remedy}"
             )
-        if not built.exists():
+        if not library.exists():
             raise KernelBuildError(
                 f"{slug}: {compiler} reported success and wrote no library: it is no C++ compiler; "
                 "unset CXX, or set it to g++ or clang++"
             )
-        built.replace(library)
-    log.info("built %s", library)
-    return library
+        log.info("built %s", library.name)
+
+    return kept(f"{name}.so", compile_to)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import quant
 from ..errors import ConfigError
+from ..extents import unfit, unfit_ring, unfit_state, unfit_step
 from ..recurrence import Ring, ring_of
 from . import build
 from .call_site import Field, Launch, launched, pack
@@ -75,10 +76,18 @@ def ssm_update(
     ring = ring_of(ring_tensors)
     batch, nheads, headdim, width = packed.shape
     dynamic = state_scale_out is not None
-    dstate = width * 8 // bits
+    dstate = quant.unpacked_width(width, bits)
+    extents = (batch, nheads, headdim, dstate)
+    if (
+        not _writable(packed, channel_scale, state_scale_out, rng, ring)
+        or unfit_state(packed, channel_scale, state_scale_out, state_scale, bits, rng)
+        or unfit_step(extents, x, dt, A, B, C, D, dt_bias)
+        or (ring is not None and unfit_ring(ring, extents, B.shape[1]))
+    ):
+        return None
     interval, kept_as = (1, None) if ring is None else (ring.x.shape[1] + 1, _RINGS[ring.x.dtype])
     function = kernel("ssm_update", headdim, dstate, bits, dynamic, stochastic, interval, kept_as)
-    if function is None or not _writable(packed, channel_scale, state_scale_out, rng, ring):
+    if function is None:
         return None
     y = empty(x.shape, x.dtype if x.dtype in DTYPES else torch.float32)
     # A step that only reads its codes has a quarter of the work.
@@ -104,6 +113,8 @@ def ssm_update_float(
     function = kernel("ssm_update", headdim, dstate, None, False, False)
     if function is None or state.dtype != torch.float32 or not state.is_contiguous():
         return None
+    if unfit_step((batch, nheads, headdim, dstate), x, dt, A, B, C, D, dt_bias):
+        return None
     y = empty(x.shape, x.dtype if x.dtype in DTYPES else torch.float32)
     fields: list[Field] = [state, *_inputs(x, B, C, D), *_steps(dt, A, dt_bias, dt_softplus)]
     fields += [y, batch, nheads, B.shape[1], threads(state.numel())]
@@ -125,6 +136,11 @@ def quantize_state_(
     function = kernel("quantize_state", headdim, dstate, bits, state_scale_out is not None, stochastic)
     if function is None or not _writable(packed, channel_scale, state_scale_out, rng):
         return False
+    packed_shape = (batch, nheads, headdim, quant.packed_width(dstate, bits))
+    if unfit(packed=(packed, packed_shape)) or unfit_state(
+        packed, channel_scale, state_scale_out, state_scale, bits, rng
+    ):
+        return False
     fields: list[Field] = [contiguous_float(state), packed, channel_scale, *_scale(state_scale_out, state_scale), rng]
     fields += [batch, nheads, threads(state.numel())]
     function(pack(fields))
@@ -135,14 +151,17 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
     """`ops.dequantize_state` on the CPU."""
     if packed.dim() != 4 or channel_scale.dtype != quant.SCALE_DTYPE:
         return None
+    dynamic = state_scale.dim() == 3
+    if unfit_state(packed, channel_scale, state_scale if dynamic else None, None if dynamic else state_scale, bits):
+        return None
     batch, nheads, headdim, width = packed.shape
-    dstate = width * 8 // bits
+    dstate = quant.unpacked_width(width, bits)
     function = kernel("dequantize_state", headdim, dstate, bits, True, False)
     if function is None:
         return None
     state_scale = readable(state_scale, contiguous=True)
     state = empty((batch, nheads, headdim, dstate))
-    batch_stride = nheads * dstate if state_scale.dim() == 3 else 0
+    batch_stride = nheads * dstate if dynamic else 0
     fields: list[Field] = [packed.contiguous(), channel_scale.contiguous()]
     fields += [state_scale, DTYPES[state_scale.dtype], batch_stride, 0]
     fields += [state, batch, nheads, threads(state.numel())]
@@ -166,6 +185,10 @@ def _writable(
     """The kernels write in place, so these cannot be copied into a layout that suits them."""
     if ring is not None and not (
         all(part is None or part.is_contiguous() for part in ring)
+        and ring.x.dtype in _RINGS
+        and ring.B.dtype is ring.x.dtype
+        and (ring.x.dtype is torch.int8) is (ring.scale is not None)
+        and ring.position.dtype is torch.int32
         and ring.decay.dtype is torch.float32
         and (ring.scale is None or ring.scale.dtype is torch.float32)
     ):

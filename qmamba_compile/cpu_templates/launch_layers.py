@@ -8,6 +8,7 @@ import struct
 import torch
 from torch import Tensor
 
+from ..extents import unfit, unfit_conv, unfit_linear, unfit_norm
 from . import build
 from .call_site import Field, Launch, launched
 from .launch import ABSENT, DTYPES, contiguous_float, empty, threads, vector
@@ -85,12 +86,16 @@ def _linear(
     o, k = qdata.shape
     if function is None or not qdata.is_contiguous() or scale.dtype is not torch.float32 or not scale.is_contiguous():
         return None
+    if unfit_linear(x, qdata, scale, bias, act_pre_scale, act_scale, residual):
+        return None
     rows = _rows(x, k)
     x_dtype = x_dtype or (x.dtype if x.dtype in DTYPES else torch.float32)
     normed = x_dtype
     if norm_weight is None:
         gate = None
-    elif any(dtype not in DTYPES for dtype in (x.dtype, x_dtype, norm_weight.dtype)):
+    elif unfit_norm(x, gate, norm_weight, group_size) or any(
+        dtype not in DTYPES for dtype in (x.dtype, x_dtype, norm_weight.dtype)
+    ):
         return None
     else:
         normed = torch.promote_types(x_dtype, norm_weight.dtype)
@@ -101,7 +106,7 @@ def _linear(
         return None
     y_dtype = dtype
     if residual is not None:
-        if residual.dtype not in DTYPES or residual.shape != shape:
+        if residual.dtype not in DTYPES:
             return None
         y_dtype = torch.promote_types(dtype, residual.dtype)
     y = empty(shape, y_dtype)
@@ -130,7 +135,7 @@ def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     taps = weight.shape[-1]
     if function is None or dtype not in DTYPES or xBC.dtype is not dtype or taps > MOST_TAPS:
         return None
-    if not _of_channels(channels, weight, bias):
+    if unfit_conv(channels, weight, bias):
         return None
     if xBC.stride(1) != 1:
         xBC = xBC.transpose(1, 2).contiguous().transpose(1, 2)
@@ -154,7 +159,8 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
         or xBC.dtype is not dtype
         or not conv_state.is_contiguous()
         or not 1 <= taps <= length + 1
-        or not _of_channels(channels, weight, bias)
+        or unfit_conv(channels, weight, bias)
+        or unfit(xBC=(xBC, (batch, channels, 1)))
     ):
         return None
     y = empty((batch, channels, 1), dtype)
@@ -163,11 +169,6 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
     # 2^16 elements take 26 us of one thread, 18 of two (Zen 4).
     fields.append(threads(conv_state.numel()) if batch > 1 else 1)
     return Launch(function, fields, y, dtype)
-
-
-def _of_channels(channels: int, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether weight and bias are those of a depthwise convolution; the reference says what is wrong."""
-    return weight.shape[:2] == (channels, 1) and (bias is None or bias.shape == (channels,))
 
 
 def _rows(x: Tensor, k: int) -> list[Field]:

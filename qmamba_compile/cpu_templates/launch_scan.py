@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import quant
+from ..extents import unfit_sequence
 from ..recurrence import StoreRule
 from . import build
 from .call_site import Field, pack
@@ -25,7 +26,7 @@ def chunk_scan(
     batch, seqlen, nheads, headdim = x.shape
     dstate = B.shape[-1]
     function = kernel("chunk_scan", headdim, dstate, None, False, False)
-    if function is None:
+    if function is None or unfit_sequence(x, dt, B, C, dA=dtA, D=D, states=(initial_state,)):
         return None
     y, state = empty((batch, seqlen, nheads, headdim)), empty((batch, nheads, headdim, dstate))
     D_float, *floats = [None if tensor is None else contiguous_float(tensor) for tensor in (D, dt, dtA, initial_state)]
@@ -120,8 +121,11 @@ def _scan_call(
     states: tuple[Tensor | None, Tensor | None],
     rule: StoreRule,
 ) -> tuple[build.Kernel | None, list[Field]]:
-    """The kernel, and the fields that scan and gradient share."""
+    """The kernel, if it can serve these arguments, and the fields that scan and gradient share."""
     batch, seqlen, nheads, headdim = x.shape
+    scales = {"state_scale": rule.state_scale, "channel_scale": rule.fixed_scale}
+    if unfit_sequence(x, dt, B, C, dA=decay, D=D, states=states, **scales):
+        return None, []
     function = kernel(name, headdim, B.shape[-1], rule.bits, rule.dynamic, rule.stochastic)
     floats = [None if tensor is None else contiguous_float(tensor) for tensor in states]
     fields: list[Field] = [*_sequences(x, B, C), *vector(D), dt, decay, *floats]

@@ -1,17 +1,13 @@
-"""Generated C++ kernels as text; `build` compiles them. The only file of this package that needs jinja2."""
+"""Generated C++ kernels as text; `build` compiles them."""
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import struct
-from typing import TYPE_CHECKING
 
 from .. import quant, recurrence
+from ..generated_code import templates
 from .specs import LANES, MOST_TAPS, LayerSpec, Spec
-
-if TYPE_CHECKING:
-    import jinja2
 
 SCAN_CHUNK = 32
 """Tokens of a chunk of chunk_scan: quadratic work grows with it, traffic of the state shrinks. 2048 tokens, 24 heads
@@ -43,23 +39,9 @@ _CHUNK_BYTES = 2**19
 
 def render(spec: Spec | LayerSpec) -> str:
     """C++ source of the kernel that ``spec`` names."""
-    template = _environment().get_template(f"{spec.kernel}.cpp.jinja")
+    template = templates(pathlib.Path(__file__).parent).get_template(f"{spec.kernel}.cpp.jinja")
     constants = _constants(spec) if isinstance(spec, Spec) else _layer_constants(spec)
     return template.render(spec=spec, has_state=isinstance(spec, Spec), **constants)
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    import jinja2
-
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 def _constants(spec: Spec) -> dict[str, object]:

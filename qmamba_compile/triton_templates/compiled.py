@@ -230,9 +230,7 @@ def _amd_facts(compiled: Any, trips: int) -> Facts:
     )
 
 
-def ssm_update_signature(
-    dtype: str = "bf16", *, bits: int | None = 4, state_dtype: str = "float32"
-) -> tuple[dict[str, str], dict[str, Any]]:
+def ssm_update_signature(dtype: str = "bf16", *, state_dtype: str = "float32") -> tuple[dict[str, str], dict[str, Any]]:
     """Types and constants of an `ssm_update` call as a model makes it: dtype inputs, D and dt_bias, no z, no slots."""
     types = {
         "packed": "*i32",
@@ -268,7 +266,7 @@ def ssm_update_facts(spec: StateSpec, stores: bool | None = None) -> Facts:
     Args:
         stores: for a checkpointed state, the step that stores or one that only reads.
     """
-    types, constants = ssm_update_signature(bits=spec.bits, state_dtype=spec.state_dtype)
+    types, constants = ssm_update_signature(state_dtype=spec.state_dtype)
     kept = "*bf16" if spec.ring_bits == 16 else "*i8"
     types |= {"ring_x": kept, "ring_B": kept, "ring_decay": "*fp32", "ring_position": "*i32", "ring_scale": "*fp32"}
     if spec.flush_interval > 1:

@@ -18,7 +18,7 @@ import os
 import torch
 from torch import Tensor
 
-from .. import quant
+from .. import extents, quant
 from ..errors import ConfigError
 from ..recurrence import Ring
 from . import tuning
@@ -125,10 +125,18 @@ def ssm_update(
     architecture = target(x.device.type, x.device.index)
     if architecture is None:
         return None
-    if unfit := unfit_state(packed, channel_scale, state_scale_out, rng, ring):
+    batch = packed.shape[0] if slots is None else x.shape[0]
+    nheads, headdim, width = packed.shape[1:]
+    dstate = quant.unpacked_width(width, bits)
+    pool = (packed.shape[0], nheads, headdim, dstate)
+    if unfit := (
+        unfit_state(packed, channel_scale, state_scale_out, rng, ring)
+        or extents.unfit_state(packed, channel_scale, state_scale_out, state_scale, bits, rng)
+        or extents.unfit_step((batch, *pool[1:]), x, dt, A, B, C, D, dt_bias, z)
+        or extents.unfit(slots=(slots, (batch,)))
+        or (ring is not None and extents.unfit_ring(ring, pool, B.shape[1]))
+    ):
         return refuse("ssm_update", unfit)
-    batch, nheads, headdim = x.shape
-    dstate = quant.unpacked_width(packed.shape[-1], bits)
     dynamic = state_scale_out is not None
     interval = 1 if ring is None else ring.x.shape[1] + 1
     ring_bits = 8 if ring is not None and ring.scale is not None and interval > 1 else 16
@@ -172,8 +180,14 @@ def ssm_update_float(
     dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(state.dtype)
     if architecture is None or dtype is None or not state.is_contiguous():
         return None
-    batch, nheads, headdim = x.shape
-    spec = _chosen(architecture, batch * nheads, headdim, state.shape[-1], None, False, False, dtype)
+    batch = state.shape[0] if slots is None else x.shape[0]
+    nheads, headdim, dstate = state.shape[1:]
+    if unfit := (
+        extents.unfit_step((batch, nheads, headdim, dstate), x, dt, A, B, C, D, dt_bias, z)
+        or extents.unfit(slots=(slots, (batch,)))
+    ):
+        return refuse("ssm_update", unfit)
+    spec = _chosen(architecture, batch * nheads, headdim, dstate, None, False, False, dtype)
     if spec is None:
         return None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

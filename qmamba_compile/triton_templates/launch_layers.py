@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..extents import unfit, unfit_conv, unfit_linear, unfit_norm
 from . import launch, tuning
 from .layer_specs import COMBINE_BLOCK, ConvSpec, LinearSpec, RowsSpec
 from .render import load, triton_dtype
@@ -55,8 +56,8 @@ def quantize_rows(
     floats = [t for t in (x, gate, norm_weight, act_pre_scale) if t is not None]
     if architecture is None:
         return None
-    if unfit := _unfit_dtype(*floats):
-        return launch.refuse("quantize_rows", unfit)
+    if wrong := _unfit_dtype(*floats):
+        return launch.refuse("quantize_rows", wrong)
     spec = _rows_spec(architecture, x.shape[1], group_size)
     if spec is None:
         return None
@@ -94,8 +95,8 @@ def w8a8_linear(
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """`layer_ops.w8a8_linear` on a GPU: one kernel for a small x, which quantizes on the way."""
-    if not _fits(residual, x, qdata):
-        return launch.refuse("w8a8_linear", "the residual is not of y's shape and a float")
+    if wrong := unfit_linear(x, qdata, scale, bias, act_pre_scale, act_scale, residual) or _unfit_dtype(residual):
+        return launch.refuse("w8a8_linear", wrong)
     y = _quantize_on_the_way(x, qdata, scale, bias, act_pre_scale, act_scale, residual)
     if y is not None or x.numel() == 0:
         return y
@@ -120,10 +121,12 @@ def norm_w8a8_linear(
     """`layer_ops.norm_w8a8_linear` on a GPU."""
     if x.numel() == 0:
         return None
-    if not _fits(residual, x, qdata):
-        return launch.refuse("norm_w8a8_linear", "the residual is not of y's shape and a float")
-    if gate is not None and gate.shape != x.shape:
-        return launch.refuse("norm_w8a8_linear", "gate and x differ in shape")
+    if wrong := (
+        unfit_linear(x, qdata, scale, bias, act_pre_scale, act_scale, residual)
+        or unfit_norm(x, gate, norm_weight, group_size)
+        or _unfit_dtype(residual)
+    ):
+        return launch.refuse("norm_w8a8_linear", wrong)
     k = qdata.shape[1]
     norm = Norm(None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size, x_dtype)
     dtype = dtype or torch.promote_types(x_dtype or x.dtype, norm_weight.dtype)
@@ -131,11 +134,6 @@ def norm_w8a8_linear(
         if wanted is not None and wanted not in launch.FLOATS:
             return launch.refuse("norm_w8a8_linear", f"{wanted}; float32, bfloat16 and float16 are allowed")
     return _quantize_and_multiply(x, dtype, qdata, scale, bias, act_pre_scale, act_scale, residual, norm)
-
-
-def _fits(residual: Tensor | None, x: Tensor, qdata: Tensor) -> bool:
-    """Whether there is no residual, or one of the shape and a dtype of what it is added to."""
-    return residual is None or (residual.shape == (*x.shape[:-1], len(qdata)) and residual.dtype in launch.FLOATS)
 
 
 def _quantize_on_the_way(
@@ -262,12 +260,10 @@ def causal_conv(xBC: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     architecture = launch.target(xBC.device.type, xBC.device.index)
     if architecture is None:
         return None
-    if unfit := _unfit_dtype(xBC, weight, bias):
-        return launch.refuse("causal_conv", unfit)
     batch, channels, seqlen = xBC.shape
     taps = weight.shape[-1]
-    if weight.shape != (channels, 1, taps) or (bias is not None and bias.shape != (channels,)):
-        return launch.refuse("causal_conv", "weight or bias is not of xBC's channels")
+    if wrong := _unfit_dtype(xBC, weight, bias) or unfit_conv(channels, weight, bias):
+        return launch.refuse("causal_conv", wrong)
     if any(t.dtype != weight.dtype for t in (xBC, bias) if t is not None):
         return launch.refuse("causal_conv", "xBC, weight and bias differ in dtype")
     if batch > _MOST_BATCH:
@@ -307,13 +303,13 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
         return None
     if not conv_state.is_contiguous():
         return launch.refuse("conv_update", "conv_state is not contiguous")
-    if unfit := _unfit_dtype(conv_state, xBC, weight, bias):
-        return launch.refuse("conv_update", unfit)
     batch, channels, length = conv_state.shape
-    if xBC.shape != (batch, channels, 1):
-        return launch.refuse("conv_update", "xBC is not one token of conv_state's batch and channels")
-    if weight.shape != (channels, 1, weight.shape[-1]) or (bias is not None and bias.shape != (channels,)):
-        return launch.refuse("conv_update", "weight or bias is not of conv_state's channels")
+    if wrong := (
+        _unfit_dtype(conv_state, xBC, weight, bias)
+        or unfit_conv(channels, weight, bias)
+        or unfit(xBC=(xBC, (batch, channels, 1)))
+    ):
+        return launch.refuse("conv_update", wrong)
     if batch > _MOST_BATCH:
         return launch.refuse("conv_update", f"a batch above {_MOST_BATCH}")
     spec = _conv_spec(architecture, batch * channels, length, weight.shape[-1])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import quant
 from ..errors import ConfigError
+from ..extents import unfit_sequence
 from ..recurrence import StoreRule
 from . import tuning
 from .launch import refuse, target
@@ -62,6 +63,8 @@ def chunk_scan(
     architecture = target(x.device.type, x.device.index)
     if architecture is None or x.shape[1] == 0:
         return None
+    if wrong := unfit_sequence(x, dt, B, C, A=A, D=D, dt_bias=dt_bias, states=(initial_state,)):
+        return refuse("chunk_scan", wrong)
     scan = _mamba_ssm_scan() if architecture != "interpreter" else None
     if scan is not None:
         y, state = scan(
@@ -158,11 +161,15 @@ class _Scan:
         C: Tensor,
         states: tuple[Tensor | None, Tensor | None],
         rule: StoreRule,
+        D: Tensor | None = None,
     ) -> _Scan | None:
         """``None``: no kernel serves these arguments."""
         architecture = target(x.device.type, x.device.index)
         if architecture is None or x.numel() == 0:
             return None
+        scales = {"state_scale": rule.state_scale, "channel_scale": rule.fixed_scale}
+        if wrong := unfit_sequence(x, dt, B, C, dA=decay, D=D, states=states, **scales):
+            return refuse("ssm_scan", wrong)
         specs = _chosen(architecture, x.shape[-1], B.shape[-1], rule.bits, rule.dynamic, rule.stochastic)
         if specs is None:
             return None
@@ -245,7 +252,7 @@ def ssm_scan(
         y and codes int8 [b, h, p, n], channel_scale [b, h, p], state_scale [b, h, n] (left as it was unless dynamic)
         after the last store; ``bits=None``: y and the state. No store happens before step ``flush_interval``.
     """
-    scan = _Scan.of(x, dt, decay, B, C, states, rule)
+    scan = _Scan.of(x, dt, decay, B, C, states, rule, D)
     if scan is None:
         return None
     batch, nheads, headdim, dstate = scan.shape_of_states

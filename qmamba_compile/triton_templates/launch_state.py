@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import quant
+from .. import extents, quant
 from ..errors import ConfigError
 from . import launch, tuning
 from .render import load
@@ -45,10 +45,14 @@ def quantize_state_(
     architecture = launch.target(state.device.type, state.device.index)
     if architecture is None:
         return False
-    if unfit := launch.unfit_state(packed, channel_scale, state_scale_out, rng, None):
+    batch, nheads, headdim, dstate = state.shape
+    if unfit := (
+        launch.unfit_state(packed, channel_scale, state_scale_out, rng, None)
+        or extents.unfit(packed=(packed, (batch, nheads, headdim, quant.packed_width(dstate, bits))))
+        or extents.unfit_state(packed, channel_scale, state_scale_out, state_scale, bits, rng)
+    ):
         launch.refuse("quantize_state", unfit)
         return False
-    batch, nheads, headdim, dstate = state.shape
     dynamic = state_scale_out is not None
     spec = _spec_to_pack(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic)
     scale = state_scale_out if state_scale_out is not None else state_scale
@@ -85,7 +89,9 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
         return launch.refuse("dequantize_state", f"packed has {packed.dim()} dimensions, expected [b, h, p, bytes]")
     if not packed.is_contiguous() or packed.storage_offset() % 4:
         packed = packed.clone(memory_format=torch.contiguous_format)
-    if unfit := launch.unfit_words(packed):
+    dynamic = state_scale.dim() == 3
+    scales = (state_scale if dynamic else None, None if dynamic else state_scale)
+    if unfit := launch.unfit_words(packed) or extents.unfit_state(packed, channel_scale, *scales, bits):
         return launch.refuse("dequantize_state", unfit)
     batch, nheads, headdim, width = packed.shape
     dstate = quant.unpacked_width(width, bits)
@@ -98,7 +104,7 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
         channel_scale.contiguous(),
         state_scale.contiguous(),
         state,
-        nheads * dstate if state_scale.dim() == 3 else 0,
+        nheads * dstate if dynamic else 0,
         num_warps=spec.warps,
         enable_fp_fusion=False,
     )

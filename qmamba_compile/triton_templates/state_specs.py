@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 from .. import quant
@@ -164,93 +165,111 @@ class StateSpec(Spec):
         return 1 if stores is False else self.warps
 
     def constants(self) -> dict[str, Any]:
-        ragged_rows = self.headdim % self.rows != 0
-        width = self.words if self.bits else self.dstate
-        ragged_columns = padded(width) != width
-        row_test = f"row < {self.headdim}"
-        column_test = f"{'word' if self.bits else 'column'} < {width}"
-        tile_tests = [f"({row_test})[:, None]"] * ragged_rows + [f"({column_test})[None, :]"] * ragged_columns
-        tile_mask = f", mask={' & '.join(tile_tests)}" if tile_tests else ""
         constants: dict[str, Any] = {
-            "nvidia": self.target.startswith("sm_"),
             "tile": self.tile,
             "row_blocks": self.row_blocks,
-            "row_mask": f", mask={row_test}, other=0.0" if ragged_rows else "",
-            "row_mask_store": f", mask={row_test}" if ragged_rows else "",
-            "column_mask": f", mask={column_test}, other=0.0" if ragged_columns else "",
-            "tile_mask": f"{tile_mask}, other=0.0" if tile_mask else "",
-            "tile_mask_store": tile_mask,
-            "padded_columns": padded(self.dstate),
+            "row_mask": _mask(self._row_tests, "0.0"),
+            "row_mask_store": _mask(self._row_tests),
+            "tile_mask_store": _mask(self._tile_tests(self._column_tests)),
             "ring": self.flush_interval - 1,
-            "walks": self.walks,
-            # Programs that have done their part of a step are counted in a position's high bits meanwhile.
-            "arrival": 2**8,
             "lifted": self.lifted,
-            "int8_ring": self.ring_bits == 8,
-            "padded_headdim": padded(self.headdim),
-            # Stochastic codes by the reference's own roundings, not by a fused product of g = h / state_scale.
-            "exact": self.dynamic or self.kernel != "ssm_update",
         }
         if self.bits is None:
-            return constants
-        runs = 8 // self.bits
+            return constants | self._float_constants()
+        return constants | self._packed_constants(self.bits) | self._ring_constants(self.bits)
+
+    def _float_constants(self) -> dict[str, Any]:
+        return {
+            "padded_columns": padded(self.dstate),
+            "column_mask": _mask(self._column_tests, "0.0"),
+            "tile_mask": _mask(self._tile_tests(self._column_tests), "0.0"),
+        }
+
+    def _packed_constants(self, bits: int) -> dict[str, Any]:
+        runs, codes = 8 // bits, 32 // bits
         run_length = self.dstate // runs
-        offset = 2 ** (self.bits - 1)
-        octant = -(-self.dstate // 8)
-        zero_word = sum(offset << shift for shift in range(0, 32, self.bits))
+        offset = 2 ** (bits - 1)
+        zero_word = sum(offset << shift for shift in range(0, 32, bits))
         rounder = 3 * 2**22 + offset
         # What Horner's rule makes of the constant bits of ROUND (whose own offset belongs to the code), and the slot
         # whose own constant makes up for it: the first whose part of them lies beyond the word.
-        surplus = sum(0x4B400000 << shift for shift in range(0, 32, self.bits)) % 2**32
-        balance = -(-10 // self.bits)
-        padded_run = max(32, padded(run_length))  # of a product of int8 matrices
-        bytes_tests = [f"({row_test})[:, None]"] * ragged_rows
-        bytes_tests += [f"(byte < {run_length})[None, :]"] * (padded_run != run_length)
-        byte_mask = tile_mask.replace(column_test, f"byte_column < {run_length}")
-        return constants | {
-            "padded_terms": self.terms,
-            "padded_run": padded_run,
-            # Triton's interpreter cannot multiply matrices of bfloat16.
-            "operand": "tl.float32" if self.target == "interpreter" else "tl.bfloat16",
-            "top_mask": f"0x{(2**self.bits - 1 << 8 - self.bits) * 0x01010101:08X}",
-            "run_mask": f", mask=byte < {run_length}, other=0.0" if padded_run != run_length else "",
-            "run_mask_store": f", mask=byte < {run_length}" if padded_run != run_length else "",
-            "bytes_mask": f", mask={' & '.join(bytes_tests)}, other=0" if bytes_tests else "",
+        surplus = sum(0x4B400000 << shift for shift in range(0, 32, bits)) % 2**32
+        balance = -(-10 // bits)
+        slots = packed_words.slots(bits, run_length, self.dynamic)
+        place = "place" if runs == 1 else f"(place % 4 + place // 4 * {run_length})"
+        column_tests = [f"({test})[:, None]" for test in self._column_tests]
+        byte_tests = self._tile_tests([f"byte_column < {run_length}"] * len(self._column_tests))
+        return {
+            "nvidia": self.target.startswith("sm_"),
+            # Stochastic codes by the reference's own roundings, not by a fused product of g = h / state_scale.
+            "exact": self.dynamic or self.kernel != "ssm_update",
             "words": self.words,
             "padded_words": padded(self.words),
-            "lines": padded(-(-4 * self.rows * self.words // 128)),
             "padded_rows": self.rows,
-            "largest": quant.max_code(self.bits),
+            "largest": quant.max_code(bits),
             "tiny_scale": quant.TINY_SCALE,
             "noise_turn": quant.NOISE_TURN,
             "offset": offset,
             "rounder": rounder,
             "balance": balance,
-            "balancing_rounder": rounder + ((-surplus % 2**32) >> (balance * self.bits)),
+            "balancing_rounder": rounder + ((-surplus % 2**32) >> (balance * bits)),
             "zero_word": f"0x{zero_word:08X}",
-            "slots": (slots := packed_words.slots(self.bits, run_length, self.dynamic)),
-            "shift": packed_words.SHIFT[self.bits],
+            "slots": slots,
+            "shift": packed_words.SHIFT[bits],
             "uses_shifted": any(slot["source"] == "shifted" for slot in slots),
             "uses_raised": any(slot["source"] == "raised" for slot in slots),
             "runs": runs,
-            "byte_columns": ", ".join(["c"] + [f"c + {index * run_length}" for index in range(1, runs)]),
-            "column_of_place": "4 * word[:, None] + place[None, :]"
-            if runs == 1
-            else f"4 * word[:, None] + (place % 4 + place // 4 * {run_length})[None, :]",
-            "column_mask": f", mask=({column_test})[:, None], other=0.0" if ragged_columns else "",
-            "column_mask_store": f", mask=({column_test})[:, None]" if ragged_columns else "",
-            "tile_mask": f"{tile_mask}, other={_signed(0 if self.bits == 8 else zero_word)}" if tile_mask else "",
             "run_length": run_length,
-            "byte_mask": f"{byte_mask}, other=0.0" if byte_mask else "",
-            "byte_mask_store": byte_mask,
-            "names": lambda letter: ", ".join(f"{letter}{index}" for index in range(32 // self.bits)),
-            "splits": splits(32 // self.bits),
-            "split_result": packed_words.split_result(runs, 32 // self.bits),
-            "octant": octant,
+            "byte_columns": ", ".join(["c"] + [f"c + {index * run_length}" for index in range(1, runs)]),
+            "column_of_place": f"4 * word[:, None] + {place}[None, :]",
+            "column_mask": _mask(column_tests, "0.0"),
+            "column_mask_store": _mask(column_tests),
+            "tile_mask": _mask(self._tile_tests(self._column_tests), _signed(0 if bits == 8 else zero_word)),
+            "byte_mask": _mask(byte_tests, "0.0"),
+            "byte_mask_store": _mask(byte_tests),
+            "names": functools.partial(_names, codes),
+            "splits": splits(codes),
+            "split_result": packed_words.split_result(runs, codes),
+            "octant": -(-self.dstate // 8),
             "shares_philox": is_power_of_two(self.dstate) and self.dstate >= 8,
             "halves": [2**power for power in reversed(range(self.rows.bit_length() - 1))],
             **state_scale_constants(),
         }
+
+    def _ring_constants(self, bits: int) -> dict[str, Any]:
+        run_length = self.dstate * bits // 8
+        padded_run = max(32, padded(run_length))  # of a product of int8 matrices
+        run_tests = [f"byte < {run_length}"] * (padded_run != run_length)
+        return {
+            "walks": self.walks,
+            # Programs that have done their part of a step are counted in a position's high bits meanwhile.
+            "arrival": 2**8,
+            "int8_ring": self.ring_bits == 8,
+            "padded_headdim": padded(self.headdim),
+            "padded_terms": self.terms,
+            "padded_run": padded_run,
+            # Triton's interpreter cannot multiply matrices of bfloat16.
+            "operand": "tl.float32" if self.target == "interpreter" else "tl.bfloat16",
+            "top_mask": f"0x{(2**bits - 1 << 8 - bits) * 0x01010101:08X}",
+            "run_mask": _mask(run_tests, "0.0"),
+            "run_mask_store": _mask(run_tests),
+            "bytes_mask": _mask(self._tile_tests(run_tests), "0"),
+            "lines": padded(-(-4 * self.rows * self.words // 128)),
+        }
+
+    @property
+    def _row_tests(self) -> list[str]:
+        """What tells the rows of a head from those of the last block; nothing where it is full. So for columns."""
+        return [f"row < {self.headdim}"] * (self.headdim % self.rows != 0)
+
+    @property
+    def _column_tests(self) -> list[str]:
+        width, column = (self.words, "word") if self.bits else (self.dstate, "column")
+        return [f"{column} < {width}"] * (padded(width) != width)
+
+    def _tile_tests(self, column_tests: list[str]) -> list[str]:
+        """Those of a tile [row, column]."""
+        return [f"({test})[:, None]" for test in self._row_tests] + [f"({test})[None, :]" for test in column_tests]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +300,17 @@ class DequantizeSpec(StateSpec):
 
 def _itemsize(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
+
+
+def _mask(tests: list[str], other: object = None) -> str:
+    """Arguments of a load or store of what passes all ``tests``: none where there are none to pass."""
+    if not tests:
+        return ""
+    return f", mask={' & '.join(tests)}" + ("" if other is None else f", other={other}")
+
+
+def _names(count: int, letter: str) -> str:
+    return ", ".join(f"{letter}{index}" for index in range(count))
 
 
 def _signed(word: int) -> int:

@@ -116,7 +116,8 @@ def ssm_update(
     else:
         wanted = gpu.units * planned_warps(bits, dynamic, stochastic) if gpu else heads
         # Fewer rows than one 16-byte access of all lanes covers would narrow the accesses.
-        row_bytes = dstate * (bits or (32 if state_dtype == "float32" else 16)) // 8
+        # A row of less than a byte is StateSpec's to refuse.
+        row_bytes = max(1, dstate * (bits or (32 if state_dtype == "float32" else 16)) // 8)
         fewest = max(1, lanes * 16 // row_bytes)
         ahead = loads_ahead and bits == 4 and not stochastic and flush_interval == 1
         most = PREFETCHED_TILES * fewest if ahead and architecture not in NOT_PREFETCHED else 64

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 
-from qmamba_compile import ops
+from qmamba_compile import generated_code, ops
 from qmamba_compile.cpu_templates import build, launch
 from qmamba_compile.cpu_templates.render import render
 from qmamba_compile.cpu_templates.specs import LayerSpec, Spec
@@ -174,7 +174,7 @@ def test_a_cache_directory_that_cannot_be_made(fresh: pathlib.Path, monkeypatch:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(fresh))
     # What a folder that is there and may not be written answers; nobody forbids root anything.
     refusal = PermissionError(13, "Permission denied", str(fresh / "qmamba"))
-    monkeypatch.setattr(build.tempfile, "mkdtemp", lambda *args: (_ for _ in ()).throw(refusal))
+    monkeypatch.setattr(generated_code.tempfile, "mkdtemp", lambda *args: (_ for _ in ()).throw(refusal))
     with pytest.raises(KernelBuildError, match=r"can be made there \(Permission denied\).*TORCHINDUCTOR_CACHE_DIR"):
         build.build(SPEC)
 
