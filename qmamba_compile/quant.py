@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What is quantized, and what linears give."""
+"""What linears and kernels take."""
 
 SCALE_DTYPE = torch.bfloat16
 

@@ -28,9 +28,6 @@ from .state_specs import StateSpec
 
 log = logging.getLogger(__name__)
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels take as inputs."""
-
 
 @functools.cache
 def refuse(operator: str, reason: object) -> None:

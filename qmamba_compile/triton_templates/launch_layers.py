@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..extents import unfit, unfit_conv, unfit_linear, unfit_norm
+from ..quant import FLOATS
 from . import launch, tuning
 from .layer_specs import COMBINE_BLOCK, ConvSpec, LinearSpec, RowsSpec
 from .render import load, triton_dtype
@@ -131,7 +132,7 @@ def norm_w8a8_linear(
     norm = Norm(None if gate is None else gate.reshape(-1, k), norm_weight, epsilon, group_size, x_dtype)
     dtype = dtype or torch.promote_types(x_dtype or x.dtype, norm_weight.dtype)
     for wanted in (dtype, x_dtype):
-        if wanted is not None and wanted not in launch.FLOATS:
+        if wanted is not None and wanted not in FLOATS:
             return launch.refuse("norm_w8a8_linear", f"{wanted}; float32, bfloat16 and float16 are allowed")
     return _quantize_and_multiply(x, dtype, qdata, scale, bias, act_pre_scale, act_scale, residual, norm)
 
@@ -152,7 +153,7 @@ def _quantize_on_the_way(
     if architecture is None or rows == 0:
         return None
     spec = tuning.w8a8_linear(architecture, rows, outputs, k)
-    if spec.prequantized or x.dtype not in launch.FLOATS:
+    if spec.prequantized or x.dtype not in FLOATS:
         return None
     scale = scale.contiguous()
     bias, act_pre_scale = (None if vector is None else vector.contiguous() for vector in (bias, act_pre_scale))
@@ -336,7 +337,7 @@ def conv_update(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias: Tensor | 
 
 def _unfit_dtype(*tensors: Tensor | None) -> str | None:
     """Why the kernels do not take one of ``tensors``."""
-    wrong = [str(t.dtype) for t in tensors if t is not None and t.dtype not in launch.FLOATS]
+    wrong = [str(t.dtype) for t in tensors if t is not None and t.dtype not in FLOATS]
     return f"{wrong[0]}; float32, bfloat16 and float16 are allowed" if wrong else None
 
 

@@ -61,7 +61,7 @@ def quantize_state_(
     if scale is None:
         launch.refuse("quantize_state", "neither state_scale nor state_scale_out is there")
         return False
-    if state.dtype not in launch.FLOATS:
+    if state.dtype not in quant.FLOATS:
         state = state.float()
     if state.stride(-1) != 1:
         state = state.contiguous()
