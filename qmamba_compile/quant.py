@@ -292,11 +292,7 @@ def integer_product(codes: Tensor, weights: Tensor) -> Tensor:
     """int32 [m, o] of int8 codes [m, k] and weights [o, k], exact, on any device and for any extents.
 
     `torch._int_mm` is neither. On CPUs without VNNI pairs of its products saturate at 16 bits (768 products of 127 by
-    127 give 97,920 and not 12,387,072); on CUDA it raises for up to 16 rows. Float32 is exact up to 2^24, which 1024
-    products of int8 do not exceed.
+    127 give 97,920 and not 12,387,072); on CUDA it raises for up to 16 rows. Float64 is exact up to 2^53, and what
+    autocast leaves as it is.
     """
-    blocks = zip(codes.split(1024, dim=1), weights.split(1024, dim=1), strict=True)
-    sums = torch.zeros(codes.shape[0], weights.shape[0], dtype=torch.int32, device=codes.device)
-    for some_codes, some_weights in blocks:
-        sums += (some_codes.float() @ some_weights.float().t()).to(torch.int32)
-    return sums
+    return (codes.double() @ weights.double().t()).to(torch.int32)

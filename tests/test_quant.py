@@ -383,7 +383,7 @@ def test_a_product_of_codes_stays_on_its_device(monkeypatch):
 
 @pytest.mark.parametrize("isa", [None, "AVX2"])
 def test_a_product_of_codes_is_exact(isa):
-    """Also where oneDNN has no VNNI, and pairs of its products saturate at 16 bits."""
+    """Also where oneDNN has no VNNI, and pairs of its products saturate at 16 bits, and under autocast."""
     program = """
 import torch
 from qmamba_compile import quant
@@ -392,7 +392,8 @@ for m, k, o in ((1, 5, 3), (20, 768, 33), (3, 2500, 4)):
     codes = torch.randint(-127, 128, (m, k), generator=generator).to(torch.int8)
     weights = torch.randint(-128, 128, (o, k), generator=generator).to(torch.int8)
     weights[0], codes[0] = -128, 127
-    product = quant.integer_product(codes, weights)
+    with torch.autocast("cpu"):
+        product = quant.integer_product(codes, weights)
     assert product.dtype == torch.int32 and torch.equal(product.long(), codes.long() @ weights.long().t())
 """
     environment = os.environ | ({"ONEDNN_MAX_CPU_ISA": isa} if isa else {})
