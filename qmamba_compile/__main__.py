@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import importlib.metadata
 import io
 import logging
@@ -16,11 +15,12 @@ import torch
 import typer
 
 from . import report as report_module
-from .command_line import INTERRUPTED, folder_or_hub_name, load_pretrained, readable_errors, version_of
+from .command_line import INTERRUPTED, load_pretrained, readable_errors, version_of
 from .config import LARGEST_SEED, QMambaConfig
 from .errors import ConfigError, SkipReason, StrictError
 from .print_kernel import CPU_KERNELS, GPU_ONLY, print_cpu_kernel, print_gpu_kernel
 from .print_report import print_reports, reports_as_json
+from .print_text import Printer, text_codec
 from .state import DSQState
 
 
@@ -136,7 +136,7 @@ def generate(
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of bytes that are no text
         raise ConfigError("--prompt is not valid text in this terminal's encoding; give it in UTF-8")
     network = _load(model)
-    encode, decode = _text_codec(model, network)
+    encode, decode = text_codec(model, network)
     ids = torch.tensor([encode(prompt)])
     if ids.shape[1] == 0:
         raise ConfigError("--prompt has no token of this model in it; give at least one character that it knows")
@@ -144,7 +144,7 @@ def generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     _err.print("compiling on the first tokens, once for each kind of input ...", style="dim")
-    printer = _Printer(prompt, decode)
+    printer = Printer(prompt, decode)
     try:
         network.generate(ids, max_new_tokens=max_new_tokens, streamer=printer, **sampling)
     except KeyboardInterrupt:
@@ -251,64 +251,6 @@ def _load(name: str) -> Any:
         )
         return transformers.Mamba2ForCausalLM(config).eval().requires_grad_(False)
     return load_pretrained(name)
-
-
-def _text_codec(name: str, network: Any) -> tuple[Any, Any]:
-    """(text -> ids, incremental (ids, final) -> text): the model's tokenizer, or bytes for a vocabulary of 256."""
-    if network.config.vocab_size == 256:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda text: list(text.encode()), lambda ids, final=False: decoder.decode(bytes(ids), final)
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder_or_hub_name(name))
-    except Exception as problem:
-        raise ConfigError(
-            f"--model {name}: no tokenizer, and the vocabulary is not bytes ({type(problem).__name__}: {problem})"
-        ) from problem
-    return tokenizer.encode, _TokenDecoder(tokenizer)
-
-
-class _TokenDecoder:
-    """Text of tokens as they come, for any tokenizer.
-
-    A token is decoded behind those before it, since a leading space may be taken from the first; and not before the
-    character is whole that it is a part of. transformers' TextStreamer keeps back more: whole words, and whatever code
-    has between two spaces.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._decode = tokenizer.decode
-        self._said: list[int] = []
-        self._waiting: list[int] = []
-
-    def __call__(self, ids: list[int], final: bool = False) -> str:
-        self._waiting += ids
-        text = self._decode(self._said + self._waiting)[len(self._decode(self._said)) :]
-        if not final and (text == "" or text.endswith("\N{REPLACEMENT CHARACTER}")):
-            return ""
-        self._said, self._waiting = self._waiting, []
-        return text
-
-
-class _Printer:
-    """Streamer of `generate`: prints the prompt with the first token, when nothing can be refused any more."""
-
-    def __init__(self, prompt: str, decode: Any) -> None:
-        self._prompt = prompt
-        self._decode = decode
-        self._is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        text = self._decode(value.flatten().tolist(), self._is_prompt)
-        if not self._is_prompt:
-            sys.stdout.write(self._prompt + text)
-            sys.stdout.flush()
-            self._prompt = ""
-        self._is_prompt = False
-
-    def end(self) -> None:
-        sys.stdout.write(self._decode([], True) + "\n")
 
 
 def _cache_of(output: Any) -> dict[str, Any]:

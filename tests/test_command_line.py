@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from calibrate.data import load_tokenizer
-from qmamba_compile.__main__ import _text_codec
 from qmamba_compile.artifact import read_artifact
 from qmamba_compile.command_line import load_pretrained, readable_errors, version_of
 from qmamba_compile.config import QMambaConfig
 from qmamba_compile.errors import ConfigError, StrictError
+from qmamba_compile.print_text import text_codec
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "tiny-mamba2"
 
@@ -67,7 +67,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "one": 1}, unk_token="[UNK]"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
     model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=300))
-    encode, _ = _text_codec("~/model", model)
+    encode, _ = text_codec("~/model", model)
     assert encode("one") == [1]
     assert len(load_tokenizer("~/model", model)) == 2
     shutil.copy(BUNDLED / "calibration.safetensors", tmp_path / "scales.safetensors")

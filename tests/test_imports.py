@@ -37,11 +37,12 @@ ALLOWED["scan_gradient"] = ALLOWED["scan_ops"] | {"scan_ops"}
 ALLOWED["ops"] = ALLOWED["scan_gradient"] | {"scan_gradient", "layer_ops", "huge_pages"}
 ALLOWED["command_line"] = {"errors"}
 ALLOWED["print_report"] = {"report"}
+ALLOWED["print_text"] = {"errors", "command_line"}
 ALLOWED["print_kernel"] = {"errors", "cpu_templates", "triton_templates"}
 ALLOWED["startup"] = {"cpu_templates"}
 ALLOWED["backend"] = ALLOWED["passes"] | {"passes", "ops", "static_states", "startup", "cpu_templates"}
 ALLOWED["__init__"] = ALLOWED["backend"] | {"backend"}
-ALLOWED["__main__"] = ALLOWED["__init__"] | {"__init__", "command_line", "print_report", "print_kernel"}
+ALLOWED["__main__"] = ALLOWED["__init__"] | {"__init__", "command_line", "print_report", "print_text", "print_kernel"}
 
 FILES = sorted(ROOT.rglob("*.py"))
 

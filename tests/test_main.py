@@ -15,7 +15,7 @@ import transformers
 from typer.testing import CliRunner
 
 from qmamba_compile import __main__ as cli
-from qmamba_compile import errors, print_kernel, print_report
+from qmamba_compile import errors, print_kernel, print_report, print_text
 from qmamba_compile.cpu_templates.specs import KERNELS, LAYER_KERNELS
 from qmamba_compile.report import Report
 
@@ -203,13 +203,15 @@ def test_text_is_printed_as_it_is(tmp_path, monkeypatch, make):
     vocab_size = 256 if make is None else 600
     if make is not None:
         transformers.PreTrainedTokenizerFast(tokenizer_object=make()).save_pretrained(tmp_path)
-    encode, decode = cli._text_codec(str(tmp_path), SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size)))
+    encode, decode = print_text.text_codec(
+        str(tmp_path), SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size))
+    )
     prompt, text = "né", " 漢 ok()\n ok 😀!"
     ids = encode(prompt + text)
     start = len(encode(prompt))
     printed = io.StringIO()
     monkeypatch.setattr(sys, "stdout", printed)
-    printer = cli._Printer(prompt, decode)
+    printer = print_text.Printer(prompt, decode)
     printer.put(torch.tensor([ids[:start]]))
     seen = []
     for token in ids[start:]:
