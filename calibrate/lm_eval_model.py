@@ -204,7 +204,7 @@ class QMambaLM(TemplateLM):
             stopping_criteria=StoppingCriteriaList([_Stops(until, width, self.tok_decode)]),
             **{"do_sample": False, **settings},
         )
-        ends = self.model.generation_config.eos_token_id
+        ends = settings.get("eos_token_id", self.model.generation_config.eos_token_id)
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         # What follows the end of text is padding, until the longest row of the batch ends.
         said = (itertools.takewhile(lambda token: token not in ends, row[width:].tolist()) for row in output)

@@ -6,6 +6,7 @@ operations broadcast it or raise. Shapes as in `ops` and `layer_ops`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import quant
@@ -33,6 +34,8 @@ def unfit_linear(
     residual: Tensor | None,
 ) -> str | None:
     o, k = qdata.shape
+    if qdata.dtype is not torch.int8:
+        return f"qdata is {qdata.dtype}, expected int8"
     if scale.numel() != o:
         return f"scale has shape {list(scale.shape)}, expected [{o}, 1]"
     if act_scale is not None and act_scale.numel() != 1:
@@ -69,6 +72,10 @@ def unfit_state(
     rng: Tensor | None = None,
 ) -> str | None:
     batch, nheads, headdim, width = packed.shape
+    if packed.element_size() != 1:
+        return f"packed is {packed.dtype}, expected bytes"
+    if rng is not None and rng.dtype is not torch.int64:
+        return f"rng is {rng.dtype}, expected int64"
     dstate = quant.unpacked_width(width, bits)
     return unfit(
         channel_scale=(channel_scale, (batch, nheads, headdim)),

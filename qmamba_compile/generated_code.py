@@ -39,7 +39,7 @@ def kept(name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
         make: writes the file to the path that it is given, which has the same name in a folder of its own.
 
     Raises:
-        KernelBuildError: the directory cannot be written.
+        KernelBuildError: the directory cannot be written, or has no room.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -55,8 +55,13 @@ def kept(name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
             f"{error.filename}: no folder can be made there ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR "
             "to one that can be written"
         ) from error
-    with workplace as place:
-        made = pathlib.Path(place, name)
-        make(made)
-        made.replace(path)
+    try:
+        with workplace as place:
+            made = pathlib.Path(place, name)
+            make(made)
+            made.replace(path)
+    except OSError as error:
+        raise KernelBuildError(
+            f"{path}: cannot be kept ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a folder with room"
+        ) from error
     return path

@@ -223,8 +223,8 @@ def conv_update_reference(conv_state: Tensor, xBC: Tensor, weight: Tensor, bias:
         silu: whether y goes through it.
     """
     window = torch.cat([conv_state, xBC], dim=-1).to(weight.dtype)
-    conv_state.copy_(window[..., 1:])
     y = F.conv1d(window[..., -weight.shape[-1] :], weight, bias, groups=weight.shape[0])
+    conv_state.copy_(window[..., 1:])
     return F.silu(y) if silu else y
 
 

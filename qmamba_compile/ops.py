@@ -214,9 +214,10 @@ def ssm_update_reference(
         recurrence.materialize(checkpoint, ring, total, latest, to_store=True),
         recurrence.materialize(checkpoint, ring, total, latest),
     )
+    y = recurrence.read(h, x, C, D)  # first: what does not fit together must not have moved the state
     quantize_state_reference_(packed, channel_scale, state_scale_out, rng, h, state_scale, bits, stochastic, full)
     recurrence.append_(ring, x, dt, B, total)
-    return recurrence.read(h, x, C, D)
+    return y
 
 
 @implement("ssm_update")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import sys
 from typing import Any
 
@@ -28,6 +29,10 @@ def text_codec(name: str, network: Any) -> tuple[Any, Any]:
     return tokenizer.encode, _TokenDecoder(tokenizer)
 
 
+_LONGEST = 8
+"""Tokens that are kept back for a character to become whole, and that the next is decoded behind; four make one."""
+
+
 class _TokenDecoder:
     """Text of tokens as they come, for any tokenizer.
 
@@ -37,16 +42,18 @@ class _TokenDecoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._decode = tokenizer.decode
+        # What cleans up spaces takes back some that were printed.
+        self._decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
         self._said: list[int] = []
         self._waiting: list[int] = []
 
     def __call__(self, ids: list[int], final: bool = False) -> str:
         self._waiting += ids
         text = self._decode(self._said + self._waiting)[len(self._decode(self._said)) :]
-        if not final and (text == "" or text.endswith("\N{REPLACEMENT CHARACTER}")):
+        whole = text != "" and not text.endswith("\N{REPLACEMENT CHARACTER}")
+        if not (whole or final or len(self._waiting) >= _LONGEST):
             return ""
-        self._said, self._waiting = self._waiting, []
+        self._said, self._waiting = self._waiting[-_LONGEST:], []
         return text
 
 

@@ -292,7 +292,13 @@ def integer_product(codes: Tensor, weights: Tensor) -> Tensor:
     """int32 [m, o] of int8 codes [m, k] and weights [o, k], exact, on any device and for any extents.
 
     `torch._int_mm` is neither. On CPUs without VNNI pairs of its products saturate at 16 bits (768 products of 127 by
-    127 give 97,920 and not 12,387,072); on CUDA it raises for up to 16 rows. Float64 is exact up to 2^53, and what
-    autocast leaves as it is.
+    127 give 97,920 and not 12,387,072); on CUDA it raises for up to 16 rows. Float32 is exact up to 2^24, which 1024
+    products of int8 do not exceed.
     """
-    return (codes.double() @ weights.double().t()).to(torch.int32)
+    product = torch.empty(codes.shape[0], weights.shape[0], dtype=torch.float32, device=codes.device)
+    sums = torch.zeros_like(product, dtype=torch.int32)
+    for some_codes, some_weights in zip(codes.split(1024, dim=1), weights.split(1024, dim=1), strict=True):
+        # Autocast, which would multiply in 16 bits, leaves alone what has a place for its result.
+        torch.mm(some_codes.float(), some_weights.float().t(), out=product)
+        sums += product.to(torch.int32)
+    return sums

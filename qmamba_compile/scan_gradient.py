@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import recurrence
 from .cpu_templates import launch_scan as cpu_kernels
+from .extents import unfit
 from .op_library import define, differentiate, fake, implement
 from .recurrence import StoreRule
 from .scan_ops import StateStore, first_states, step_sizes
@@ -60,9 +61,15 @@ def ssm_scan_quantized_backward(
     Args:
         grad_y: [b, l, h, p]; grad_state: [b, h, p, n] of the float state (``bits=None``), or ``None`` for zeros.
 
+    Raises:
+        ValueError: one of them has another shape.
+
     Returns:
         Gradients of x, dt, A, B, C, D [h], dt_bias [h] and initial_state, in their dtypes (the last three float32).
     """
+    states_shape = (x.shape[0], *x.shape[2:], B.shape[-1])
+    if wrong := unfit(grad_y=(grad_y, x.shape), grad_state=(grad_state, states_shape)):
+        raise ValueError(wrong)
     rule = StoreRule(bits, stochastic, seed, flush_interval, single_step, state_scale, channel_scale)
     step_dt, decay = step_sizes(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
     states, store = first_states(initial_state, B, rule, x.shape)

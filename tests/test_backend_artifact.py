@@ -46,6 +46,15 @@ def test_prompts_of_other_sizes(make_model, tokens, compiled, tmp_path):
         assert all(isinstance(state, DSQState) and not state.dynamic for state in states(output.cache_params))
 
 
+def test_another_interval_is_told_once_a_prompt(make_model, tokens, compiled, decode, tmp_path, caplog):
+    model, path = make_model(), tmp_path / "a.safetensors"
+    weight = model.get_submodule("backbone.layers.0.mixer.conv1d").weight
+    make_artifact(path, model, tensors={"backbone.layers.0.mixer.conv1d.weight_bcdt": weight[-2 * 32 :].clone()})
+    decode(compiled(model, calibration=str(path), flush_interval=4), tokens(2, 9), tokens(2, 2))
+    told = [record.getMessage() for record in caplog.records if "flush_interval" in record.getMessage()]
+    assert len(told) == 1 and [done.phase for done in report.recent][-2:] == ["prefill", "decode"]
+
+
 def _other_size(artifact, model):
     shapes = {path: (*shape[:-1], shape[-1] + 1) if "in_proj" in path else shape for path, shape in artifact.items()}
     return shapes, some_scales(model)

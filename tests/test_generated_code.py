@@ -1,5 +1,6 @@
 """Where generated code is kept: shared by users and processes."""
 
+import errno
 import os
 import stat
 
@@ -42,6 +43,16 @@ def test_what_fails_half_way_leaves_nothing(folder):
 
     with pytest.raises(KernelBuildError, match="no more"):
         kept("one.txt", fail)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_full_disk(folder):
+    def write(place):
+        place.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(KernelBuildError, match=r"one.txt: cannot be kept \(No space left on device\); set TORCHIND"):
+        kept("one.txt", write)
     assert list(folder.iterdir()) == []
 
 

@@ -33,7 +33,7 @@ ALLOWED = {
     "report": {"errors"},
     "passes": {"errors", "config", "quant", "recurrence", "huge_pages", "artifact", "state", "fx_utils", "report"},
 }
-ALLOWED["scan_gradient"] = ALLOWED["scan_ops"] | {"scan_ops"}
+ALLOWED["scan_gradient"] = ALLOWED["scan_ops"] | {"scan_ops", "extents"}
 ALLOWED["ops"] = ALLOWED["scan_gradient"] | {"scan_gradient", "layer_ops", "huge_pages"}
 ALLOWED["command_line"] = {"errors"}
 ALLOWED["print_report"] = {"report"}

@@ -226,6 +226,22 @@ def test_text_is_printed_as_it_is(tmp_path, monkeypatch, make):
     assert printed.getvalue() == prompt + text + "\N{REPLACEMENT CHARACTER}\n"
 
 
+def test_a_token_is_decoded_behind_a_few(tmp_path):
+    """However long the prompt is, and however long no character becomes whole."""
+    transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokens()).save_pretrained(tmp_path)
+    encode, decode = print_text.text_codec(str(tmp_path), SimpleNamespace(config=SimpleNamespace(vocab_size=600)))
+    decode(encode("a" * 1000), True)
+    lengths, plain = [], decode._decode
+
+    def counted(ids):
+        lengths.append(len(ids))
+        return plain(ids)
+
+    decode._decode = counted
+    said = "".join(decode(encode("😀")[:1]) for _ in range(100))
+    assert max(lengths) <= 16 and said.count("\N{REPLACEMENT CHARACTER}") >= 90
+
+
 def test_an_interrupted_generation_says_so(monkeypatch):
     def interrupted(self, ids, *, streamer, **options):
         streamer.put(ids)

@@ -1,7 +1,8 @@
 """Call the generated kernels on tensors.
 
 Each function returns ``None`` (or False) when it cannot serve its arguments, having written nothing, and the caller
-runs the torch reference: no compiler, a dtype or a layout that the kernels do not read.
+runs the torch reference: no compiler, a dtype or a layout that the kernels do not read, extents that
+do not fit together.
 """
 
 from __future__ import annotations

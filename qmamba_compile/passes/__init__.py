@@ -66,13 +66,11 @@ def phase_of(graph: fx.Graph) -> str:
 def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> None:
     """Run every enabled pass on ``gm``, a copy made by `fx_utils.copy_graph`."""
     if report.phase == "prefill":
-        _warn_of_options(gm.graph, context.config)
+        _warn_of_options(gm.graph, context)
     if context.artifact is not None:
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
         context.artifact = check_model(context.artifact, shapes)
         _refuse_unapplied(context.artifact, context.config)
-        if context.artifact.tuned_for not in (None, context.config.flush_interval):
-            logger.warning(context.artifact.other_interval(context.config.flush_interval))
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)
@@ -80,12 +78,15 @@ def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> No
     gm.recompile()
 
 
-def _warn_of_options(graph: fx.Graph, config: QMambaConfig) -> None:
+def _warn_of_options(graph: fx.Graph, context: PassContext) -> None:
     """Of what is allowed and yet hardly meant, once a prompt's graph: a decode step's would only repeat it.
 
     A name that no layer has is no error, for a graph need not hold the whole model, such as one that starts from
     ``inputs_embeds``.
     """
+    config, artifact = context.config, context.artifact
+    if artifact is not None and artifact.tuned_for not in (None, config.flush_interval):
+        logger.warning(artifact.other_interval(config.flush_interval))
     if config.quantize_state and config.state_bits == 2 and config.state_scales == "dynamic":
         logger.warning(
             "state_bits=2 with dynamic scales makes a model useless (perplexity times 4 on the bundled one); make "

@@ -147,8 +147,10 @@ def test_what_follows_the_end_of_text_is_not_said(spelling):
     expected = [text.partition(f"{end} ")[0] for text in free]
     assert len({len(text.split()) for text in expected}) > 1  # some rows go on where others ended
     for tokens in (int(end), [int(end), 999]):
+        assert answers(eos_token_id=tokens) == expected
         model.model.generation_config.eos_token_id = tokens
         assert answers() == expected
+        model.model.generation_config.eos_token_id = None
 
 
 def test_an_empty_stop_stops_nothing(spelling):

@@ -225,6 +225,36 @@ def test_a_ring_that_the_kernel_cannot_read(part: str, dtype: torch.dtype) -> No
     assert cpu_steps.ssm_update(*step, *ring) is None
 
 
+OTHER_DTYPES = [
+    ("w8a8_linear", 1, torch.int16),
+    ("ssm_update", 0, torch.int64),
+    ("ssm_update", 3, torch.int32),
+    ("quantize_state", 0, torch.int64),
+    ("quantize_state", 3, torch.int32),
+    ("dequantize_state", 0, torch.int64),
+]
+"""Operator, argument that a kernel reads or writes as it is, and what would make it reach too far."""
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, position, dtype", OTHER_DTYPES)
+def test_cpu_launchers_refuse_another_dtype(name: str, position: int, dtype: torch.dtype) -> None:
+    refuses_dtype(CPU[name], name, position, dtype)
+
+
+@pytest.mark.parametrize("name, position, dtype", OTHER_DTYPES)
+def test_gpu_launchers_refuse_another_dtype(
+    interpreted: Callable[..., Any], name: str, position: int, dtype: torch.dtype
+) -> None:
+    interpreted(refuses_dtype, GPU[name], name, position, dtype)
+
+
+def refuses_dtype(launcher: Callable[..., Any], name: str, position: int, dtype: torch.dtype) -> None:
+    arguments = arguments_of(name)
+    arguments[position] = arguments[position].to(dtype)
+    assert not served_by(launcher)(*arguments)
+
+
 # --- what the operators then do ------------------------------------------------------------------------------------
 
 
@@ -234,6 +264,29 @@ def test_operators_say_what_is_wrong() -> None:
         torch.ops.qmamba.w8a8_linear(x, qdata, scale, None, None, None)
     with pytest.raises(RuntimeError, match="size"):
         torch.ops.qmamba.conv_update(torch.randn(4, 6, 4), torch.randn(1, 6, 1), torch.randn(6, 1, 4), None, True)
+
+
+def test_what_is_refused_has_not_moved_the_state() -> None:
+    conv = arguments_of("conv_update")
+    conv[3] = torch.ones(5)
+    step = arguments_of("ssm_update_ring")
+    step[9] = torch.ones(NHEADS, HEADDIM)  # D
+    for operator, arguments in ((torch.ops.qmamba.conv_update, conv), (torch.ops.qmamba.ssm_update, step)):
+        before = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+        with pytest.raises(RuntimeError):
+            operator(*arguments)
+        pairs = zip(arguments, before, strict=True)
+        assert all(torch.equal(value, wanted) for value, wanted in pairs if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize("changed", ["grad_y", "grad_state"])
+def test_gradients_of_another_shape(changed: str) -> None:
+    x, dt, A, B, C, D = arguments_of("ssm_scan")[:6]
+    grads = {"grad_y": torch.ones_like(x), "grad_state": torch.ones(BATCH, NHEADS, HEADDIM, DSTATE)}
+    grads[changed] = grads[changed][:1]
+    scan = (x, dt, A[0, 0], B, C, D, None, None, None, True, 0.0, torch.inf, None, False, 0, 1, False, None)
+    with pytest.raises(ValueError, match=rf"{changed} has shape \[1, "):
+        torch.ops.qmamba.ssm_scan_quantized_backward(*grads.values(), *scan)
 
 
 def test_a_bias_of_one_number_is_broadcast() -> None:
