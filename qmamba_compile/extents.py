@@ -1,7 +1,8 @@
 """Whether an operator's arguments fit together: kernels take that for granted, and read what their pointers lead to.
 
-Each function says what is wrong, or returns ``None``. Launchers leave what does not fit to the plain reference, whose
-operations broadcast it or raise. Shapes as in `ops` and `layer_ops`.
+Beside extents, the dtypes of codes and counters, which no kernel converts. Each function says what is wrong, or returns
+``None``. Launchers leave what does not fit to the plain reference, whose operations broadcast it or raise. Shapes as in
+`ops` and `layer_ops`.
 """
 
 from __future__ import annotations

@@ -62,6 +62,6 @@ def kept(name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
             made.replace(path)
     except OSError as error:
         raise KernelBuildError(
-            f"{path}: cannot be kept ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a folder with room"
+            f"{path}: cannot be kept ({error}); set TORCHINDUCTOR_CACHE_DIR to a folder with room"
         ) from error
     return path

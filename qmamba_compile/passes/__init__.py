@@ -65,12 +65,12 @@ def phase_of(graph: fx.Graph) -> str:
 
 def run_pipeline(gm: fx.GraphModule, context: PassContext, report: Report) -> None:
     """Run every enabled pass on ``gm``, a copy made by `fx_utils.copy_graph`."""
-    if report.phase == "prefill":
-        _warn_of_options(gm.graph, context)
     if context.artifact is not None:
         shapes = {parameter_path(node): shape_of(node) for node in placeholders(gm.graph) if parameter_path(node)}
         context.artifact = check_model(context.artifact, shapes)
         _refuse_unapplied(context.artifact, context.config)
+    if report.phase == "prefill":
+        _warn_of_options(gm.graph, context)
     for rewrite in PIPELINE:
         if rewrite.enabled(context.config):
             rewrite(context)(gm, report)

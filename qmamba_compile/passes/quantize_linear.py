@@ -39,7 +39,6 @@ from .shared_weight import look_up, put_int8, require_table
 
 logger = logging.getLogger(__name__)
 
-
 _ROUTING_DISTANCE = 6
 """Operations between a router's linear and its ``topk``: casts, bias, softmax or sigmoid, masking, grouping."""
 

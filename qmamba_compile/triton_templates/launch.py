@@ -126,14 +126,14 @@ def ssm_update(
     nheads, headdim, width = packed.shape[1:]
     dstate = quant.unpacked_width(width, bits)
     pool = (packed.shape[0], nheads, headdim, dstate)
-    if unfit := (
-        unfit_state(packed, channel_scale, state_scale_out, rng, ring)
+    if wrong := (
+        unfit_layout(packed, channel_scale, state_scale_out, rng, ring)
         or extents.unfit_state(packed, channel_scale, state_scale_out, state_scale, bits, rng)
         or extents.unfit_step((batch, *pool[1:]), x, dt, A, B, C, D, dt_bias, z)
         or extents.unfit(slots=(slots, (batch,)))
         or (ring is not None and extents.unfit_ring(ring, pool, B.shape[1]))
     ):
-        return refuse("ssm_update", unfit)
+        return refuse("ssm_update", wrong)
     dynamic = state_scale_out is not None
     interval = 1 if ring is None else ring.x.shape[1] + 1
     ring_bits = 8 if ring is not None and ring.scale is not None and interval > 1 else 16
@@ -179,11 +179,11 @@ def ssm_update_float(
         return None
     batch = state.shape[0] if slots is None else x.shape[0]
     nheads, headdim, dstate = state.shape[1:]
-    if unfit := (
+    if wrong := (
         extents.unfit_step((batch, nheads, headdim, dstate), x, dt, A, B, C, D, dt_bias, z)
         or extents.unfit(slots=(slots, (batch,)))
     ):
-        return refuse("ssm_update", unfit)
+        return refuse("ssm_update", wrong)
     spec = _chosen(architecture, batch * nheads, headdim, dstate, None, False, False, dtype)
     if spec is None:
         return None
@@ -255,7 +255,7 @@ def advance(rng: Tensor, slots: Tensor | None) -> None:
         rng[:, 1].index_add_(0, slots.clamp(min=0).long(), (slots >= 0).to(rng.dtype))
 
 
-def unfit_state(
+def unfit_layout(
     packed: Tensor, channel_scale: Tensor, state_scale_out: Tensor | None, rng: Tensor, ring: Ring | None
 ) -> str | None:
     """Why the kernels, which write these in place and so cannot copy them into another layout, do not take them."""

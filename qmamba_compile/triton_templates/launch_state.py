@@ -46,12 +46,12 @@ def quantize_state_(
     if architecture is None:
         return False
     batch, nheads, headdim, dstate = state.shape
-    if unfit := (
-        launch.unfit_state(packed, channel_scale, state_scale_out, rng, None)
+    if wrong := (
+        launch.unfit_layout(packed, channel_scale, state_scale_out, rng, None)
         or extents.unfit(packed=(packed, (batch, nheads, headdim, quant.packed_width(dstate, bits))))
         or extents.unfit_state(packed, channel_scale, state_scale_out, state_scale, bits, rng)
     ):
-        launch.refuse("quantize_state", unfit)
+        launch.refuse("quantize_state", wrong)
         return False
     dynamic = state_scale_out is not None
     spec = _spec_to_pack(architecture, batch * nheads, headdim, dstate, bits, dynamic, stochastic)
@@ -91,8 +91,8 @@ def dequantize_state(packed: Tensor, channel_scale: Tensor, state_scale: Tensor,
         packed = packed.clone(memory_format=torch.contiguous_format)
     dynamic = state_scale.dim() == 3
     scales = (state_scale if dynamic else None, None if dynamic else state_scale)
-    if unfit := launch.unfit_words(packed) or extents.unfit_state(packed, channel_scale, *scales, bits):
-        return launch.refuse("dequantize_state", unfit)
+    if wrong := launch.unfit_words(packed) or extents.unfit_state(packed, channel_scale, *scales, bits):
+        return launch.refuse("dequantize_state", wrong)
     batch, nheads, headdim, width = packed.shape
     dstate = quant.unpacked_width(width, bits)
     spec = _spec_to_unpack(architecture, batch * nheads, headdim, dstate, bits)
